@@ -1,0 +1,74 @@
+"""One hierarchy of errors, written for the person who reads them.
+
+Every message is one sentence that says what came in, where it came from (`file:line`, a flag, a site) and what would be
+accepted. The commands print the sentence alone and exit with code 2; a library user can catch `MechAbsaError` and get all of it.
+"""
+
+from __future__ import annotations
+
+
+class MechAbsaError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    exit_code = 2
+
+
+class DataError(MechAbsaError):
+    """A file, a line or a record that cannot be read as examples.
+
+    Args:
+        problem: what came in and what would be accepted.
+        source: the file (or hub name) it came from.
+        line: 1-based line, or None where the format has none.
+    """
+
+    def __init__(self, problem: str, source: str | None = None, line: int | None = None):
+        self.problem, self.source, self.line = problem, source, line
+        where = "" if source is None else f"{source}: " if line is None else f"{source}:{line}: "
+        super().__init__(f"{where}{problem}")
+
+
+class ConfigError(MechAbsaError):
+    """A flag or an argument outside what is accepted."""
+
+
+class PromptError(MechAbsaError):
+    """A template or a set of labels that cannot ask the question."""
+
+
+class AlignmentError(MechAbsaError):
+    """A clean and a corrupted prompt that do not line up token by token."""
+
+
+class SiteError(MechAbsaError):
+    """A site that does not parse, or that the model does not have."""
+
+
+class ModelError(MechAbsaError):
+    """A model that cannot be found, loaded or run block by block."""
+
+
+class HookError(MechAbsaError):
+    """A hook that fired another number of times than planned; never a user's fault."""
+
+    exit_code = 1
+
+
+class RunFolderError(MechAbsaError):
+    """An output folder that holds something else, or a run that cannot be resumed."""
+
+
+class EditError(MechAbsaError):
+    """An edit that does not fit its model, is damaged, or cannot be merged."""
+
+
+class SelfCheckError(MechAbsaError):
+    """An identity that must hold in every run did not; never a user's fault."""
+
+    exit_code = 1
+
+
+def choices(options) -> str:
+    """The accepted values, spelled for a message: `a, b or c`."""
+    *most, last = [str(o) for o in options]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,35 @@
+"""What every test stands on: no hub, no tokenizer threads, two torch threads, and the models and folders they share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from oracles.tiny_models import ARCHITECTURES, tiny_folder
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, tokenizers and checkpoints beside the project; tests of them are skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: real data and checkpoints are not part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny(request) -> Path:
+    """The folder of a tiny random Hugging Face model, one architecture after the other."""
+    return tiny_folder(request.param)

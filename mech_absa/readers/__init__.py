@@ -1,0 +1,224 @@
+"""From any usual ABSA file to `Examples`, through one door.
+
+    load_examples("reviews.xml")                        # the format is told from the name and the content
+    load_examples("builtin:restaurant+laptop/test")     # the world that ships with the package; `builtin:test` is all of it
+    load_examples("hf:owner/name:validation")           # the Hugging Face hub; or a folder
+
+| format    | what it is                                                                                   | module  |
+|-----------|----------------------------------------------------------------------------------------------|---------|
+| `jsonl`   | the paper's `sentence, aspect, label`; this project's `text, aspect, from, to, polarity`     | jsonl   |
+| `semeval` | SemEval XML 2014 (also MAMS), 2015 and 2016                                                  | semeval |
+| `seg`     | three lines an example, `$T$` for the aspect                                                 | seg     |
+| `table`   | CSV and TSV with column names                                                                | table   |
+| `tsa`     | TSA JSON: texts with located targets                                                         | tsa     |
+| `hf`      | Hugging Face `datasets`                                                                      | hub     |
+
+A file is read whole and checked whole before anything is returned: the first bad record raises, with file and line, unless the caller
+asks to skip, and then every skipped one is kept and counted. Text is UTF-8, with or without a byte-order mark, with any line ends;
+offsets count characters, not bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ConfigError, DataError, choices
+from ..examples import Examples, content_hash
+from . import hub, jsonl, seg, semeval, table, tsa
+from .jsonl import write_jsonl
+from .rows import Reading, guess_domain
+
+__all__ = ["FORMATS", "load_examples", "write_jsonl"]
+
+FORMATS: dict[str, Callable[[bytes, Reading], None]] = {
+    "jsonl": jsonl.read, "semeval": semeval.read, "seg": seg.read, "table": table.read, "tsa": tsa.read,
+}  # fmt: skip
+"""Format of a file -> its reader. `hf` is the one format that is no single file."""
+
+_SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "semeval", ".seg": "seg", ".csv": "table", ".tsv": "table",
+}  # fmt: skip
+
+NULL_TARGETS = ("drop", "category")
+
+
+def load_examples(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    skip_bad: bool = False,
+    null_targets: str = "drop",
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    limit: int | None = None,
+) -> Examples:
+    """The examples of one source.
+
+    Args:
+        source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all where none is named); `hf:OWNER/NAME`, optionally followed by
+            `:SPLIT`; or the folder of a Hugging Face data set.
+        format: a key of `FORMATS`, or `hf`; told from the source where None.
+        skip_bad: keep the messages of bad records in `Examples.problems` and go on, instead of raising the first.
+        null_targets: what becomes of SemEval opinions whose target is NULL: `drop` leaves them out and counts them, `category` asks
+            about them by the words of their category, with no span.
+        columns: for JSON lines, tables and data sets: field (`sentence`, `aspect`, `polarity`, `from`, `to`, `domain`, `id`) -> its name
+            there, where it would not be recognised.
+        labels: label as it stands in the source -> the polarity it means. Needed where labels are numbers other than -1, 0, 1.
+        split: split of a Hugging Face data set; needed where it has several.
+        subset: configuration of a Hugging Face data set.
+        limit: keep at most the first so many, after all have been read and checked.
+
+    Returns:
+        Examples in the order of the source, each with span, polarity, line and a unique id, and the account of those left out.
+
+    Raises:
+        DataError: the source, or a record of it, cannot be read; says where and what is accepted.
+        ConfigError: an argument is outside what is accepted.
+    """
+    source = os.fspath(source)
+    if null_targets not in NULL_TARGETS:
+        raise ConfigError(f"null_targets is {null_targets!r}; accepted: {choices(NULL_TARGETS)}")
+    if format not in (None, *FORMATS, "hf"):
+        raise ConfigError(f"there is no format {format!r}; accepted: {choices([*FORMATS, 'hf'])}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; a number of examples of at least 1 is accepted")
+
+    def reading(path: Path, source: str = source, stem: str | None = None) -> Reading:
+        stem = path.stem if stem is None else stem
+        return Reading(source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {})
+
+    if source.startswith("builtin:"):
+        _refuse(split=split, subset=subset)
+        examples = _join(source, [_read_file(path, "jsonl", reading(path, s, s.removeprefix("builtin:"))) for s, path in _builtin(source)])
+    elif source.startswith("hf:") or format == "hf" or os.path.isdir(source):
+        if format not in (None, "hf"):
+            raise ConfigError(f"format is {format!r}, but {source} is no file; accepted: hf")
+        examples = _read_hub(source, split, subset, reading)
+    else:
+        _refuse(split=split, subset=subset)
+        path = Path(source)
+        examples = _read_file(path, format, reading(path))
+    return examples if limit is None else examples[:limit]
+
+
+def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no such file; {_near(path)}", reading.source) from None
+    except OSError as e:
+        raise DataError(f"the file cannot be read ({e.strerror}); a readable file is accepted", reading.source) from None
+    if not data.removeprefix(b"\xef\xbb\xbf").strip():
+        raise DataError("the file is empty; at least one example is needed", reading.source)
+    format = format or _format_of(path, data, reading)
+    if reading.columns and format not in ("jsonl", "table"):
+        raise ConfigError(f"columns were named, but the format {format} has none; accepted with: jsonl, table or hf")
+    FORMATS[format](data, reading)
+    return reading.examples(hashlib.sha256(data).hexdigest())
+
+
+def _format_of(path: Path, data: bytes, reading: Reading) -> str:
+    """Told by the suffix where that says it, by the content where it does not."""
+    if format := _SUFFIXES.get(path.suffix.lower()):
+        return format
+    text = reading.text(data).lstrip()
+    first, _, rest = text.partition("\n")
+    if text[0] in "[{":
+        return _json_format(text)
+    if text[0] == "<":
+        return "semeval"
+    if path.suffix.lower() == ".json":
+        return "jsonl"
+    if seg.MARK in first or seg.MARK in rest.partition("\n")[0]:
+        return "seg"
+    if any(mark in first for mark in "\t,;|"):
+        try:
+            Reading(reading.source, "", columns=reading.columns).resolve(next(iter(_header(first))))
+        except DataError:
+            pass
+        else:
+            return "table"
+    raise DataError(
+        f"the format cannot be told from the name or the content; say it with format=, one of {choices(FORMATS)}", reading.source
+    )
+
+
+def _json_format(text: str) -> str:
+    """Records with `targets` are TSA's; everything else is a matter for the reader of flat records."""
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text, len(text) - len(text.removeprefix("[").lstrip()))
+    except (ValueError, RecursionError):
+        return "jsonl"
+    return "tsa" if isinstance(record, dict) and "targets" in record else "jsonl"
+
+
+def _header(line: str) -> list[tuple[str, ...]]:
+    delimiter = max(",;\t|", key=line.count)
+    return [tuple(cell.strip().strip('"') for cell in line.split(delimiter))]
+
+
+def _read_hub(source: str, split: str | None, subset: str | None, reading: Callable[..., Reading]) -> Examples:
+    name = source.removeprefix("hf:")
+    if source.startswith("hf:") and not os.path.isdir(name):
+        name, _, named = name.partition(":")
+        if named and split and named != split:
+            raise ConfigError(f"{source} names the split {named!r} and split names {split!r}; give one")
+        split = split or named or None
+        parts = name.split("/")
+        if not 1 <= len(parts) <= 2 or not all(parts):
+            raise DataError("no id of a data set; accepted: hf:OWNER/NAME or hf:OWNER/NAME:SPLIT", source)
+    elif not os.path.isdir(name):
+        raise DataError(f"there is no such folder; {_near(Path(name))}; accepted too: hf:OWNER/NAME", source)
+    stem = "/".join([p for p in (name if source.startswith("hf:") else Path(name).name, subset, split) if p])
+    account = reading(Path(name), source, stem)
+    hub.read(name, account, split, subset)
+    examples = account.examples("")
+    return replace(examples, sha256=content_hash(examples))
+
+
+def _builtin(source: str) -> list[tuple[str, Path]]:
+    """The shipped files that `builtin:...` means, each with the name that means it alone."""
+    from ..generate import DOMAINS, SPLITS, builtin_path
+
+    *named, split = source.removeprefix("builtin:").split("/")
+    domains = named[0].split("+") if named else list(DOMAINS)
+    if len(named) > 1 or split not in SPLITS or not set(domains) <= set(DOMAINS) or len(set(domains)) < len(domains):
+        accepted = f"builtin:DOMAINS/SPLIT with domains of {', '.join(DOMAINS)} joined by +, and {choices(SPLITS)}; or builtin:SPLIT"
+        raise DataError(f"there are no such built-in examples; accepted: {accepted}", source)
+    return [(f"builtin:{d}/{split}", builtin_path(f"{d}/{split}")) for d in domains]
+
+
+def _join(source: str, parts: Sequence[Examples]) -> Examples:
+    """Several readings as one; ids that two of them share get the part's name before them."""
+    if len(parts) == 1:
+        return replace(parts[0], source=source)
+    shared = {id for id, n in Counter(e.id for part in parts for e in part).items() if n > 1}
+    items = tuple(replace(e, id=f"{e.source}:{e.id}") if e.id in shared else e for part in parts for e in part)
+    left_out: Counter[str] = sum((Counter(p.left_out) for p in parts), Counter())
+    digest = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
+    return Examples(items, source, digest, dict(left_out), sum(p.ambiguous for p in parts), tuple(m for p in parts for m in p.problems))
+
+
+def _near(path: Path) -> str:
+    """What is there instead of a `path` that is not."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder} either"
+    names = sorted(p.name for p in folder.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=3) or [n for n in names if not n.startswith(".")][:3]
+    return f"near it there is {choices(close)}" if close else f"the folder {folder} is empty"
+
+
+def _refuse(**options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} is {value!r}, but only a Hugging Face data set has one; leave it out")

@@ -1,0 +1,294 @@
+"""What every reader shares: the account of one reading, and the step from a flat record to an `Example`.
+
+A reader turns bytes into records and says on which line each of them stands; `Reading` does the rest: it finds the aspect in the
+sentence, parses the label, counts what is left out, keeps ids unique, and turns every complaint into one sentence with file and line.
+
+Three rules that are easy to get wrong live here and nowhere else.
+
+* **Rows without offsets.** The n-th row that asks the same aspect of the same sentence takes the n-th place where the aspect stands as
+  a whole term (no letter, mark or digit beside it); where it never does, the n-th place where its characters stand. A row past the last
+  place takes the last. A row is *ambiguous* if the aspect's characters stand in the sentence more than once, as a whole term or not.
+* **Labels that are bare numbers.** -1, 0, 1 mean negative, neutral, positive, but other files write 0, 1, 2 for the same. Numbers are
+  therefore believed only where a -1 is among them; else the caller must say what they mean (`labels={"0": "negative", ...}`).
+* **Bad records.** They raise at once, before anything is returned; with `skip_bad` their messages are kept and counted instead.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, choices
+from ..examples import Example, Examples, Polarity, Span
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "sentence": ("sentence", "text", "review", "raw_text", "content"),
+    "aspect": ("aspect", "aspect_term", "aspectterm", "term", "target", "span"),
+    "polarity": ("polarity", "label", "sentiment"),
+    "from": ("from", "start", "begin"),
+    "to": ("to", "end"),
+    "domain": ("domain",),
+}
+"""Field of a flat record -> the names it is known by (case, outer blanks and blank or underscore aside)."""
+
+REQUIRED = ("sentence", "aspect", "polarity")
+
+_DOMAINS = {
+    "rest": "restaurant", "restaurant": "restaurant", "restaurants": "restaurant", "mams": "restaurant",
+    "laptop": "laptop", "laptops": "laptop", "lap": "laptop", "device": "device", "devices": "device",
+    "service": "service", "services": "service",
+}  # fmt: skip
+
+
+def guess_domain(path: Path) -> str:
+    """The domain that a file's name, or else its folder's, speaks of; empty where neither does."""
+    for name in (path.stem, path.parent.name):
+        words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
+        if found := [_DOMAINS[w] for w in words if w in _DOMAINS]:
+            return found[0]
+    return ""
+
+
+@dataclass
+class Reading:
+    """One source being read: the examples so far and the account of everything else.
+
+    Attributes:
+        source: the source as the user wrote it; stands in every message.
+        stem: what generated ids begin with.
+        domain: the domain of examples that do not name their own.
+        skip_bad: keep the messages of bad records and go on, instead of raising the first.
+        null_targets: `drop` leaves out aspects that no words stand for; `category` asks about them by their category's words.
+        columns: field (a key of `FIELDS`, or `id`) -> the name it has in this source, where the guess would be wrong.
+        labels: label as it stands in the source -> the polarity it means, where the usual spellings do not say.
+    """
+
+    source: str
+    stem: str
+    domain: str = ""
+    skip_bad: bool = False
+    null_targets: str = "drop"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    items: list[Example] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    ambiguous: int = 0
+    _ids: set[str] = field(default_factory=set)
+    _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _numbers: set[str] = field(default_factory=set)
+    _resolved: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        known = [*FIELDS, "id"]
+        for name in self.columns:
+            if name not in known:
+                raise ConfigError(f"columns names a field {name!r}; accepted: {choices(known)}")
+
+    # Records ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, line: int) -> Iterator[None]:
+        """Give complaints raised inside this source and `line`; with `skip_bad`, keep them and go on."""
+        try:
+            yield
+        except DataError as e:
+            placed = DataError(e.problem, self.source, line)
+            if not self.skip_bad:
+                raise placed from e
+            self.problems.append(str(placed))
+            self.left_out["bad line"] += 1
+
+    def text(self, data: bytes) -> str:
+        """The text that `data` is in UTF-8, with or without a byte-order mark.
+
+        Raises:
+            DataError: it is not UTF-8; names the line.
+        """
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            problem = f"the byte 0x{data[e.start]:02x} is not UTF-8; only UTF-8 text is accepted, so convert the file first"
+            raise DataError(problem, self.source, data.count(b"\n", 0, e.start) + 1) from None
+
+    def resolve(self, names: Collection[str], required: Collection[str] = REQUIRED) -> dict[str, str]:
+        """Field -> the name under which it came, for the fields that did.
+
+        Raises:
+            DataError: a required field is missing, or two names could be the same field.
+        """
+        key = (*required, "", *names)
+        if key not in self._resolved:
+            self._resolved[key] = self._resolve(names, required)
+        return self._resolved[key]
+
+    def _resolve(self, names: Collection[str], required: Collection[str]) -> dict[str, str]:
+        came = ", ".join(names) or "no field at all"
+        found: dict[str, str] = {}
+        for name, known_as in FIELDS.items():
+            if name in self.columns:
+                if self.columns[name] not in names:
+                    raise DataError(f"the field {self.columns[name]!r}, named as the {name}, is missing; there are: {came}")
+                found[name] = self.columns[name]
+                continue
+            fits = [n for n in names if n.strip().lower().replace(" ", "_") in known_as and n not in self.columns.values()]
+            if len(fits) > 1:
+                raise DataError(f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}}")
+            if fits:
+                found[name] = fits[0]
+            elif name in required:
+                raise DataError(f"the field {name!r} is missing; there are: {came}; accepted names: {choices(known_as)}")
+        return found
+
+    def add_row(self, row: Mapping[str, Any], line: int, id: str = "", **more: Any) -> None:
+        """Add the example that a flat record gives, or count why it gives none; `more` goes to `Example` as it is.
+
+        Raises:
+            DataError: the record is not a question with an answer.
+        """
+        names = self.resolve(tuple(row))
+        sentence, aspect = (string(row[names[f]], names[f]) for f in ("sentence", "aspect"))
+        if not aspect.strip():
+            raise DataError("the aspect is empty; an aspect term of at least one character is needed")
+        ends = {f: row[names[f]] for f in ("from", "to") if f in names}
+        if self.columns.get("id"):
+            id = string(row[self.columns["id"]], "id")
+        domain = row.get(names.get("domain", ""))
+        span: Span | None
+        if len(ends) == 1:
+            raise DataError(f"offsets need both 'from' and 'to'; only {choices(ends)} came")
+        if ends and all(v is None for v in ends.values()):
+            span = None  # said outright: no words of the sentence stand for this aspect
+        elif ends and not all(v == "" for v in ends.values()):
+            span = (whole(ends["from"], names["from"]), whole(ends["to"], names["to"]))
+        else:
+            span = self._find(sentence, aspect)
+        self.add(sentence, aspect, row[names["polarity"]], span, line, id, domain=str(domain or ""), **more)
+
+    def add(
+        self,
+        sentence: str,
+        aspect: str,
+        label: object,
+        span: Span | None,
+        line: int,
+        id: str = "",
+        domain: str = "",
+        opinion: Span | None = None,
+        counterfactuals: tuple[Example, ...] = (),
+    ) -> None:
+        """Add one example, its parts already told apart; leaves out and counts those whose label is no single polarity.
+
+        Counterfactuals take their ids and their domain from the example.
+        """
+        asked = Example(sentence, aspect, Polarity.NEUTRAL, span, opinion)  # offsets are checked even where the row is left out
+        polarity = self.polarity(label)
+        if polarity is None:
+            self.left_out[str(label).strip().lower()] += 1
+            return
+        if any(c.polarity is polarity for c in counterfactuals):
+            raise DataError(f"a counterfactual is as {polarity} as its example; another polarity is accepted")
+        id, domain = self._unique(id or f"{self.stem}:{line}"), domain or self.domain
+        edited = tuple(replace(c, id=f"{id}~{n}", domain=domain) for n, c in enumerate(counterfactuals, 1))
+        self.items.append(replace(asked, polarity=polarity, domain=domain, source=self.source, line=line, id=id, counterfactuals=edited))
+
+    def polarity(self, label: object) -> Polarity | None:
+        """The polarity that `label` means here; None for `conflict` and `mixed`."""
+        text = str(label).strip()
+        if text in self.labels:
+            return Polarity.parse(self.labels[text])
+        if text.lstrip("+-").isdigit():
+            self._numbers.add(text)
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise DataError(f"unknown label {label!r}; a word or a number is accepted")
+        return Polarity.parse(text)
+
+    def _find(self, sentence: str, aspect: str) -> Span:
+        places = occurrences(sentence, aspect)
+        if not places:
+            again = sentence.lower().find(aspect.lower())
+            hint = f"; only {sentence[again : again + len(aspect)]!r} does, and case must match" if again >= 0 else ""
+            raise DataError(f"the aspect {aspect!r} does not stand in the sentence {shortened(sentence)!r}{hint}")
+        self.ambiguous += len(places) > 1
+        terms = [p for p in places if is_whole_term(sentence, p)] or places
+        nth = self._asked[sentence, aspect]
+        self._asked[sentence, aspect] += 1
+        return terms[min(nth, len(terms) - 1)]
+
+    def _unique(self, id: str) -> str:
+        candidate, n = id, 1
+        while candidate in self._ids:
+            n += 1
+            candidate = f"{id}.{n}"
+        self._ids.add(candidate)
+        return candidate
+
+    # The end ---------------------------------------------------------------------------------------------------------------
+
+    def examples(self, sha256: str) -> Examples:
+        """All that was read, with its account.
+
+        Raises:
+            DataError: there is not one example, or the labels are numbers that could mean anything.
+        """
+        if self._numbers and "-1" not in self._numbers:
+            came = choices(sorted(self._numbers))
+            raise DataError(
+                f"the labels are bare numbers ({came}) and none is -1, so what they mean is a guess; "
+                "say it, as in labels={'0': 'negative', '1': 'neutral', '2': 'positive'}",
+                self.source,
+            )
+        if not self.items:
+            why = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items())
+            first = f"; the first: {self.problems[0]}" if self.problems else ""
+            raise DataError(f"no example could be read ({why or 'there are no records'}); at least one is needed{first}", self.source)
+        return Examples(tuple(self.items), self.source, sha256, dict(self.left_out), self.ambiguous, tuple(self.problems))
+
+
+def occurrences(sentence: str, aspect: str) -> list[Span]:
+    """Every place where the characters of `aspect` stand in `sentence`, also overlapping ones."""
+    places, start = [], sentence.find(aspect)
+    while start >= 0:
+        places.append((start, start + len(aspect)))
+        start = sentence.find(aspect, start + 1)
+    return places
+
+
+def is_whole_term(sentence: str, span: Span) -> bool:
+    """Whether no word runs on over either end of `span`."""
+    start, end = span
+    return not (start > 0 and _in_word(sentence[start - 1])) and not (end < len(sentence) and _in_word(sentence[end]))
+
+
+def _in_word(c: str) -> bool:
+    # Marks too: in decomposed or Indic text they belong to the letter before them, which \w does not know.
+    return c == "_" or unicodedata.category(c)[0] in "LMN"
+
+
+def string(value: object, name: str) -> str:
+    """`value`, if it is text that can be written down."""
+    if not isinstance(value, str):
+        raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a string is accepted")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise DataError(f"the field {name!r} holds half of a surrogate pair, {shortened(ascii(value))}; whole characters are accepted")
+    return value
+
+
+def whole(value: object, name: str) -> int:
+    """`value` as a whole number, written as one or as its digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        return int(value)
+    raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a whole number of characters is accepted")
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """`text`, cut to at most `width` characters: messages stay one readable sentence."""
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,41 @@
+"""Three lines an example: the sentence with `$T$` where the aspect stands, the aspect, and -1, 0 or 1.
+
+    $T$ is super fast , around anywhere from 35 seconds to 1 minute .
+    boot time
+    1
+
+The form in which much ABSA code keeps SemEval and Twitter data. Where `$T$` stands more than once, every one of them becomes the aspect,
+the first one is its span, and the row counts as ambiguous. Blank lines are passed over. An example begins where `$T$` is, so that after a
+record of the wrong length reading goes on at the next one.
+"""
+
+from __future__ import annotations
+
+from ..errors import DataError
+from .rows import Reading, shortened
+
+MARK = "$T$"
+
+
+def read(data: bytes, reading: Reading) -> None:
+    """Add every three-line record; its line is that of the sentence."""
+    lines = [(n, text) for n, raw in enumerate(reading.text(data).split("\n"), 1) if (text := raw.rstrip("\r")).strip()]
+    starts = [i for i, (_, text) in enumerate(lines) if MARK in text]
+    if lines and (not starts or starts[0] > 0):
+        starts.insert(0, 0)  # what stands before the first mark is a record too, and a bad one
+    for here, after in zip(starts, [*starts[1:], len(lines)], strict=True):
+        line = lines[here][0]
+        with reading.at(line):
+            _add([text for _, text in lines[here:after]], line, reading)
+
+
+def _add(record: list[str], line: int, reading: Reading) -> None:
+    if MARK not in record[0]:
+        raise DataError(f"{shortened(record[0])!r} has no {MARK}; a record is a sentence with {MARK}, the aspect, and -1, 0 or 1")
+    if len(record) != 3:
+        raise DataError(f"{len(record)} lines from here to the next {MARK}; a record is three: sentence, aspect, and -1, 0 or 1")
+    sentence, aspect, label = record[0], record[1].strip(), record[2]
+    start = sentence.index(MARK)
+    before = len(reading.items)
+    reading.add(sentence.replace(MARK, aspect), aspect, label.strip(), (start, start + len(aspect)), line)
+    reading.ambiguous += sentence.count(MARK) > 1 and len(reading.items) > before

@@ -1,0 +1,127 @@
+"""SemEval XML, both families.
+
+2014, and MAMS, whose files have the same shape:
+
+    <sentences><sentence id="81"><text>...</text><aspectTerms><aspectTerm term="food" polarity="positive" from="4" to="8"/>...
+
+2015 and 2016 (subtask 1, slots 1 to 3):
+
+    <Reviews><Review><sentences><sentence id="1:0"><text>...</text><Opinions>
+        <Opinion target="pizza" category="FOOD#QUALITY" polarity="positive" from="11" to="16"/>...
+
+An opinion whose target is NULL, or that names only a category, has no words of the sentence: it is left out and counted as
+`no aspect term`, or, with `null_targets="category"`, asked about by its category's words (`SERVICE#GENERAL` as "service",
+`FOOD#STYLE_OPTIONS` as "food style options") with no span. Every opinion is one example: where two categories of one target differ
+in polarity, `examples.duplicates` finds them.
+
+Files are read with defusedxml: one that declares entities is refused, never expanded. Lines are those of the elements in the file.
+"""
+
+from __future__ import annotations
+
+import xml.sax
+import xml.sax.handler
+from xml.etree.ElementTree import Element, TreeBuilder
+
+import defusedxml.sax
+from defusedxml.common import DefusedXmlException
+
+from ..errors import DataError
+from ..examples import Span
+from .rows import Reading, shortened, whole
+
+
+def read(data: bytes, reading: Reading) -> None:
+    """Add the aspect terms, or the opinion targets, of every sentence; their ids are `stem:sentence.term`, both counted from 1."""
+    tree = _Tree()
+    try:
+        defusedxml.sax.parseString(data, tree)
+    except DefusedXmlException as e:
+        what = f"the entity {e.name!r}" if hasattr(e, "name") else "something outside itself"
+        problem = f"the XML declares {what}; entities can expand without bound or read other files, so only XML without them is accepted"
+        raise DataError(problem, reading.source, tree.line) from None
+    except xml.sax.SAXParseException as e:
+        raise DataError(f"broken XML: {e.getMessage()}", reading.source, e.getLineNumber()) from None
+    except LookupError as e:
+        raise DataError(f"broken XML: {e}; UTF-8 is accepted", reading.source, 1) from None
+
+    root = tree.close()
+    sentences = list(root.iter("sentence"))
+    if not sentences:
+        raise DataError(
+            f"the XML begins with <{root.tag}> and holds no <sentence>; accepted: SemEval 2014 (<sentences>) and 2015/16 (<Reviews>)",
+            reading.source, tree.lines[root],
+        )  # fmt: skip
+    for n, sentence in enumerate(sentences, 1):
+        asked = [*sentence.iter("aspectTerm"), *sentence.iter("Opinion")]
+        if not asked:
+            reading.left_out["sentence without aspects"] += 1
+        for k, element in enumerate(asked, 1):
+            with reading.at(tree.lines[element]):
+                _add(sentence, element, tree.lines[element], f"{reading.stem}:{n}.{k}", reading)
+
+
+def _add(sentence: Element, element: Element, line: int, id: str, reading: Reading) -> None:
+    text = sentence.findtext("text")
+    if not text:
+        raise DataError("the sentence has no <text>, or an empty one; SemEval puts it before the aspects")
+    label = _attribute(element, "polarity")
+    if element.tag == "aspectTerm":
+        term = _attribute(element, "term")
+    elif (term := element.get("target", "NULL")) == "NULL":
+        category = _attribute(element, "category")
+        reading.polarity(label)  # an unknown label is an error even where the opinion is left out
+        if reading.null_targets == "drop":
+            reading.left_out["no aspect term"] += 1
+        else:
+            reading.add(text, _category_words(category), label, None, line, id)
+        return
+    span = (whole(_attribute(element, "from"), "from"), whole(_attribute(element, "to"), "to"))
+    reading.add(text, _as_in(text, span, term), label, span, line, id)
+
+
+def _attribute(element: Element, name: str) -> str:
+    if (value := element.get(name)) is None:
+        came = ", ".join(element.keys()) or "no attribute at all"
+        raise DataError(f"<{element.tag}> has no attribute {name!r}; there are: {came}")
+    return value
+
+
+def _as_in(text: str, span: Span, term: str) -> str:
+    """`term` with the blanks it has in the text: XML turns line ends and tabs in an attribute into spaces, but not those in a text."""
+    found = text[slice(*span)] if 0 <= span[0] <= span[1] else ""
+    return found if found.split() == term.split() and len(found) == len(term) else term
+
+
+def _category_words(category: str) -> str:
+    words = category.lower().replace("_", " ").split("#")
+    return " ".join(w.strip() for w in words if w != "general" or len(words) == 1)
+
+
+class _Tree(xml.sax.handler.ContentHandler):
+    """Elements as ElementTree builds them, and the line on which each begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: dict[Element, int] = {}
+        self._builder = TreeBuilder()
+
+    @property
+    def line(self) -> int:
+        return self._locator.getLineNumber() or 1  # type: ignore[attr-defined]
+
+    def startElement(self, name, attrs):
+        self.lines[self._builder.start(name, dict(attrs))] = self.line
+
+    def endElement(self, name):
+        self._builder.end(name)
+
+    def characters(self, content):
+        self._builder.data(content)
+
+    def skippedEntity(self, name):
+        # Expat passes over an entity that an unread DTD may declare; the text would silently lose it, and offsets would shift.
+        raise xml.sax.SAXParseException(f"the entity &{shortened(name)}; is not known", None, self._locator)  # type: ignore[attr-defined]
+
+    def close(self) -> Element:
+        return self._builder.close()

@@ -1,0 +1,56 @@
+"""CSV and TSV with a header: columns by name, guessed or given.
+
+The names in `rows.FIELDS` are recognised, case aside; others are given as `columns={"aspect": "Term", ...}`. Offsets (`from`, `to`) are
+used where both columns are there; a row whose offsets are empty falls back on finding its aspect, as rows without offsets do. The
+delimiter is the one of comma, semicolon, tab and bar that the header holds most of. Quotes are those of CSV; a tab-separated file in which
+they do not add up is read once more with quotes as plain characters, for many such files were never quoted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from ..errors import DataError
+from .rows import Reading
+
+
+def read(data: bytes, reading: Reading) -> None:
+    """Add every row; its line is the one on which the row begins."""
+    text = reading.text(data)
+    delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    try:
+        rows = list(_rows(text, reading, delimiter, csv.QUOTE_MINIMAL))
+    except DataError:
+        if delimiter != "\t":
+            raise
+        rows = list(_rows(text, reading, delimiter, csv.QUOTE_NONE))
+    if not rows:
+        return
+    _, header = rows[0]
+    names = [name.strip() for name in header]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"the header names a column {sorted(repeated)[0]!r} more than once", reading.source, rows[0][0])
+    try:
+        reading.resolve(tuple(names))
+    except DataError as e:
+        raise DataError(e.problem, reading.source, rows[0][0]) from None  # the header is wrong for every row: nothing can be skipped
+    for line, cells in rows[1:]:
+        with reading.at(line):
+            if len(cells) != len(names):
+                raise DataError(f"{len(cells)} cells came, but the header names {len(names)} columns: {', '.join(names)}")
+            reading.add_row(dict(zip(names, cells, strict=True)), line)
+
+
+def _rows(text: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+    """Rows that hold anything, each with the line on which it begins: a quoted cell may run over several."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    begins = 1
+    try:
+        for cells in rows:
+            if any(cell.strip() for cell in cells):
+                yield begins, cells
+            begins = rows.line_num + 1
+    except csv.Error as e:
+        raise DataError(f"broken table: {e}, in the row that begins here", reading.source, begins) from None

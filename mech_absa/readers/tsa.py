@@ -1,0 +1,43 @@
+"""TSA JSON (IBM/yaso-tsa): texts with located targets.
+
+    [{"text": "...", "targets": [{"text": "Italian food", "location": {"begin": 10, "end": 22}, "sentiment": "negative"}, ...]}, ...]
+
+The same records one a line are read as well. A text with no target asks nothing, and is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DataError
+from .jsonl import json_records
+from .rows import Reading, shortened, string, whole
+
+
+def read(data: bytes, reading: Reading) -> None:
+    """Add the targets of every text; ids are `stem:text.target`, both counted from 1; the line is that of the text's record."""
+    for n, (line, parse) in enumerate(json_records(reading.text(data), reading), 1):
+        targets: list[Any] = []
+        with reading.at(line):
+            record = parse()
+            text = string(_field(record, "text", "the record"), "text")
+            targets = _field(record, "targets", "the record")
+            if not isinstance(targets, list):
+                targets, came = [], targets
+                raise DataError(f"'targets' holds {shortened(repr(came))}; a list of objects is accepted")
+            if not targets:
+                reading.left_out["sentence without aspects"] += 1
+        for k, target in enumerate(targets, 1):
+            with reading.at(line):
+                location = _field(target, "location", "a target")
+                begin, end = (whole(_field(location, name, "a location"), name) for name in ("begin", "end"))
+                term = string(_field(target, "text", "a target"), "text")
+                reading.add(text, term, _field(target, "sentiment", "a target"), (begin, end), line, f"{reading.stem}:{n}.{k}")
+
+
+def _field(record: Any, name: str, what: str) -> Any:
+    if not isinstance(record, dict):
+        raise DataError(f"{what} is {shortened(repr(record))}; a JSON object is accepted")
+    if name not in record:
+        raise DataError(f"{what} has no field {name!r}; there are: {', '.join(record) or 'none'}")
+    return record[name]

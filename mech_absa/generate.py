@@ -198,9 +198,9 @@ DOMAINS: dict[str, Domain] = {
             (
                 _group(
                     "pasta, pizza, soup, salad, steak, wine, dessert, bread, sushi, chicken, burger, coffee, beer/s, fries/s, "
-                    "noodles/s, oysters/s, "
-                    "wine list, lunch special, tuna roll, chocolate cake, spring rolls/s, fried rice, goat cheese salad, house red "
-                    "wine "
+                    "noodles/s, "
+                    "oysters/s, wine list, lunch special, tuna roll, chocolate cake, spring rolls/s, fried rice, goat cheese salad, "
+                    "house red wine "
                     "| curry, shrimp, dumplings/s, onion soup, lobster bisque, grilled fish",
                     "tasty delicious fresh juicy", "bland stale soggy greasy", "italian seasonal local warm",
                 ),
@@ -226,7 +226,8 @@ DOMAINS: dict[str, Domain] = {
                 _group(
                     "screen, keyboard, battery, trackpad, hinge, speakers/s, webcam, fan, charger, hard drive, graphics card, usb "
                     "ports/s, display panel, "
-                    " power cord, touch screen display, lid, case, processor, built in camera | memory, mouse pad, cooling fan, optical drive",
+                    " power cord, touch screen display, lid, case, processor, built in camera "
+                    "| memory, mouse pad, cooling fan, optical drive",
                     "fast sturdy sharp reliable", "slow flimsy noisy faulty", "black silver removable wide",
                 ),
                 _group(
@@ -253,7 +254,8 @@ DOMAINS: dict[str, Domain] = {
                 _group(
                     "camera, phone, player, router, lens, zoom, flash, antenna, earbuds/s, headphones/s, buttons/s, remote control, "
                     "memory card, lcd screen, "
-                    " scroll wheel, battery pack, viewfinder, belt clip, carrying case, volume knob | tripod mount, dial, speakerphone, front panel",
+                    " scroll wheel, battery pack, viewfinder, belt clip, carrying case, volume knob "
+                    "| tripod mount, dial, speakerphone, front panel",
                     "crisp durable handy", "fragile blurry clumsy", "metal compact white",
                 ),
                 _group(

@@ -1,0 +1,143 @@
+"""Reading and writing activations of a `HookedTransformer`: the only place that adds hooks.
+
+Two context managers, both of which remove exactly the hooks they added, also after an exception, and leave those of an outer context
+alone:
+
+    with capture(model, [Site(3, "resid_post")]) as seen:  ...      seen[site] is the activation of the last forward pass
+    with intervene(model, {site: fn}, times=1):            ...      activation -> fn(activation)
+
+A function given to `intervene` returns a new tensor and never writes into the one it was given, so that caches and gradients stay honest.
+Hooks that never fire, or fire twice, are the classic way to publish a wrong heat map in silence: every hook counts its firings, and
+leaving `intervene` with another count than planned is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import HookError, SiteError
+from .sites import Site
+
+Edit = Callable[[Tensor], Tensor]
+"""Activation -> activation of the same shape."""
+
+
+def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
+    """The hook point of a site.
+
+    Raises:
+        SiteError: the model has none of that name.
+    """
+    try:
+        return hooked.mod_dict[site.hook_name]
+    except KeyError:
+        raise SiteError(f"site {site} does not exist: the model has no hook {site.hook_name}") from None
+
+
+def _select(site: Site, activation: Tensor) -> Tensor:
+    return activation if site.head is None else activation[:, :, site.head]
+
+
+def _replace(site: Site, activation: Tensor, new: Tensor) -> Tensor:
+    if site.head is None:
+        return new
+    heads = list(activation.unbind(2))
+    heads[site.head] = new
+    return torch.stack(heads, dim=2)
+
+
+class _Counted:
+    """A forward hook that counts."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor | None]):
+        self.fn, self.fired = fn, 0
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        self.fired += 1
+        return self.fn(output)
+
+
+@contextlib.contextmanager
+def hooked_at(points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]], times: int | None = None, what: str = "a hook") -> Iterator[list[int]]:
+    """Forward hooks on modules, output -> output (None keeps it), for as long as the block lasts.
+
+    Args:
+        points: (module, function) in the order they are to run.
+        times: how often each must have fired by the end; None does not check.
+        what: names the hooks in the error.
+
+    Raises:
+        HookError: one fired another number of times.
+    """
+    counted: list[_Counted] = []
+    handles = []
+    firings: list[int] = []
+    try:
+        for module, fn in points:
+            counted.append(_Counted(fn))
+            handles.append(module.register_forward_hook(counted[-1]))
+        yield firings
+    finally:
+        for handle in handles:
+            handle.remove()
+        firings.extend(c.fired for c in counted)
+    if times is not None and any(n != times for n in firings):
+        raise HookError(f"{what} fired {sorted(set(firings))} times; planned was {times}")
+
+
+@contextlib.contextmanager
+def intervene(hooked: Any, interventions: Mapping[Site, Edit], times: int | None = 1) -> Iterator[None]:
+    """Replace the activation at each site by a function of itself.
+
+    Args:
+        hooked: a `HookedTransformer`.
+        interventions: site -> function; for a head it sees `[batch pos d_head]`, otherwise `[batch pos d_model]` (`[batch pos head
+            d_head]` for head kinds is never passed whole). A site's `at` is not looked at: which positions change is the function's business.
+        times: forward passes planned inside the block; None does not check.
+
+    Raises:
+        SiteError: the model has no such site.
+        HookError: a hook fired another number of times than planned.
+    """
+
+    def wrap(site: Site, fn: Edit) -> Callable[[Tensor], Tensor]:
+        return lambda activation: _replace(site, activation, fn(_select(site, activation)))
+
+    points = [(hook_point(hooked, site), wrap(site, fn)) for site, fn in interventions.items()]
+    with hooked_at(points, times, what=f"an intervention at {', '.join(map(str, list(interventions)[:3]))}"):
+        yield
+
+
+@contextlib.contextmanager
+def capture(hooked: Any, sites: Iterable[Site], grad: bool = False) -> Iterator[dict[Site, Tensor]]:
+    """The activations at `sites` of the last forward pass made inside the block.
+
+    Args:
+        hooked: a `HookedTransformer`.
+        sites: what to keep, and nothing else is kept. Heads are kept whole: ask for any head of a layer.
+        grad: keep the tensors in the graph, with their gradients after a backward pass; otherwise they are detached.
+    """
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Callable[[Tensor], None]:
+        def hook(activation: Tensor) -> None:
+            if grad:
+                activation.retain_grad()
+                seen[site] = activation
+            else:
+                seen[site] = activation.detach()
+
+        return hook
+
+    with hooked_at([(hook_point(hooked, site), keep(site)) for site in sites]):
+        yield seen
+
+
+def live_hooks(hooked: Any) -> list[str]:
+    """Names of the hook points that carry a hook right now; empty for a model that runs as it was trained."""
+    return [name for name, point in hooked.mod_dict.items() if isinstance(point, torch.nn.Module) and point._forward_hooks]

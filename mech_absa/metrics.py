@@ -1,0 +1,115 @@
+"""Scores of the labels -> one number a row.
+
+The engines read, for every row, a score of each label string: its log-probability (summed over the label's tokens), or its bare logit
+where no metric needs the normaliser. A `Metric` turns these into the number that effects are differences of. Always float32 or wider,
+whatever the model computes in.
+
+| name | formula | needs |
+|---|---|---|
+| `prob` | P(gold), over the whole vocabulary (the paper's) | normaliser |
+| `prob_label` | P(gold) / sum over the labels of P(label) | labels |
+| `logprob` | log P(gold) | normaliser |
+| `logit_diff` | score(gold) - score(foil); without a foil, minus the mean of the other labels | labels |
+| `kl` | -KL(clean || this run) over the vocabulary at the answer; 0 is the clean run | vocabulary |
+
+`prob` saturates: a restored state that moves a confident model further shows little. `logit_diff` is linear in the residual stream and
+splits into parts, but reads changes that no sampled answer would show. Report both where they disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import ConfigError, choices
+
+Need = Literal["labels", "normaliser", "vocabulary"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number a row, and what it must be given.
+
+    Attributes:
+        name: as in the table above.
+        unit: for axes and tables.
+        need: `labels` (bare label scores will do), `normaliser` (log-probabilities), `vocabulary` (the whole answer row).
+        fn: (scores [row label], gold [row], foil [row]) -> [row]; for `vocabulary`, see `kl`.
+    """
+
+    name: str
+    unit: str
+    need: Need
+    fn: Callable[..., Tensor]
+
+    def __call__(
+        self, scores: Float[Tensor, "row label"], gold: Int[Tensor, " row"], foil: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, " row"]:
+        """Scores -> the metric, one number a row.
+
+        Args:
+            scores: of every label.
+            gold: index of the right label.
+            foil: index of the label to compare with; -1 means the mean of all others.
+        """
+        return self.fn(scores.float() if scores.dtype != torch.float64 else scores, gold, foil)
+
+
+def _gold(scores: Tensor, gold: Tensor) -> Tensor:
+    return scores.gather(-1, gold[:, None]).squeeze(-1)
+
+
+def _prob(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
+    return _gold(scores, gold).exp()
+
+
+def _prob_label(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
+    return _gold(scores.softmax(-1), gold)
+
+
+def _logprob(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
+    return _gold(scores, gold)
+
+
+def _logit_diff(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
+    right = _gold(scores, gold)
+    others = (scores.sum(-1) - right) / (scores.shape[-1] - 1)
+    if foil is None:
+        return right - others
+    return right - torch.where(foil < 0, others, _gold(scores, foil.clamp(min=0)))
+
+
+def kl(logits: Float[Tensor, "row d_vocab"], clean: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    """-KL(P_clean || P) of the next token, in nats; 0 when the run answers as the clean run does."""
+    log_p, log_q = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return -(log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("prob", "probability of the gold label", "normaliser", _prob),
+        Metric("prob_label", "probability of the gold label among the labels", "labels", _prob_label),
+        Metric("logprob", "log-probability of the gold label (nats)", "normaliser", _logprob),
+        Metric("logit_diff", "logit difference, gold minus foil", "labels", _logit_diff),
+        Metric("kl", "-KL(clean || run) (nats)", "vocabulary", kl),
+    )
+}
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise ConfigError(f"unknown metric {metric!r}; accepted: {choices(METRICS)}")
+    return METRICS[metric]

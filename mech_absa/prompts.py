@@ -1,0 +1,317 @@
+"""Example -> prompt text -> tokens with roles; and the label strings that answer it.
+
+The paper asks `Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?` and expects `positive`, `negative` or
+`neutral`. The aspect stands twice in that text: inside the sentence and in the question. In a causal model only the second one can have
+read the whole sentence, so the two are never mixed up here: their tokens have the roles `aspect.*` and `query.*`.
+
+Roles come from character offsets, not from counting tokens, so that they hold for byte-level BPE and sentencepiece alike, with a BOS
+token or without, for aspects of many sub-tokens and for aspects that the sentence repeats. A token belongs to the span that its visible
+characters (blanks aside) overlap; a token that glues the aspect to a comma belongs to the aspect.
+
+Labels are strings. Their score is the summed log-probability of their tokens given the prompt, so labels of several tokens, of different
+length, or with a common first token are compared as what they are.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .axes import Ids, Roles
+from .errors import PromptError
+from .examples import Example, Polarity, Span
+from .sites import ROLES, role_indices
+
+ROLE = {name: i for i, name in enumerate(ROLES)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text asked, with the characters of every part of it.
+
+    Attributes:
+        text: the whole prompt.
+        sentence: span of the sentence.
+        aspect: span of the aspect inside the sentence; None where no words stand for it.
+        opinion: span of the opinion expression, where known.
+        queries: spans of the aspect outside the sentence, in reading order.
+        example: what it asks about.
+    """
+
+    text: str
+    sentence: Span
+    aspect: Span | None
+    opinion: Span | None
+    queries: tuple[Span, ...]
+    example: Example = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A text with one `{sentence}` and at least one `{aspect}`.
+
+    Raises:
+        PromptError: a field is missing or unknown.
+    """
+
+    text: str = "Given the sentence: '{sentence}', what is the sentiment polarity of the aspect term {aspect} ?"
+
+    def __post_init__(self):
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None]
+        except ValueError as error:
+            raise PromptError(f"template {self.text!r} does not parse ({error}); write {{{{ and }}}} for braces") from None
+        for name in fields:
+            if name not in ("sentence", "aspect"):
+                raise PromptError(f"template {self.text!r} has an unknown field {{{name}}}; accepted: {{sentence}} and {{aspect}}")
+        if fields.count("sentence") != 1:
+            raise PromptError(f"template {self.text!r} has {fields.count('sentence')} fields {{sentence}}; exactly one is needed")
+        if "aspect" not in fields:
+            raise PromptError(f"template {self.text!r} has no field {{aspect}}; the question must name the aspect at least once")
+
+    def __call__(self, example: Example) -> Prompt:
+        """The prompt that asks about `example`."""
+        text, queries, offset = "", [], 0
+        for literal, name, _, _ in string.Formatter().parse(self.text):
+            text += literal
+            if name == "sentence":
+                offset = len(text)
+                text += example.sentence
+            elif name == "aspect":
+                queries.append((len(text), len(text) + len(example.aspect)))
+                text += example.aspect
+
+        def shift(span: Span | None) -> Span | None:
+            return None if span is None else (span[0] + offset, span[1] + offset)
+
+        sentence = (offset, offset + len(example.sentence))
+        return Prompt(text, sentence, shift(example.span), shift(example.opinion), tuple(queries), example)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token sequences, padded on the right.
+
+    In a causal model padding on the right cannot reach the tokens before it, so no attention mask is needed and a batch gives what its
+    rows give one by one.
+
+    Attributes:
+        ids: token ids.
+        roles: index into `ROLES` of every token; -1 where there is only padding.
+        lengths: real tokens of each row.
+    """
+
+    ids: Ids
+    roles: Roles
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def stack(cls, batch: Sequence[Tokens], pad_id: int = 0) -> Tokens:
+        """Several batches as one."""
+        width = max(max(t.lengths) for t in batch)
+
+        def grow(x: torch.Tensor, value: int) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)[:, :width]
+
+        return cls(
+            torch.cat([grow(t.ids, pad_id) for t in batch]),
+            torch.cat([grow(t.roles, -1) for t in batch]),
+            tuple(n for t in batch for n in t.lengths),
+        )
+
+    def positions(self, at: str | int | None, row: int = 0) -> list[int]:
+        """Positions of a role, of a role group, of one absolute position (negative from the end), or all (None)."""
+        n = self.lengths[row]
+        if at is None:
+            return list(range(n))
+        if isinstance(at, int):
+            return [at % n] if -n <= at < n else []
+        wanted = set(role_indices(at))
+        return [i for i, r in enumerate(self.roles[row, :n].tolist()) if r in wanted]
+
+
+def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokens:
+    """The tokens of one prompt (a batch of one) and what each is for.
+
+    Args:
+        prompt: the text and its parts.
+        tokenizer: a fast Hugging Face tokenizer (character offsets are needed).
+        bos: put the beginning-of-sequence token first; None does what the tokenizer does by itself.
+
+    Raises:
+        PromptError: the tokenizer has no offsets, or no BOS token where one was asked for.
+    """
+    ids, offsets = _ids_and_offsets(tokenizer, prompt.text)
+    roles = _roles(prompt, offsets)
+    if adds_bos(tokenizer) if bos is None else bos:
+        if tokenizer.bos_token_id is None:
+            raise PromptError(f"a BOS token was asked for, but the tokenizer {tokenizer.name_or_path!r} has none")
+        ids, roles = [tokenizer.bos_token_id, *ids], [ROLE["template"], *roles]
+    if not ids:
+        raise PromptError("the prompt is empty")
+    roles[-1] = ROLE["answer"]
+    return Tokens(torch.tensor([ids]), torch.tensor([roles]), (len(ids),))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS token first when left alone."""
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a").input_ids
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    if not getattr(tokenizer, "is_fast", False):
+        raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} gives no character offsets; a fast tokenizer (tokenizer.json) is needed")
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]]
+
+
+def _roles(prompt: Prompt, offsets: list[Span]) -> list[int]:
+    """The role of every token, by the span its visible characters overlap."""
+    visible = [_visible(prompt.text, span) for span in offsets]
+
+    def inside(span: Span | None) -> list[int]:
+        if span is None:
+            return []
+        start, end = span
+        return [i for i, (a, b) in enumerate(visible) if a < end and b > start]
+
+    roles = [ROLE["template"]] * len(offsets)
+    sentence, aspect = inside(prompt.sentence), inside(prompt.aspect)
+    for i in sentence:
+        roles[i] = ROLE["after"] if aspect and i > aspect[-1] else ROLE["before"]
+    for i in inside(prompt.opinion):
+        roles[i] = ROLE["opinion"]
+    # Last, so that a token shared with the opinion or the template counts as the aspect's.
+    for tokens, name in [(aspect, "aspect"), *((inside(q), "query") for q in prompt.queries)]:
+        for i in tokens:
+            roles[i] = ROLE[f"{name}.middle"]
+        if tokens:
+            roles[tokens[0]] = ROLE[f"{name}.first"]
+            roles[tokens[-1]] = ROLE[f"{name}.last"]
+    return roles
+
+
+def _visible(text: str, span: Span) -> Span:
+    """The span without outer blanks; unchanged where it is all blank.
+
+    Tokenizers disagree on whether a word's leading blank belongs to it; its visible characters are what it says.
+    """
+    start, end = span
+    inner = text[start:end].strip()
+    if not inner:
+        return span
+    start += text[start:end].index(inner)
+    return start, start + len(inner)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Label strings that can be scored by one run of `prompt + tokens`.
+
+    A label of k tokens is read at the last position of the prompt and the k-1 positions after it. Labels of one token share the empty
+    continuation, so the usual three labels cost a single run.
+
+    Attributes:
+        tokens: appended to the prompt (the label without its last token).
+        labels: (index of the label, its token ids), every label that this run scores.
+    """
+
+    tokens: tuple[int, ...]
+    labels: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def reads(self) -> int:
+        """How many of the last positions are read."""
+        return len(self.tokens) + 1
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """Polarity -> the string that names it.
+
+    Attributes:
+        words: polarity -> label string.
+        separator: between prompt and label. The authors glue the label on without one; a blank makes the ordinary word of most tokenizers.
+    """
+
+    words: tuple[tuple[Polarity, str], ...] = tuple((p, p.value) for p in Polarity)
+    separator: str = " "
+
+    def __post_init__(self):
+        if len(self.words) < 2:
+            raise PromptError(f"{len(self.words)} label was given; at least two are needed to tell apart")
+        if empty := [p.value for p, w in self.words if not w.strip()]:
+            raise PromptError(f"the label of {empty[0]} is empty; a word is needed")
+
+    @classmethod
+    def of(cls, words: dict[str, str] | Iterable[str], separator: str = " ") -> Verbalizer:
+        """From `{"positive": "good", ...}`, or from words in the order positive, negative, neutral.
+
+        Raises:
+            PromptError: a polarity is unknown.
+        """
+        if not isinstance(words, dict):
+            words = dict(zip((p.value for p in Polarity), words, strict=False))
+        known = {p.value: p for p in Polarity}
+        for name in words:
+            if name not in known:
+                raise PromptError(f"a label was given for {name!r}; accepted: {', '.join(known)}")
+        return cls(tuple((known[name], word) for name, word in words.items()), separator)
+
+    @cached_property
+    def polarities(self) -> tuple[Polarity, ...]:
+        return tuple(p for p, _ in self.words)
+
+    def index(self, polarity: Polarity) -> int:
+        """Which label names this polarity.
+
+        Raises:
+            PromptError: none does.
+        """
+        try:
+            return self.polarities.index(polarity)
+        except ValueError:
+            raise PromptError(f"no label for {polarity.value}; labels were given for {', '.join(p.value for p in self.polarities)}") from None
+
+    def label_ids(self, tokenizer: Any, template: PromptTemplate | None = None) -> list[tuple[int, ...]]:
+        """Token ids of each label, as they follow a prompt.
+
+        Raises:
+            PromptError: two labels tokenise alike, one begins the other, or a label melts into the prompt's last token.
+        """
+        probe = (template or PromptTemplate())(Example("it was fine .", "it", Polarity.NEUTRAL, (0, 2))).text
+        base, _ = _ids_and_offsets(tokenizer, probe)
+        found: list[tuple[int, ...]] = []
+        for _, word in self.words:
+            ids, _ = _ids_and_offsets(tokenizer, probe + self.separator + word)
+            if ids[: len(base)] != base:
+                raise PromptError(
+                    f"the label {self.separator + word!r} melts into the last token of the prompt {probe[-20:]!r}; "
+                    "end the template with a blank or a punctuation mark, or change the separator"
+                )
+            found.append(tuple(ids[len(base) :]))
+        for i, a in enumerate(found):
+            for j, b in enumerate(found):
+                if i != j and a == b[: len(a)]:
+                    how = "tokenise alike" if a == b else "cannot be told apart, since the tokens of one begin the other"
+                    words = f"{self.words[i][1]!r} and {self.words[j][1]!r}"
+                    raise PromptError(f"the labels {words} {how} (ids {list(a)} and {list(b)}); choose labels with different tokens")
+        return found
+
+    def continuations(self, tokenizer: Any, template: PromptTemplate | None = None) -> tuple[Continuation, ...]:
+        """The runs that score all labels; one where every label is a single token."""
+        groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+        for index, ids in enumerate(self.label_ids(tokenizer, template)):
+            groups.setdefault(ids[:-1], []).append((index, ids))
+        return tuple(Continuation(tokens, tuple(labels)) for tokens, labels in groups.items())

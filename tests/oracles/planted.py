@@ -208,9 +208,8 @@ def random_planted(seed: int, dead: bool = False, dtype: torch.dtype = torch.flo
     hops = int(rng.integers(1, 4))
     *stops, distractor, aspect = (int(p) for p in rng.permutation(np.arange(1, n_pos - 1))[: hops + 2])
     stops = [*sorted(stops), n_pos - 1]
-    kinds = [kind for _ in range(hops) for kind in (["mlp"] if rng.random() < 0.3 else []) + ["head"]] + (
-        ["mlp"] if rng.random() < 0.6 else []
-    )
+    kinds = [kind for _ in range(hops) for kind in (["mlp"] if rng.random() < 0.3 else []) + ["head"]]
+    kinds += ["mlp"] if rng.random() < 0.6 or dead else []
     while True:  # layers that put the steps in order
         layers = [int(layer) for layer in np.sort(rng.integers(0, n_layers, len(kinds)))]
         times = [2 * layer + (kind == "mlp") for layer, kind in zip(layers, kinds, strict=True)]

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -151,7 +151,7 @@ def _home() -> TemporaryDirectory:
     return TemporaryDirectory(prefix="tiny-models-")  # removed when the process ends
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_folder(arch: str, seed: int = 0) -> Path:
     """The folder of the architecture's tiny model: made at the first call, shared by all others, not to be written to."""
     return save_tiny(arch, Path(_home().name) / f"{ARCHITECTURES.index(arch)}-{seed}", seed)  # a path that names no architecture

@@ -66,6 +66,7 @@ class Reading:
         null_targets: `drop` leaves out aspects that no words stand for; `category` asks about them by their category's words.
         columns: field (a key of `FIELDS`, or `id`) -> the name it has in this source, where the guess would be wrong.
         labels: label as it stands in the source -> the polarity it means, where the usual spellings do not say.
+        signed: the format itself says that its numbers are -1, 0 and 1.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Reading:
     null_targets: str = "drop"
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    signed: bool = False
 
     items: list[Example] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -130,12 +132,12 @@ class Reading:
 
     def _resolve(self, names: Collection[str], required: Collection[str]) -> dict[str, str]:
         came = ", ".join(names) or "no field at all"
-        found: dict[str, str] = {}
+        for name, column in self.columns.items():
+            if column not in names:
+                raise DataError(f"the field {column!r}, named as the {name}, is missing; there are: {came}")
+        found = dict(self.columns)
         for name, known_as in FIELDS.items():
-            if name in self.columns:
-                if self.columns[name] not in names:
-                    raise DataError(f"the field {self.columns[name]!r}, named as the {name}, is missing; there are: {came}")
-                found[name] = self.columns[name]
+            if name in found:
                 continue
             fits = [n for n in names if n.strip().lower().replace(" ", "_") in known_as and n not in self.columns.values()]
             if len(fits) > 1:
@@ -157,8 +159,8 @@ class Reading:
         if not aspect.strip():
             raise DataError("the aspect is empty; an aspect term of at least one character is needed")
         ends = {f: row[names[f]] for f in ("from", "to") if f in names}
-        if self.columns.get("id"):
-            id = string(row[self.columns["id"]], "id")
+        if "id" in self.columns:
+            id = str(row[names["id"]])
         domain = row.get(names.get("domain", ""))
         span: Span | None
         if len(ends) == 1:
@@ -237,7 +239,7 @@ class Reading:
         Raises:
             DataError: there is not one example, or the labels are numbers that could mean anything.
         """
-        if self._numbers and "-1" not in self._numbers:
+        if self._numbers and "-1" not in self._numbers and not self.signed:
             came = choices(sorted(self._numbers))
             raise DataError(
                 f"the labels are bare numbers ({came}) and none is -1, so what they mean is a guess; "

@@ -19,6 +19,7 @@ MARK = "$T$"
 
 def read(data: bytes, reading: Reading) -> None:
     """Add every three-line record; its line is that of the sentence."""
+    reading.signed = True
     lines = [(n, text) for n, raw in enumerate(reading.text(data).split("\n"), 1) if (text := raw.rstrip("\r")).strip()]
     starts = [i for i, (_, text) in enumerate(lines) if MARK in text]
     if lines and (not starts or starts[0] > 0):

@@ -24,7 +24,7 @@ import xml.sax.handler
 from xml.etree.ElementTree import Element, TreeBuilder
 
 import defusedxml.sax
-from defusedxml.common import DefusedXmlException
+from defusedxml.common import DefusedXmlException, EntitiesForbidden
 
 from ..errors import DataError
 from ..examples import Span
@@ -37,8 +37,8 @@ def read(data: bytes, reading: Reading) -> None:
     try:
         defusedxml.sax.parseString(data, tree)
     except DefusedXmlException as e:
-        what = f"the entity {e.name!r}" if hasattr(e, "name") else "something outside itself"
-        problem = f"the XML declares {what}; entities can expand without bound or read other files, so only XML without them is accepted"
+        what = f"declares the entity {e.name!r}" if isinstance(e, EntitiesForbidden) else "refers to a file outside itself"
+        problem = f"the XML {what}; entities can expand without bound and read other files, so only XML without them is accepted"
         raise DataError(problem, reading.source, tree.line) from None
     except xml.sax.SAXParseException as e:
         raise DataError(f"broken XML: {e.getMessage()}", reading.source, e.getLineNumber()) from None
@@ -121,7 +121,7 @@ class _Tree(xml.sax.handler.ContentHandler):
 
     def skippedEntity(self, name):
         # Expat passes over an entity that an unread DTD may declare; the text would silently lose it, and offsets would shift.
-        raise xml.sax.SAXParseException(f"the entity &{shortened(name)}; is not known", None, self._locator)  # type: ignore[attr-defined]
+        raise xml.sax.SAXParseException(f"the entity {shortened(name)!r} is not known", None, self._locator)  # type: ignore[attr-defined]
 
     def close(self) -> Element:
         return self._builder.close()

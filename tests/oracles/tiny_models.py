@@ -85,7 +85,9 @@ def _config(arch: str, vocab_size: int) -> transformers.PretrainedConfig:
         "tie_word_embeddings": False,
     }
     if arch == "gpt2":
-        return transformers.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=4, n_head=4, n_positions=256)
+        return transformers.GPT2Config(
+            vocab_size=vocab_size, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+        )
     if arch == "llama":
         return transformers.LlamaConfig(**llama_like, rope_theta=5000.0, rms_norm_eps=1e-5)
     if arch == "pythia":

@@ -114,7 +114,9 @@ def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"there is no such file; {_near(path)}", reading.source) from None
+        hub_id = len(path.parts) == 2 and not path.suffix and not path.parent.exists()
+        hint = f"; a data set on the hub is written hf:{path}" if hub_id else ""
+        raise DataError(f"there is no such file; {_near(path)}{hint}", reading.source) from None
     except OSError as e:
         raise DataError(f"the file cannot be read ({e.strerror}); a readable file is accepted", reading.source) from None
     if not data.removeprefix(b"\xef\xbb\xbf").strip():

@@ -30,9 +30,8 @@ def read(name: str, reading: Reading, split: str | None = None, subset: str | No
     if reading.columns:
         reading.resolve(dataset.column_names, required=[f for f in reading.columns if f in FIELDS])
     nested = _nested_column(dataset, reading)
-    names_of = {c: feature.names for c, feature in dataset.features.items() if hasattr(feature, "names")}
     for n, row in enumerate(dataset, 1):
-        row = {c: names_of[c][v] if c in names_of and isinstance(v, int) and v >= 0 else v for c, v in row.items()}
+        row = _named(dict(dataset.features), row)
         if nested is None:
             with reading.at(n):
                 reading.add_row(_filled(row), n)
@@ -62,7 +61,7 @@ def _load(name: str, source: str, split: str | None, subset: str | None) -> Data
         if folder.is_dir():
             inside = sorted(p.name for p in folder.iterdir())
             holds = f" (it holds {', '.join(inside[:8]) + (', ...' if len(inside) > 8 else '') or 'nothing'})"
-        accepted = "a folder of save_to_disk or of csv, json or parquet files, or the id of a public data set on the hub"
+        accepted = "one file, a folder of save_to_disk or of csv, json or parquet files, or the id of a public data set on the hub"
         raise DataError(f"no data set could be loaded from it{holds}: {why}; accepted: {accepted}", source) from e
     if not isinstance(loaded, Mapping):
         if split is not None and split != str(loaded.split):
@@ -105,6 +104,18 @@ def _list_columns(dataset: Dataset) -> dict[str, list[str]]:
 
 def _known(name: str, as_field: str) -> bool:
     return name.strip().lower().replace(" ", "_") in FIELDS[as_field]
+
+
+def _named(feature: Any, value: Any) -> Any:
+    """`value` with class numbers as their names, at any depth; -1 is how `datasets` writes that there is none."""
+    if isinstance(value, int) and (names := getattr(feature, "names", None)):
+        return names[value] if value >= 0 else None
+    if isinstance(value, dict):
+        return {k: _named(feature[k], v) for k, v in value.items()}
+    if isinstance(value, list):
+        inside = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_named(inside, v) for v in value]
+    return value
 
 
 def _as_dicts(value: Any) -> list[dict[str, Any]]:

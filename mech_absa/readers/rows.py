@@ -36,6 +36,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Field of a flat record -> the names it is known by (case, outer blanks and blank or underscore aside)."""
 
+NULL = "NULL"
+"""What SemEval 2015/16 writes for the target of an opinion that no words of the sentence stand for."""
+
 REQUIRED = ("sentence", "aspect", "polarity")
 
 _DOMAINS = {
@@ -158,6 +161,9 @@ class Reading:
         sentence, aspect = (string(row[names[f]], names[f]) for f in ("sentence", "aspect"))
         if not aspect.strip():
             raise DataError("the aspect is empty; an aspect term of at least one character is needed")
+        if aspect == NULL and NULL not in sentence:
+            self.add_null_target(sentence, string(row.get("category"), "category"), row[names["polarity"]], line, id)
+            return
         ends = {f: row[names[f]] for f in ("from", "to") if f in names}
         if "id" in self.columns:
             id = str(row[names["id"]])
@@ -199,6 +205,16 @@ class Reading:
         id, domain = self._unique(id or f"{self.stem}:{line}"), domain or self.domain
         edited = tuple(replace(c, id=f"{id}~{n}", domain=domain) for n, c in enumerate(counterfactuals, 1))
         self.items.append(replace(asked, polarity=polarity, domain=domain, source=self.source, line=line, id=id, counterfactuals=edited))
+
+    def add_null_target(self, sentence: str, category: str, label: object, line: int, id: str = "") -> None:
+        """Count an opinion whose target is NULL, or ask about its category (`FOOD#STYLE_OPTIONS`: "food style options")."""
+        words = category.lower().replace("_", " ").split("#")
+        aspect = " ".join(w for w in words if w != "general" or len(words) == 1)
+        if self.null_targets == "category":
+            self.add(sentence, aspect, label, None, line, id)
+        else:
+            self.polarity(label)  # an unknown label is an error even where the opinion is left out
+            self.left_out["no aspect term"] += 1
 
     def polarity(self, label: object) -> Polarity | None:
         """The polarity that `label` means here; None for `conflict` and `mixed`."""
@@ -286,7 +302,7 @@ def whole(value: object, name: str) -> int:
     """`value` as a whole number, written as one or as its digits."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 20:
         return int(value)
     raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a whole number of characters is accepted")
 

@@ -34,7 +34,9 @@ def _add(record: list[str], line: int, reading: Reading) -> None:
     if MARK not in record[0]:
         raise DataError(f"{shortened(record[0])!r} has no {MARK}; a record is a sentence with {MARK}, the aspect, and -1, 0 or 1")
     if len(record) != 3:
-        raise DataError(f"{len(record)} lines from here to the next {MARK}; a record is three: sentence, aspect, and -1, 0 or 1")
+        raise DataError(
+            f"the record that begins here has {len(record)} of the three lines; it is a sentence with {MARK}, the aspect, and -1, 0 or 1"
+        )
     sentence, aspect, label = record[0], record[1].strip(), record[2]
     start = sentence.index(MARK)
     before = len(reading.items)

@@ -28,7 +28,7 @@ from defusedxml.common import DefusedXmlException, EntitiesForbidden
 
 from ..errors import DataError
 from ..examples import Span
-from .rows import Reading, shortened, whole
+from .rows import NULL, Reading, shortened, whole
 
 
 def read(data: bytes, reading: Reading) -> None:
@@ -68,13 +68,8 @@ def _add(sentence: Element, element: Element, line: int, id: str, reading: Readi
     label = _attribute(element, "polarity")
     if element.tag == "aspectTerm":
         term = _attribute(element, "term")
-    elif (term := element.get("target", "NULL")) == "NULL":
-        category = _attribute(element, "category")
-        reading.polarity(label)  # an unknown label is an error even where the opinion is left out
-        if reading.null_targets == "drop":
-            reading.left_out["no aspect term"] += 1
-        else:
-            reading.add(text, _category_words(category), label, None, line, id)
+    elif (term := element.get("target", NULL)) == NULL:
+        reading.add_null_target(text, _attribute(element, "category"), label, line, id)
         return
     span = (whole(_attribute(element, "from"), "from"), whole(_attribute(element, "to"), "to"))
     reading.add(text, _as_in(text, span, term), label, span, line, id)
@@ -91,11 +86,6 @@ def _as_in(text: str, span: Span, term: str) -> str:
     """`term` with the blanks it has in the text: XML turns line ends and tabs in an attribute into spaces, but not those in a text."""
     found = text[slice(*span)] if 0 <= span[0] <= span[1] else ""
     return found if found.split() == term.split() and len(found) == len(term) else term
-
-
-def _category_words(category: str) -> str:
-    words = category.lower().replace("_", " ").split("#")
-    return " ".join(w.strip() for w in words if w != "general" or len(words) == 1)
 
 
 class _Tree(xml.sax.handler.ContentHandler):

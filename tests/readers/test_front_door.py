@@ -124,6 +124,10 @@ def test_a_missing_file_offers_its_neighbours(write, tmp_path):
         load_examples(missing)
     with pytest.raises(DataError, match=r"there is no such file; there is no folder .*nowhere either"):
         load_examples(tmp_path / "nowhere" / "x.json")
+    with pytest.raises(
+        DataError, match=r"no-owner/no-name: there is no such file; .*; a data set on the hub is written hf:no-owner/no-name$"
+    ):
+        load_examples("no-owner/no-name")
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match=r"the folder .*void is empty"):
         load_examples(tmp_path / "void" / "x.json")
@@ -148,7 +152,7 @@ def test_bytes_that_are_not_utf8_are_named(write, suffix):
 def test_a_format_that_cannot_be_told_is_named(write):
     with pytest.raises(
         DataError,
-        match=r"x: the format cannot be told from the name or the content; .* one of jsonl, semeval, seg, table or tsa",
+        match=r"the format cannot be told from the name or the content; .* one of jsonl, semeval, seg, table or tsa",
     ):
         load_examples(write("x", "once upon a time, there was tea\n"))
 
@@ -174,6 +178,7 @@ def test_a_hub_name_that_says_two_splits():
 
 def test_reading_needs_neither_torch_nor_datasets(write):
     path = write("x.json", PAPER)
-    program = f"import sys; from mech_absa.readers import load_examples; load_examples({path!r}); print(*sorted({{'torch', 'datasets'}} & set(sys.modules)))"
+    program = f"import sys; from mech_absa.readers import load_examples; load_examples({path!r})\n"
+    program += "print(*sorted({'torch', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

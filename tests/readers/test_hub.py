@@ -49,6 +49,16 @@ def test_class_numbers_are_read_by_their_names(tmp_path):
     assert [e.polarity for e in examples] == [POS, NEU, NEG]
 
 
+def test_class_numbers_inside_a_list_and_no_class_at_all(tmp_path):
+    names = datasets.ClassLabel(names=["negative", "neutral", "positive"])
+    features = datasets.Features({"text": datasets.Value("string"), "aspects": [{"term": datasets.Value("string"), "polarity": names}]})
+    columns = {"text": ["my tea", "my cup"], "aspects": [[{"term": "tea", "polarity": 0}], [{"term": "cup", "polarity": -1}]]}
+    examples = load_examples(path := saved(tmp_path, columns, features), skip_bad=True)
+    assert [(e.span, e.polarity) for e in examples] == [((3, 6), NEG)]
+    # -1 is how the library writes that a row has no class: taken as a number it would be negative.
+    assert examples.problems[0].startswith(f"{path}:2: unknown label ''")
+
+
 def test_bare_class_numbers_need_a_word(tmp_path):
     path = saved(tmp_path, {**FLAT, "label": [1, 1, 0]})
     with pytest.raises(DataError, match="bare numbers"):
@@ -127,9 +137,7 @@ def test_columns_that_are_no_questions_are_named(tmp_path):
 
 def test_a_folder_that_is_no_data_set_is_named(tmp_path):
     (tmp_path / "notes.xyz").write_text("x")
-    with pytest.raises(
-        DataError, match=r"no data set could be loaded from it \(it holds .*notes\.xyz\): .*; accepted: a folder of save_to_disk"
-    ):
+    with pytest.raises(DataError, match=r"no data set could be loaded from it \(it holds .*notes\.xyz\): .*; accepted: one file"):
         load_examples(tmp_path)
 
 

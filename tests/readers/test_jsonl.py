@@ -216,6 +216,7 @@ BAD = [
     (json.dumps({**OFFSETS, "from": 10, "to": 4}), "aspect offsets 10..4 do not fit", ""),
     (json.dumps({**OFFSETS, "from": 3}), "offsets 3..10 give ' screen', but the aspect is 'screen'", ""),
     (json.dumps({**OFFSETS, "from": 4.5}), "the field 'from' holds 4.5", "a whole number of characters is accepted"),
+    (json.dumps({**OFFSETS, "from": "9" * 5000}), "the field 'from' holds '999", "whole number"),
     (json.dumps({**OFFSETS, "from": True}), "the field 'from' holds True", "whole number"),
     (json.dumps({k: v for k, v in OFFSETS.items() if k != "to"}), "offsets need both 'from' and 'to'; only from came", ""),
     (json.dumps({**OFFSETS, "opinion": [14, 99]}), "opinion offsets 14..99 do not fit", ""),

@@ -49,8 +49,8 @@ def test_offsets_of_any_text_come_back(tmp_path_factory, rows):
 
 GOOD = "nice $T$\nfood\n1\n"
 BAD = [
-    ("bad $T$\nfood\n", "2 lines from here to the next $T$; a record is three: sentence, aspect, and -1, 0 or 1"),
-    ("bad $T$\nfood\n1\nstray\n", "4 lines from here to the next $T$"),
+    ("bad $T$\nfood\n", "the record that begins here has 2 of the three lines; it is a sentence with $T$, the aspect, and -1, 0 or 1"),
+    ("bad $T$\nfood\n1\nstray\n", "the record that begins here has 4 of the three lines"),
     ("bad $T$\nfood\n2\n", "unknown label '2'; accepted: positive/pos/1"),
 ]
 

@@ -43,6 +43,13 @@ def test_the_delimiter_is_told_from_the_header(write, delimiter):
     assert load_examples(write("y.txt", out.getvalue()))[0].span == (2, 5)
 
 
+def test_null_targets_in_a_table(write):
+    path = write("x.csv", "text,target,category,polarity\nslow,NULL,SERVICE#GENERAL,negative\na NULL tea,NULL,FOOD#QUALITY,neutral\n")
+    dropped = load_examples(path)
+    assert [e.span for e in dropped] == [(2, 6)] and dropped.left_out == {"no aspect term": 1}
+    assert [(e.aspect, e.span) for e in load_examples(path, null_targets="category")] == [("service", None), ("NULL", (2, 6))]
+
+
 def test_tsv_that_was_never_quoted(write):
     examples = load_examples(write("x.tsv", 'text\taspect\tlabel\n"typical" food , 5" wide\tfood\tneg\n'))
     assert (examples[0].sentence, examples[0].span) == ('"typical" food , 5" wide', (10, 14))

@@ -176,7 +176,7 @@ def _read_hub(source: str, split: str | None, subset: str | None, reading: Calla
             raise ConfigError(f"{source} names the split {named!r} and split names {split!r}; give one")
         split = split or named or None
         parts = name.split("/")
-        if not 1 <= len(parts) <= 2 or not all(parts):
+        if not os.path.isdir(name) and not (1 <= len(parts) <= 2 and all(parts)):
             raise DataError("no id of a data set; accepted: hf:OWNER/NAME or hf:OWNER/NAME:SPLIT", source)
     elif not os.path.isdir(name):
         raise DataError(f"there is no such folder; {_near(Path(name))}; accepted too: hf:OWNER/NAME", source)

@@ -53,6 +53,22 @@ def test_a_term_in_no_word_of_its_own_is_still_found(write):
     assert examples.ambiguous == 0
 
 
+def test_the_nth_place_also_where_no_term_is_whole(write):
+    rows = [("notebooks and macbooks", "book", p) for p in ("Pos", "Neg", "Neu")]
+    assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [(4, 8), (17, 21), (17, 21)]
+
+
+@pytest.mark.parametrize(("sentence", "span"), [
+    ("cafe\u0301 or cafe", (9, 13)),  # an accent that stands by itself belongs to its letter
+    ("cafe_x or cafe", (10, 14)),
+    ("cafe2 or cafe", (9, 13)),
+    ("cafe's or cafe", (0, 4)),
+    ("cafe-bar or cafe", (0, 4)),
+])  # fmt: skip
+def test_what_ends_a_word(write, sentence, span):
+    assert load_examples(write("x.json", paper((sentence, "cafe", "Pos"))))[0].span == span
+
+
 def test_other_sentences_do_not_advance_the_count(write):
     rows = [("the bar by the bar", "bar", "Pos"), ("another bar , no bar", "bar", "Pos"), ("the bar by the bar", "bar", "Neg")]
     assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [(4, 7), (8, 11), (15, 18)]

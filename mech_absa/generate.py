@@ -380,11 +380,12 @@ def review(rng: random.Random, domain: Domain, aspects: int, split: str = "train
     chosen = _aspects(rng, domain, aspects, test)
     polarities = _polarities(rng, domain, aspects)
     clauses = [_clause(rng, a, group, p, test) for (a, group), p in zip(chosen, polarities, strict=True)]
+    tones: list[Polarity | None] = [*polarities]
     if rng.random() < distractor:
         at = rng.randrange(len(clauses) + 1)
         clauses.insert(at, _distractor(rng))
-        polarities = (*polarities[:at], None, *polarities[at:])
-    return _joined(rng, domain, clauses, polarities, test)
+        tones.insert(at, None)
+    return _joined(rng, domain, clauses, tones, test)
 
 
 def _aspects(rng: random.Random, domain: Domain, n: int, test: bool) -> list[tuple[str, Group]]:
@@ -400,19 +401,18 @@ def _aspects(rng: random.Random, domain: Domain, n: int, test: bool) -> list[tup
             return chosen
 
 
-def _polarities(rng: random.Random, domain: Domain, n: int) -> tuple[Polarity | None, ...]:
+def _polarities(rng: random.Random, domain: Domain, n: int) -> list[Polarity]:
     """Drawn by the domain's weights, once more where they all agree: mixed sentences are what the task is about."""
     draw = rng.choices(tuple(Polarity), domain.weights, k=n)
     if n > 1 and len(set(draw)) == 1:
         draw = rng.choices(tuple(Polarity), domain.weights, k=n)
-    return tuple(draw)
+    return draw
 
 
 _Clause = tuple[list[str], list[Mention]]
 
 
-def _clause(rng: random.Random, aspect: str, group: Group, polarity: Polarity | None, test: bool) -> _Clause:
-    assert polarity is not None
+def _clause(rng: random.Random, aspect: str, group: Group, polarity: Polarity, test: bool) -> _Clause:
     kept = [f for f in FRAMES if f.test]
     frame = rng.choice(kept if test and rng.random() < 0.4 else [f for f in FRAMES if not f.test])
     lexicon = LEXICON[frame.slot]
@@ -451,7 +451,7 @@ def _distractor(rng: random.Random) -> _Clause:
     return text.split(), []
 
 
-def _joined(rng: random.Random, domain: Domain, clauses: list[_Clause], polarities: Sequence[Polarity | None], test: bool) -> Review:
+def _joined(rng: random.Random, domain: Domain, clauses: list[_Clause], tones: Sequence[Polarity | None], test: bool) -> Review:
     words: list[str] = []
     mentions: list[Mention] = []
 
@@ -459,20 +459,20 @@ def _joined(rng: random.Random, domain: Domain, clauses: list[_Clause], polariti
         base = len(words)
         words.extend(clause[0])
         for m in clause[1]:
-            shift = lambda s: (s[0] + base, s[1] + base)  # noqa: E731
-            mentions.append(replace(m, aspect=shift(m.aspect), opinion=shift(m.opinion), slot=m.slot + base))
+            aspect, opinion = ((start + base, end + base) for start, end in (m.aspect, m.opinion))
+            mentions.append(replace(m, aspect=aspect, opinion=opinion, slot=m.slot + base))
 
-    differ = len(polarities) > 1 and polarities[0] != polarities[1]
+    differ = len(tones) > 1 and tones[0] != tones[1]
     if rng.random() < 0.25:
         words += rng.choice(domain.openings).split()
     elif len(clauses) == 2 and differ and rng.random() < 0.2:
         words += rng.choice(OPENERS_DIFFERENT).split()
         add(clauses.pop(0))
         words.append(",")
-        polarities = polarities[1:]
+        tones = tones[1:]
     for i, clause in enumerate(clauses):
         if i:
-            joins: tuple[str, ...] = JOINS_DIFFERENT if polarities[i] != polarities[i - 1] else JOINS_SAME
+            joins: tuple[str, ...] = JOINS_DIFFERENT if tones[i] != tones[i - 1] else JOINS_SAME
             if test and rng.random() < 0.25:
                 joins = JOINS_TEST
             if i < len(clauses) - 1:

@@ -108,7 +108,16 @@ def test_train_and_test_share_no_sentence_frame_or_kept_aspect(world):
         everything = {e.sentence for e in train} | {c.sentence for e in train for c in e.counterfactuals}
         assert not everything & {e.sentence for e in test}
         text = "\n".join(e.sentence for e in train)
-        for only_test in ("to be honest", "say what you want", "what stood out", " , again , ", "found the", "honestly", "can only", "whereas"):
+        for only_test in (
+            "to be honest",
+            "say what you want",
+            "what stood out",
+            " , again , ",
+            "found the",
+            "honestly",
+            "can only",
+            "whereas",
+        ):
             assert only_test not in text, only_test
             assert any(only_test in e.sentence for e in test), only_test
         kept = {a.removesuffix("/s") for group in d.groups for a in group.test_aspects}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import ConfigError, DataError
@@ -108,6 +108,7 @@ words = st.sampled_from(["a b", "A  b", "b", " b", "c", "c d", "é", "É"])
 asked = st.builds(ask, words, words, st.sampled_from(Polarity))
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(asked, max_size=8), st.lists(asked, max_size=8))
 def test_leakage_is_what_comparing_every_pair_finds(train, test):
     def same(x: Example, y: Example) -> bool:
@@ -124,6 +125,7 @@ def test_mixed_polarity_by_hand():
     assert mixed_polarity([C1, C2, D]) == ()
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(asked, max_size=12), st.floats(0, 1), st.integers(0, 5))
 def test_a_split_keeps_every_sentence_on_one_side_and_loses_none(items, share, seed):
     first, second = split_by_sentence(items, share, seed)
@@ -156,6 +158,7 @@ def test_examples_are_a_sequence_that_keeps_its_account():
     assert list(examples.only(lambda e: e.polarity is NEG)) == [A2, B2]
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.integers(1, 9), st.integers(0, 9))
 def test_a_sample_is_drawn_without_replacement_in_file_order(n, seed):
     drawn = Examples(tuple(ALL)).sample(n, seed)

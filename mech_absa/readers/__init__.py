@@ -144,7 +144,7 @@ def _format_of(path: Path, data: bytes, reading: Reading) -> str:
         return "seg"
     if any(mark in first for mark in "\t,;|"):
         try:
-            Reading(reading.source, "", columns=reading.columns).resolve(next(iter(_header(first))))
+            Reading(reading.source, "", columns=reading.columns).resolve(_header(first))
         except DataError:
             pass
         else:
@@ -163,9 +163,8 @@ def _json_format(text: str) -> str:
     return "tsa" if isinstance(record, dict) and "targets" in record else "jsonl"
 
 
-def _header(line: str) -> list[tuple[str, ...]]:
-    delimiter = max(",;\t|", key=line.count)
-    return [tuple(cell.strip().strip('"') for cell in line.split(delimiter))]
+def _header(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip().strip('"') for cell in line.split(table.delimiter_of(line)))
 
 
 def _read_hub(source: str, split: str | None, subset: str | None, reading: Callable[..., Reading]) -> Examples:

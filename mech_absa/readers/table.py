@@ -19,7 +19,7 @@ from .rows import Reading
 def read(data: bytes, reading: Reading) -> None:
     """Add every row; its line is the one on which the row begins."""
     text = reading.text(data)
-    delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    delimiter = delimiter_of(text.lstrip().partition("\n")[0])
     try:
         rows = list(_rows(text, reading, delimiter, csv.QUOTE_MINIMAL))
     except DataError:
@@ -41,6 +41,11 @@ def read(data: bytes, reading: Reading) -> None:
             if len(cells) != len(names):
                 raise DataError(f"{len(cells)} cells came, but the header names {len(names)} columns: {', '.join(names)}")
             reading.add_row(dict(zip(names, cells, strict=True)), line)
+
+
+def delimiter_of(header: str) -> str:
+    """The one of comma, semicolon, tab and bar that `header` holds most of."""
+    return max(",;\t|", key=header.count)
 
 
 def _rows(text: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:

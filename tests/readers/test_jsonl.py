@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import DataError
@@ -152,6 +152,7 @@ def examples_with_repeats(draw):
     )
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(examples_with_repeats(), min_size=1, max_size=5))
 def test_what_is_written_reads_back(tmp_path_factory, items):
     path = write_jsonl(items, tmp_path_factory.mktemp("round") / "trip.jsonl")
@@ -168,6 +169,7 @@ def test_what_is_written_reads_back(tmp_path_factory, items):
     assert len({a.id for a in again}) == len(items)
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(examples_with_repeats(), min_size=1, max_size=5))
 def test_without_offsets_every_span_gives_its_aspect(tmp_path_factory, items):
     path = tmp_path_factory.mktemp("paper") / "x.json"
@@ -177,6 +179,7 @@ def test_without_offsets_every_span_gives_its_aspect(tmp_path_factory, items):
         assert is_whole_term(e.sentence, e.span) or not any(is_whole_term(e.sentence, p) for p in occurrences(e.sentence, e.aspect))
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(terms, letters)
 def test_occurrences_are_those_found_by_looking_everywhere(aspect, filler):
     sentence = filler + aspect + filler + aspect

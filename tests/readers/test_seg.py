@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import DataError
@@ -38,6 +38,7 @@ def test_the_format_is_told_from_the_content(write):
 plain = st.text(alphabet="ab é日😀'-\u2028", max_size=8)
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(st.tuples(plain, plain.map(str.strip).filter(bool), plain, st.sampled_from([-1, 0, 1])), min_size=1, max_size=4))
 def test_offsets_of_any_text_come_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("seg") / "x.seg"

@@ -7,7 +7,7 @@ from collections import Counter
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import DataError
@@ -101,6 +101,7 @@ def test_other_encodings_that_xml_declares(write):
 printable = st.text(alphabet=st.characters(blacklist_categories=["Cs", "Cc", "Cn"]), max_size=8)
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(before=printable, aspect=printable.filter(str.strip), between=printable, label=st.sampled_from(Polarity), second=st.booleans())
 def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, between, label, second):
     sentence = before + aspect + between + aspect

@@ -6,7 +6,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import ConfigError, DataError
@@ -72,6 +72,7 @@ def test_columns_by_name(write):
 cells = st.text(alphabet="ab,;\"'\t\n é日😀\u2028|", max_size=8)
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(
     st.lists(st.tuples(cells, cells.filter(str.strip), cells, st.sampled_from(Polarity)), min_size=1, max_size=4),
     st.sampled_from([",", "\t"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import DataError
@@ -44,6 +44,7 @@ def test_the_same_one_record_a_line(write):
 words = st.text(alphabet="ab é日😀\u2028\n", min_size=1, max_size=6).filter(str.strip)
 
 
+@settings(deadline=None)  # a slow machine is no wrong answer
 @given(st.lists(words, min_size=1, max_size=4), words, st.sampled_from([POS, NEG]))
 def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, polarity):
     # The aspect repeats: every one of its places is a target of the same text.

@@ -1,0 +1,289 @@
+"""`python -m mech_absa.evaluate`: score edits, and what other systems predicted, on any number of test files.
+
+    python -m mech_absa.evaluate --edit none bundled --data builtin:restaurant/test builtin:device/test --out runs/z
+    python -m mech_absa.evaluate --edit runs/seed0 runs/seed1 runs/seed2 --data test.xml --train-data train.xml --side-effects
+    python -m mech_absa.evaluate --predictions gpt.csv --data test.jsonl
+
+Several edits are scored one by one, and together as seeds of one method. The run leaves `scores.csv`, `predictions.parquet` and
+`run.json`; with `--compare` also `comparisons.csv`, with several edits `aggregate.csv`, with `--side-effects` `side_effects.json`.
+Everything is computed before the first file is written.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..errors import ConfigError, MechAbsaError
+from ..examples import Examples
+from ..models import Model, load_model
+from ..prompts import PromptTemplate, Verbalizer
+from ..readers import load_examples
+from ..records import RunFolder, plain, sha256_file, write_json
+from ..scoring import Applicable
+from .predictions import Decode, Predictions, predict, read_predictions
+from .scores import Scores, aggregate, compare, score
+
+FREE = ("device", "batch_size", "out")
+"""Settings that do not change a result."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score edits, and what other systems predicted, on aspect-sentiment data."""
+
+    data: tuple[str, ...]
+    """Test files, or built-in ones such as builtin:restaurant/test."""
+    edit: tuple[str, ...] = ()
+    """Folders of edits; none is the model as it is, bundled the adaptation that ships with it. Default: none."""
+    model: str = "bundled"
+    """bundled, a local Hugging Face folder, or a hub name."""
+    train_data: tuple[str, ...] = ()
+    """What the edits were trained on: test rows that stand there are counted, and scores are given without them too."""
+    predictions: tuple[Path, ...] = ()
+    """What another system answered: one file a test file, in the same order."""
+    compare: str | None = None
+    """Compare every system with this edit (a folder, none or bundled) on the same rows."""
+    side_effects: bool = False
+    """Also measure what each edit changes elsewhere."""
+    texts: Path | None = None
+    """A text file of unrelated passages, separated by blank lines, for --side-effects; some are built in."""
+    decode: Decode = "label"
+    """label scores the label strings; generate writes freely and compares what was written."""
+    template: str = PromptTemplate().text
+    """The question, with {sentence} and {aspect}."""
+    labels: tuple[str, ...] = ("positive", "negative", "neutral")
+    """The label strings for positive, negative and neutral."""
+    separator: str = " "
+    """Between the question and the label."""
+    limit: int | None = None
+    """At most so many examples of each test file."""
+    skip_bad: bool = False
+    """Leave out records that cannot be read, and count them."""
+    level: float = 0.95
+    """Of the intervals."""
+    draws: int = 1000
+    """Bootstrap draws."""
+    seed: int = 0
+    """Of the bootstrap."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    dtype: str = "float32"
+    """float32, bfloat16, float16 or float64."""
+    batch_size: int = 32
+    """Prompts a forward pass."""
+    out: Path | None = None
+    """A new or empty folder; runs/evaluate-<time> by default."""
+
+    def __post_init__(self):
+        if not self.data:
+            raise ConfigError("--data names no file; at least one test file is needed")
+        if self.predictions and len(self.predictions) != len(self.data):
+            raise ConfigError(f"--predictions names {len(self.predictions)} files for {len(self.data)} of --data; one each is needed")
+        if len(self.labels) not in (2, 3):
+            raise ConfigError(f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed")
+        if self.side_effects and not any(e != "none" for e in self.edit):
+            raise ConfigError("--side-effects was given without an edit; name one with --edit")
+        if self.texts is not None and not self.side_effects:
+            raise ConfigError("--texts was given without --side-effects, which alone reads it")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size is {self.batch_size}; at least 1 is needed")
+        for name, values in (("--data", self.data), ("--edit", self.edit)):
+            if repeated := next((v for v in values if values.count(v) > 1), None):
+                raise ConfigError(f"{name} names {repeated} more than once")
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """What is loaded and scored: the model as it is, where nothing else was asked for."""
+        return self.edit or (() if self.predictions else ("none",))
+
+
+def load(name: str, model: Model) -> Applicable | None:
+    """The edit of a name or a folder; None for `none`."""
+    if name == "none":
+        return None
+    from ..edits import load_edit
+
+    return load_edit(name, model)
+
+
+def names(edits: Sequence[str]) -> list[str]:
+    """Short names for tables: the folder's own name where that tells them apart."""
+    short = ["base" if e == "none" else e if e == "bundled" else Path(e).name or e for e in edits]
+    return [s if short.count(s) == 1 else e for s, e in zip(short, edits, strict=True)]
+
+
+def run(config: Config) -> Path:
+    """Everything the command does; the folder it wrote."""
+    from . import side_effects
+
+    out = config.out or Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = [load_examples(d, limit=config.limit, skip_bad=config.skip_bad) for d in config.data]
+    train = [load_examples(d, skip_bad=config.skip_bad) for d in config.train_data]
+    for d in [*data, *train]:
+        _account(d)
+    settings = plain(asdict(config)) | {"data_sha256": [d.sha256 for d in data], "train_sha256": [d.sha256 for d in train]}
+    folder = RunFolder(out, settings, free=FREE)
+    template, verbalizer = PromptTemplate(config.template), Verbalizer.of(config.labels, config.separator)
+    texts = side_effects.read_texts(config.texts) if config.texts else side_effects.PASSAGES
+
+    systems: list[tuple[Predictions, ...]] = []
+    if config.predictions:
+        name = config.predictions[0].stem
+        systems.append(tuple(read_predictions(p, d, name) for p, d in zip(config.predictions, data, strict=True)))
+    model = load_model(config.model, device=config.device, dtype=config.dtype) if config.edits or config.compare else None
+
+    def answers(edit: Applicable | None, name: str) -> tuple[Predictions, ...]:
+        assert model is not None
+        asked: dict[str, Any] = {"template": template, "verbalizer": verbalizer, "decode": config.decode, "batch_size": config.batch_size}
+        return tuple(predict(model, d, edit, name=name, **asked) for d in data)
+
+    edits = [load(e, model) for e in config.edits] if model is not None else []
+    systems += [answers(edit, name) for edit, name in zip(edits, names(config.edits), strict=True)]
+    seen = [e for t in train for e in t] if train else None
+    how: dict[str, Any] = {"level": config.level, "draws": config.draws, "seed": config.seed}
+    scores = [[score(p, train=seen, **how) for p in system] for system in systems]
+    comparisons, aggregates, effects = [], [], {}
+    if config.compare is not None and model is not None:
+        held = dict(zip(config.edits, systems[len(systems) - len(edits) :], strict=True))
+        other = held.get(config.compare) or answers(load(config.compare, model), names([config.compare])[0])
+        comparisons = [
+            compare(p, q, level=config.level, seed=config.seed)
+            for system in systems
+            if system is not other
+            for p, q in zip(system, other, strict=True)
+        ]
+    if len(trained := [s for s, e in zip(scores[len(scores) - len(edits) :], config.edits, strict=True) if e != "none"]) > 1:
+        aggregates = [aggregate([s[i] for s in trained], f"{len(trained)} edits", **how) for i in range(len(data))]
+    if config.side_effects and model is not None:
+        for edit, name in zip(edits, names(config.edits), strict=True):
+            if edit is not None:
+                effects[name] = side_effects.side_effects(
+                    model, edit, data[0], others=data[1:], texts=texts, template=template, verbalizer=verbalizer,
+                    batch_size=config.batch_size, name=name, **how,
+                )  # fmt: skip
+
+    folder.open()
+    _write(folder, scores, comparisons, aggregates, effects)
+    folder.finish(
+        {
+            "command": "evaluate",
+            "model": None if model is None else {"name": model.name, "sha256": model.sha256, "parameters": model.n_parameters},
+            "device": None if model is None else str(model.device),
+            "data": [_data_record(d) for d in data],
+            "train": [_data_record(d) for d in train],
+            "predictions": [{"file": str(p), "sha256": sha256_file(p)} for p in config.predictions],
+            "scores": finite(
+                [{"system": s.name, "data": s.data, "leaked": s.leaked} | _scores_record(s) for system in scores for s in system]
+            ),
+        }
+    )
+    _show(scores, comparisons, aggregates, effects)
+    return folder.path
+
+
+def _account(data: Examples) -> None:
+    """Say what a file left out."""
+    for problem in data.problems[:3]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if data.left_out:
+        print(f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}", file=sys.stderr)
+
+
+def _data_record(d: Examples) -> dict[str, Any]:
+    return {
+        "source": d.source,
+        "sha256": d.sha256,
+        "examples": len(d),
+        "classes": d.counts(),
+        "left_out": d.left_out,
+        "ambiguous": d.ambiguous,
+    }
+
+
+def _scores_record(s: Scores) -> dict[str, Any]:
+    return {name: q.row() | {"confusion": q.confusion.tolist()} for name, q in s.subsets.items()}
+
+
+def finite(value: Any) -> Any:
+    """`value` with null where a number is none, since JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(folder: RunFolder, scores: list[list[Scores]], comparisons: list, aggregates: list, effects: dict) -> None:
+    import pandas as pd
+
+    table = pd.concat([s.to_pandas() for system in scores for s in system], ignore_index=True)
+    folder.write("scores.csv", partial(table.to_csv, index=False))
+    rows = pd.concat([s.predictions.to_pandas() for system in scores for s in system], ignore_index=True)
+    folder.write("predictions.parquet", partial(rows.to_parquet, index=False))
+    for name, parts in (("comparisons.csv", comparisons), ("aggregate.csv", aggregates)):
+        if parts:
+            folder.write(name, partial(pd.DataFrame([p.row() for p in parts]).to_csv, index=False))
+    if effects:
+        write_json(folder.path / "side_effects.json", finite({name: e.record() for name, e in effects.items()}))
+
+
+def _show(scores: list[list[Scores]], comparisons: list, aggregates: list, effects: dict) -> None:
+    import pandas as pd
+
+    show(pd.concat([s.summary() for system in scores for s in system], ignore_index=True), "Scores")
+    for s in {s.data: s for system in scores for s in system if s.leaked}.values():
+        print(
+            f"warning: {s.leaked} of {s.all.n} rows of {s.data} stand in the training data; rows `unseen` are without them", file=sys.stderr
+        )
+    for c in comparisons:
+        d = c.difference
+        print(
+            f"{c.first} - {c.second} on {c.data}: {100 * d.value:+.1f} points of accuracy [{100 * d.low:+.1f}, {100 * d.high:+.1f}] "
+            f"by sentence, p {d.p:.2g}; McNemar {c.mcnemar.b} : {c.mcnemar.c}, p {c.mcnemar.p:.2g}"
+        )
+    for a in aggregates:
+        print(
+            f"{a.name} on {a.data}: accuracy {100 * a.accuracy.mean:.1f}, sd {100 * a.accuracy.sd:.1f} between them; "
+            f"macro-F1 {100 * a.macro_f1.mean:.1f}, sd {100 * a.macro_f1.sd:.1f}"
+        )
+    for e in effects.values():
+        show(e.summary(), f"Side effects of {e.name}")
+
+
+def show(table, title: str) -> None:
+    """Print a table of text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for column in table.columns:
+        made.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        made.add_row(*(str(cell) for cell in row))
+    # A pipe has no width; a table must not be cut there.
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(made)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 and one sentence on stderr."""
+    try:
+        config = tyro.cli(Config, args=argv, prog="python -m mech_absa.evaluate", description=__doc__)
+        out = run(config)
+    except MechAbsaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,373 @@
+"""What a system answered, row by row: a model with an edit or without, or anything else that leaves a file.
+
+Every score starts from `Predictions`: one answer an example, in the order of the examples, with the log-probability of every label
+where the system gives it. Three ways lead there:
+
+    predict(model, examples, edit)                       greedy label scoring: the label string of the largest log-probability
+    predict(model, examples, edit, decode="generate")    greedy decoding of free text, then exact match with the label strings
+    read_predictions("gpt.csv", examples)                what another system said: an API model, a fine-tuned encoder
+
+Label scoring always answers. Free text may be no label at all; such a row has the answer None and counts as wrong. The authors of the
+paper sample their answers, so that the same model has another accuracy every time; neither way here has any randomness.
+
+A predictions file is a table with a header (CSV, TSV), JSON lines, or the `predictions.parquet` of an earlier run. It names its examples
+by `id`, or by `sentence` and `aspect`, and gives the answer as `predicted`, `prediction`, `label` or `polarity`. It must answer every
+example exactly once, and nothing else: a score over whatever rows happened to match is no score.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from ..errors import ConfigError, DataError, EditError, PromptError, choices
+from ..examples import Example, Examples, Polarity, normal
+from ..models import Model
+from ..prompts import PromptTemplate, Tokens, Verbalizer
+from ..readers.jsonl import json_records
+from ..readers.rows import Reading
+from ..scoring import Applicable, label_scores, last_residual, question
+
+Decode = Literal["label", "generate"]
+DECODES = ("label", "generate")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one system answered.
+
+    Attributes:
+        examples: what was asked, in order.
+        answers: the class answered; None where the answer was no label.
+        name: of the system, for tables.
+        data: where the examples came from.
+        labels: the classes that could be answered: the columns of `scores`.
+        scores: log-probability of each label string after the prompt, in nats; None where only the answers are known.
+        texts: what was generated; None where labels were scored.
+    """
+
+    examples: tuple[Example, ...]
+    answers: tuple[Polarity | None, ...]
+    name: str
+    data: str = ""
+    labels: tuple[Polarity, ...] = tuple(Polarity)
+    scores: Float[np.ndarray, "example label"] | None = None
+    texts: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if len(self.answers) != len(self.examples):
+            raise ConfigError(f"{len(self.answers)} answers came for {len(self.examples)} examples; one an example is needed")
+        if not self.examples:
+            raise ConfigError(f"{self.data or self.name}: no examples to predict; at least one is needed")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def correct(self) -> Bool[np.ndarray, " example"]:
+        """Which answers are right."""
+        return np.array([e.polarity is a for e, a in zip(self.examples, self.answers, strict=True)])
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """The sentence of each row: what intervals resample by."""
+        return np.array([e.cluster for e in self.examples])
+
+    @cached_property
+    def probabilities(self) -> Float[np.ndarray, "example label"] | None:
+        """Of each label among the labels; None where no scores are known."""
+        if self.scores is None:
+            return None
+        p = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
+        return p / p.sum(axis=1, keepdims=True)
+
+    def take(self, rows: Sequence[int]) -> Predictions:
+        """Some of the rows."""
+        rows = list(rows)
+        return replace(
+            self,
+            examples=tuple(self.examples[i] for i in rows),
+            answers=tuple(self.answers[i] for i in rows),
+            scores=None if self.scores is None else self.scores[rows],
+            texts=None if self.texts is None else tuple(self.texts[i] for i in rows),
+        )
+
+    def to_pandas(self):
+        """One row an example: `system, data, id, sentence, aspect, gold, predicted, correct`, `logprob_<label>` and `text` where known."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "system": [self.name] * len(self),
+            "data": [self.data] * len(self),
+            "id": [e.id for e in self.examples],
+            "sentence": [e.sentence for e in self.examples],
+            "aspect": [e.aspect for e in self.examples],
+            "gold": [e.polarity.value for e in self.examples],
+            "predicted": [None if a is None else a.value for a in self.answers],
+            "correct": self.correct,
+        }
+        if self.scores is not None:
+            columns |= {f"logprob_{p.value}": self.scores[:, i] for i, p in enumerate(self.labels)}
+        if self.texts is not None:
+            columns["text"] = list(self.texts)
+        return pd.DataFrame(columns)
+
+    def _repr_html_(self) -> str:
+        head = f"<div><b>{len(self)} predictions</b>, {self.correct.mean():.1%} right</div>"
+        return head + self.to_pandas().head(10).to_html(index=False)
+
+
+# ---------------------------------------------------------------------------------------------------- asking a model
+
+
+def predict(
+    model: Model,
+    examples: Sequence[Example],
+    edit: Applicable | None = None,
+    *,
+    template: PromptTemplate | str | None = None,
+    verbalizer: Verbalizer | None = None,
+    decode: Decode = "label",
+    batch_size: int = 32,
+    name: str | None = None,
+) -> Predictions:
+    """What `model` answers to `examples`, with `edit` in force.
+
+    Args:
+        edit: None for the model as it is.
+        template: the question; the paper's by default.
+        verbalizer: the label strings; the paper's by default.
+        decode: `label` scores the label strings; `generate` writes greedily and compares what was written.
+        batch_size: prompts a forward pass. The answers do not depend on it.
+        name: of the system; `base`, or the edit's own name, by default.
+
+    Raises:
+        ConfigError: no examples, or an unknown way to decode.
+        PromptError: a prompt longer than the model's context; labels that cannot be told apart; an example whose class has no label.
+        EditError: a score is not a number.
+    """
+    if decode not in DECODES:
+        raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
+    if not len(examples):
+        raise ConfigError(f"{getattr(examples, 'source', '') or 'the data'} holds no examples to predict; at least one is needed")
+    template = PromptTemplate(template) if isinstance(template, str) else template or PromptTemplate()
+    verbalizer = verbalizer or Verbalizer()
+    for example in examples:
+        verbalizer.index(example.polarity)
+    name = name or (getattr(edit, "name", None) or type(edit).__name__ if edit is not None else "base")
+    made = Predictions(
+        tuple(examples), (None,) * len(examples), name, examples.source if isinstance(examples, Examples) else "", verbalizer.polarities
+    )
+    prompts = [question(model, e, template) for e in examples]
+    if decode == "generate":
+        texts = _continue(model, prompts, verbalizer, template, edit, batch_size)
+        return replace(made, answers=tuple(match_label(t, verbalizer) for t in texts), texts=tuple(texts))
+    scores = label_scores(model, prompts, verbalizer.continuations(model.tokenizer, template), edit=edit, batch_size=batch_size)
+    if broken := int(torch.isnan(scores).any(1).sum()):
+        raise EditError(
+            f"{name}: the scores of {broken} of {len(examples)} examples are not numbers; the edit diverged, or {model.dtype} overflows"
+        )
+    answers = tuple(verbalizer.polarities[i] for i in scores.argmax(1).tolist())
+    return replace(made, answers=answers, scores=scores.double().numpy())
+
+
+def match_label(text: str, verbalizer: Verbalizer) -> Polarity | None:
+    """The class whose label string the text begins with, blanks aside and as a whole word; the longest, where several do."""
+    text = text.strip()
+    found = [(len(w.strip()), p) for p, w in verbalizer.words if re.match(re.escape(w.strip()) + r"(?!\w)", text)]
+    return max(found, key=lambda f: f[0])[1] if found else None
+
+
+def _continue(
+    model: Model, prompts: Sequence[Tokens], verbalizer: Verbalizer, template: PromptTemplate, edit: Applicable | None, batch_size: int
+) -> list[str]:
+    """What the model writes after each prompt: one token more than its longest label, up to the end-of-sequence token."""
+    steps = max(map(len, verbalizer.label_ids(model.tokenizer, template))) + 1
+    end = model.tokenizer.eos_token_id
+    texts = []
+    for ids in greedy(model, prompts, steps, edit, batch_size):
+        texts.append(model.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
+    return texts
+
+
+@torch.inference_mode()
+def greedy(model: Model, prompts: Sequence[Tokens], steps: int, edit: Applicable | None = None, batch_size: int = 32) -> list[list[int]]:
+    """The `steps` most probable next tokens of each prompt, one after the other.
+
+    The tokens that are written carry no role, so that an edit of prompt positions acts on the prompt alone.
+
+    Raises:
+        PromptError: a prompt and its answer are longer than the model's context.
+    """
+    if (longest := max(t.lengths[0] for t in prompts) + steps - 1) > model.n_ctx:
+        raise PromptError(f"the longest prompt and {steps} tokens of answer make {longest} tokens; {model.name} reads {model.n_ctx}")
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens = Tokens.stack([prompts[i] for i in rows])
+        for step in range(steps):
+            if step:
+                tokens = _append(tokens, [written[i][-1] for i in rows])
+            last = last_residual(model, tokens, edit)
+            read = last[torch.arange(len(rows), device=last.device), torch.tensor(tokens.lengths, device=last.device) - 1]
+            for i, token in zip(rows, model.finish(read, None, "vocabulary").argmax(-1).tolist(), strict=True):
+                written[i].append(token)
+    return written
+
+
+def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
+    """Every row one token longer."""
+    ids = torch.nn.functional.pad(tokens.ids, (0, 1))
+    roles = torch.nn.functional.pad(tokens.roles, (0, 1), value=-1)
+    rows = torch.arange(len(tokens))
+    ids[rows, torch.tensor(tokens.lengths)] = torch.tensor(list(new))
+    return Tokens(ids, roles, tuple(n + 1 for n in tokens.lengths))
+
+
+# ---------------------------------------------------------------------------------------------------- reading what others answered
+
+ANSWERS = ("predicted", "prediction", "label", "polarity")
+"""Columns that may hold the answer; the first that is there does."""
+
+NO_ANSWER = ("", "none", "null", "nan")
+"""What stands for an answer that was no label."""
+
+
+def read_predictions(path: str | os.PathLike[str], examples: Sequence[Example], name: str | None = None) -> Predictions:
+    """What another system answered to `examples`.
+
+    Args:
+        path: CSV, TSV, JSON lines or parquet; see the module.
+        examples: what was asked; every one must be answered once.
+        name: of the system; the file's name by default.
+
+    Raises:
+        DataError: the file cannot be read; a row names no example, or one that was answered before; an answer is no label; an example
+            has no answer.
+    """
+    path = Path(path)
+    source = os.fspath(path)
+    if not path.is_file():
+        raise DataError("there is no such file; predictions as CSV, TSV, JSON lines or parquet are accepted", source)
+    data = examples.source if isinstance(examples, Examples) else ""
+    by_id: dict[str, list[int]] = defaultdict(list)
+    by_key: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, e in enumerate(examples):
+        by_id[e.id].append(i)
+        by_key[e.key].append(i)
+    answers: dict[int, Polarity | None] = {}
+    asked: Counter[tuple[str, str]] = Counter()
+    for line, row in _records(path, data):
+        value = _answer(row, source, line)
+        if row.get("id") not in (None, "") and "" not in by_id:
+            id = str(row["id"])
+            if id not in by_id:
+                raise DataError(f"no example has the id {id!r}; ids of {_name(examples)} look like {examples[0].id!r}", source, line)
+            if len(by_id[id]) > 1:
+                raise DataError(f"{len(by_id[id])} examples have the id {id!r}; name them by sentence and aspect", source, line)
+            (i,) = by_id[id]
+        elif "sentence" in row and "aspect" in row:
+            key = (normal(str(row["sentence"])), normal(str(row["aspect"])))
+            if key not in by_key:
+                raise DataError(f"no example asks about {row['aspect']!r} in {str(row['sentence'])[:60]!r}", source, line)
+            # The n-th row that asks a question answers the n-th example that asks it.
+            i = by_key[key][min(asked[key], len(by_key[key]) - 1)]
+            asked[key] += 1
+        else:
+            raise DataError(
+                f"the row has the fields {', '.join(map(str, row))}; an id, or a sentence and an aspect, is needed", source, line
+            )
+        if i in answers:
+            raise DataError(f"the example {examples[i].id or examples[i].aspect!r} is answered a second time", source, line)
+        answers[i] = value
+    if missing := [e for i, e in enumerate(examples) if i not in answers]:
+        first = f"{missing[0].id!r} ({missing[0].aspect!r} in {missing[0].sentence[:60]!r})"
+        raise DataError(f"{len(missing)} of {len(examples)} examples have no prediction, the first of them {first}", source)
+    return Predictions(tuple(examples), tuple(answers[i] for i in range(len(examples))), name or path.stem, data)
+
+
+def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
+    column = next((c for c in ANSWERS if c in row), None)
+    if column is None:
+        raise DataError(
+            f"the row has no answer (its fields: {', '.join(map(str, row))}); a field {choices(ANSWERS)} is needed", source, line
+        )
+    value = row[column]
+    text = "" if value is None else str(value).strip().lower()
+    if text in NO_ANSWER:
+        return None
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?", text):
+        raise DataError(
+            f"the answer is the number {text}, which every system counts its own way; write positive, negative or neutral", source, line
+        )
+    try:
+        return Polarity.parse(text)  # `conflict` is a class that is not asked for: a wrong answer
+    except DataError:
+        raise DataError(
+            f"the answer {value!r} is no label; accepted: positive, negative, neutral, or empty for none", source, line
+        ) from None
+
+
+def _records(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row of a predictions file, its field names in lower case, and the line it begins on."""
+    source = os.fspath(path)
+    if path.suffix.lower() == ".parquet":
+        import pandas as pd
+
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"the file cannot be read as parquet ({str(error).splitlines()[0][:100]})", source) from None
+        columns = [str(c).strip().lower() for c in table.columns]
+        table.columns = columns
+        if "data" in columns and data in set(table["data"]):  # a run over several files keeps them in one table
+            table = table[table["data"] == data]
+        if "system" in columns and table["system"].nunique() > 1:
+            raise DataError(f"the table holds {table['system'].nunique()} systems, {choices(table['system'].unique())}; keep one", source)
+        yield from ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(table.itertuples(index=False), 1))
+        return
+    reading = Reading(source, path.stem)
+    text = reading.text(path.read_bytes())
+    if not text.strip():
+        raise DataError("the file is empty; one answer an example is needed", source)
+    if text.lstrip()[0] in "[{":
+        for line, parse in json_records(text, reading):
+            with reading.at(line):
+                record = parse()
+            yield line, {str(k).strip().lower(): v for k, v in record.items()}
+        return
+    delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    begins = 1
+    try:
+        for cells in rows:
+            if any(c.strip() for c in cells):
+                if header is None:
+                    header = [c.strip().lower() for c in cells]
+                elif len(cells) != len(header):
+                    raise DataError(
+                        f"{len(cells)} cells came, but the header names {len(header)} columns: {', '.join(header)}", source, begins
+                    )
+                else:
+                    yield begins, dict(zip(header, cells, strict=True))
+            begins = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"broken table: {error}, in the row that begins here", source, begins) from None
+
+
+def _name(examples: Sequence[Example]) -> str:
+    return (examples.source if isinstance(examples, Examples) else "") or "the data"

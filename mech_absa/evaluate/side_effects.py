@@ -1,0 +1,341 @@
+"""What an edit does besides: the four questions of model editing, asked of every edit.
+
+After Yao et al. 2023 (arXiv 2305.13172):
+
+- **reliability**: does it do its task? Accuracy against the base on the same rows, and how many answers it put right and put wrong.
+- **generality**: does it still, when the question is worded otherwise? Accuracy and agreement under paraphrased templates.
+- **locality**: what does it move that it should not? The next-token distribution on unrelated text; on other questions about the
+  same aspect and sentence; and the answers on the *other* aspects of sentences in which it changed one.
+- **portability**: does it carry over to other domains?
+
+Beside these stands the prompt consistency of Yang et al. 2025 (arXiv 2501.11041) and its predecessors: the chance that two wordings of the
+question, drawn at random, get the same answer. A model that always answers `positive` has consistency 1; read it beside the accuracy.
+
+| measure | formula | nothing changed |
+|---|---|---|
+| KL | mean over tokens of KL(P_base || P_edited) of the next token, nats | 0 |
+| top-1 | share of tokens with the same most probable next token | 1 |
+| consistency | mean over examples of the share of pairs of templates with the same answer | the base's |
+| one label | share of mixed-polarity sentences all of whose aspects get one answer (never right) | the base's |
+
+An edit bound to the roles of an aspect cannot act on text without one: its KL there is 0 by construction and no merit. `near` asks it where
+it does act: the same prompt up to the end of the sentence and the aspect, another question. Weight edits act on every token of both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, DataError
+from ..examples import Example, mixed_polarity
+from ..metrics import kl
+from ..models import Model, weights_hash
+from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
+from ..records import plain
+from ..scoring import Applicable, last_residual, question
+from .predictions import Predictions, predict
+from .scores import Comparison, compare
+
+PARAPHRASES = (
+    "Given the sentence: '{sentence}', what is the sentiment towards the aspect term {aspect} ?",
+    "Read the sentence: '{sentence}'. What is the polarity of the opinion about {aspect} ?",
+    "Sentence: '{sentence}' Question: how does the writer feel about the aspect term {aspect} ? Answer:",
+    "'{sentence}' In this sentence, is the sentiment about {aspect} positive, negative or neutral ? It is",
+    "{sentence} The sentiment polarity of {aspect} is",
+)
+"""The paper's question in other words."""
+
+NEAR = (
+    "Given the sentence: '{sentence}', what is the first letter of the aspect term {aspect} ?",
+    "Given the sentence: '{sentence}', how many words are in the aspect term {aspect} ?",
+    "Given the sentence: '{sentence}', what is the word that follows the aspect term {aspect} ?",
+)
+"""Other questions about the same sentence and aspect."""
+
+PASSAGES = (
+    "The river rises in the hills to the north and runs for some forty miles before it meets the sea. Two stone bridges cross it, the "
+    "older of which was built three hundred years ago. Barges used to carry timber and salt along the lower part; today a path for "
+    "walkers follows the bank.",
+    "To change the filter, close the valve and wait for ten minutes. Turn the cap to the left and lift it out. Put the new filter in with "
+    "the arrow pointing down, turn the cap to the right until it clicks, and open the valve again. Write the date on the label.",
+    "A triangle has three sides and three angles. The angles add up to one hundred and eighty degrees. If two of the sides are equal in "
+    "length, two of the angles are equal as well. The area is half of the base times the height.",
+    "The committee met on Tuesday at nine. Six of the eight members were present. The minutes of the last meeting were read, the "
+    "figures for March were shown, and the next meeting was set for the fourth of May in the same room.",
+    "In spring the birds come back from the south and build their nests in the reeds. The eggs hatch after about three weeks. The young "
+    "ones learn to fly in June, and by the end of September most of the birds have left again.",
+)
+"""Text about no product and no opinion, written for this purpose."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an edit moves the next token.
+
+    Attributes:
+        kl: mean of KL(base || edited), nats.
+        kl_max: the largest.
+        top1: share of positions with the same most probable token.
+        n: positions compared.
+    """
+
+    kl: float
+    kl_max: float
+    top1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Paraphrase:
+    """One other wording of the question.
+
+    Attributes:
+        base, edited: accuracy without the edit and with it.
+        agreement: share of examples that the edited model answers as it answers the main template.
+    """
+
+    template: str
+    base: float
+    edited: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class OtherAspects:
+    """Rows beside which, in the same sentence, the edit changed an answer.
+
+    Attributes:
+        n: such rows; the shares are NaN where there are none.
+        agreement: share of them that are answered as before.
+        kl: mean KL(base || edited) over the labels, nats.
+        fixed, broken: rows that became right, that became wrong.
+        one_label_base, one_label_edited: share of the sentences with several polarities whose aspects all get one answer.
+    """
+
+    n: int
+    agreement: float
+    kl: float
+    fixed: int
+    broken: int
+    one_label_base: float
+    one_label_edited: float
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What one edit does.
+
+    Attributes:
+        name: of the edit.
+        reliability: the edited model against the base on the edit's own task; `mcnemar.b` answers were put right, `mcnemar.c` put wrong.
+        generality: under each paraphrase.
+        consistency_base, consistency_edited: prompt consistency over the main template and all paraphrases.
+        text: drift on unrelated text.
+        near: drift at the answer to other questions.
+        other_aspects: in the same sentences.
+        portability: the edited model against the base on each other domain.
+        weights_before, weights_after: sha256 of the base model's weights.
+    """
+
+    name: str
+    reliability: Comparison
+    generality: tuple[Paraphrase, ...]
+    consistency_base: float
+    consistency_edited: float
+    text: Drift
+    near: Drift
+    other_aspects: OtherAspects
+    portability: tuple[Comparison, ...]
+    weights_before: str
+    weights_after: str
+
+    @property
+    def weights_unchanged(self) -> bool:
+        return self.weights_before == self.weights_after
+
+    def record(self) -> dict[str, Any]:
+        """Everything in JSON's types."""
+        return plain(asdict(self)) | {"weights_unchanged": self.weights_unchanged}
+
+    def summary(self):
+        """A short table for reading: the measure, the base, the edit."""
+        import pandas as pd
+
+        def pair(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:
+            return {"measure": what, "base": f"{100 * base:.1f} %", "edited": f"{100 * edited:.1f} %", "": note}
+
+        def only(what: str, edited: str, note: str = "") -> dict[str, str]:
+            return {"measure": what, "base": "-", "edited": edited, "": note}
+
+        r, o, text, near = self.reliability, self.other_aspects, self.text, self.near
+        rows = [
+            pair("reliability: accuracy", r.accuracy_second, r.accuracy_first, f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken")
+        ]
+        for g in self.generality:
+            rows.append(pair("generality: accuracy", g.base, g.edited, f"{100 * g.agreement:.0f} % as before; {g.template}"))
+        rows += [
+            pair("prompt consistency", self.consistency_base, self.consistency_edited),
+            only("unrelated text: KL", f"{text.kl:.4f} nats", f"top-1 the same at {100 * text.top1:.1f} % of {text.n} tokens"),
+            only("other questions: KL", f"{near.kl:.4f} nats", f"top-1 the same at {100 * near.top1:.1f} % of {near.n} answers"),
+            only(
+                "other aspects: KL", f"{o.kl:.4f} nats", f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
+            ),
+            pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited),
+        ]
+        rows += [pair(f"portability: {p.data}", p.accuracy_second, p.accuracy_first, _points(p)) for p in self.portability]
+        rows.append(only("base weights", "unchanged" if self.weights_unchanged else "CHANGED"))
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(index=False)
+
+
+def _points(c: Comparison) -> str:
+    d = c.difference
+    return f"{100 * d.value:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+
+
+def side_effects(
+    model: Model,
+    edit: Applicable,
+    examples: Sequence[Example],
+    *,
+    others: Sequence[Sequence[Example]] = (),
+    texts: Sequence[str] = PASSAGES,
+    paraphrases: Sequence[str] = PARAPHRASES,
+    near: Sequence[str] = NEAR,
+    template: PromptTemplate | None = None,
+    verbalizer: Verbalizer | None = None,
+    batch_size: int = 32,
+    name: str | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> SideEffects:
+    """Measure what `edit` does to `model`.
+
+    Args:
+        examples: of the task that the edit is for.
+        others: of other domains.
+        texts: unrelated passages.
+        paraphrases: other templates of the same question.
+        near: templates of other questions.
+    """
+    if not texts:
+        raise ConfigError("no unrelated texts were given to measure locality on; at least one is needed")
+    template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
+    before = weights_hash(model.hooked)
+    how: dict[str, Any] = {"verbalizer": verbalizer, "batch_size": batch_size}
+    sure: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
+
+    def both(data: Sequence[Example], asked: PromptTemplate | str) -> tuple[Predictions, Predictions]:
+        return predict(model, data, None, template=asked, **how), predict(model, data, edit, template=asked, name=name, **how)
+
+    base, edited = both(examples, template)
+    worded = [both(examples, text) for text in paraphrases]
+    questions = [question(model, e, PromptTemplate(text)) for text in near for e in examples]
+    return SideEffects(
+        edited.name,
+        compare(edited, base, **sure),
+        tuple(
+            Paraphrase(text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e]))
+            for text, (b, e) in zip(paraphrases, worded, strict=True)
+        ),
+        agreement([base, *(b for b, _ in worded)]),
+        agreement([edited, *(e for _, e in worded)]),
+        drift(model, edit, [t for text in texts for t in text_tokens(model, text)], batch_size=batch_size),
+        drift(model, edit, questions, last=True, batch_size=batch_size),
+        other_aspects(base, edited),
+        tuple(compare(e, b, **sure) for b, e in (both(data, template) for data in others)),
+        before,
+        weights_hash(model.hooked),
+    )
+
+
+def agreement(runs: Sequence[Predictions]) -> float:
+    """The chance that two different runs, drawn at random, answer an example alike; 1 for a single run."""
+    pairs = [np.mean([a is b for a, b in zip(p.answers, q.answers, strict=True)]) for p, q in combinations(runs, 2)]
+    return float(np.mean(pairs)) if pairs else 1.0
+
+
+def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
+    """How the answers move on the aspects beside those that the edit changed."""
+    moved = np.array([a is not b for a, b in zip(base.answers, edited.answers, strict=True)])
+    in_sentence = Counter(c for c, m in zip(base.clusters, moved, strict=True) if m)
+    rows = np.array([in_sentence[c] - int(m) > 0 for c, m in zip(base.clusters, moved, strict=True)], dtype=bool)
+    p, q = base.probabilities, edited.probabilities
+    assert p is not None and q is not None
+    tiny = np.finfo(float).tiny
+    divergence = (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(1)
+
+    def one_label(run: Predictions) -> float:
+        answers = defaultdict(set)
+        for i in mixed_polarity(run.examples):
+            answers[run.clusters[i]].add(run.answers[i])
+        return float(np.mean([len(a) == 1 for a in answers.values()])) if answers else float("nan")
+
+    return OtherAspects(
+        int(rows.sum()),
+        float((~moved[rows]).mean()) if rows.any() else float("nan"),
+        float(divergence[rows].mean()) if rows.any() else float("nan"),
+        int((~base.correct & edited.correct)[rows].sum()),
+        int((base.correct & ~edited.correct)[rows].sum()),
+        one_label(base),
+        one_label(edited),
+    )
+
+
+@torch.inference_mode()
+def drift(model: Model, edit: Applicable, prompts: Sequence[Tokens], *, last: bool = False, batch_size: int = 32) -> Drift:
+    """How far `edit` moves the next token after every token of the prompts, or after the last alone."""
+    divergences, same = [], []
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
+    for start in range(0, len(order), batch_size):
+        tokens = Tokens.stack([prompts[i] for i in order[start : start + batch_size]])
+        lengths = torch.tensor(tokens.lengths)
+        columns = torch.arange(tokens.ids.shape[1])
+        read = (columns == lengths[:, None] - 1) if last else (columns < lengths[:, None])
+        plain_run, edited_run = (last_residual(model, tokens, e) for e in (None, edit))
+        read = read.to(plain_run.device)
+        for x, y in zip(plain_run[read].split(256), edited_run[read].split(256), strict=True):
+            a, b = model.finish(x, None, "vocabulary"), model.finish(y, None, "vocabulary")
+            divergences.append(-kl(b, a).double().cpu())
+            same.append((a.argmax(-1) == b.argmax(-1)).cpu())
+    d, s = torch.cat(divergences), torch.cat(same)
+    return Drift(float(d.mean()), float(d.max()), float(s.double().mean()), len(d))
+
+
+def text_tokens(model: Model, text: str) -> list[Tokens]:
+    """A text in pieces that the model's context holds, every token of the role `template`."""
+    ids = model.tokenizer(text, add_special_tokens=False).input_ids
+    first = [model.tokenizer.bos_token_id] if model.bos else []
+    step = model.n_ctx - len(first)
+    pieces = [first + ids[i : i + step] for i in range(0, len(ids), step)]
+    return [Tokens(torch.tensor([p]), torch.full((1, len(p)), ROLE["template"]), (len(p),)) for p in pieces]
+
+
+def read_texts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The passages of a text file, separated by blank lines.
+
+    Raises:
+        DataError: there is no such file, it is not UTF-8, or it is empty.
+    """
+    source = os.fspath(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise DataError(f"the file {reason}; a UTF-8 text file of passages separated by blank lines is accepted", source) from None
+    passages = tuple(" ".join(p.split()) for p in text.replace("\r\n", "\n").split("\n\n") if p.strip())
+    if not passages:
+        raise DataError("the file is empty; at least one passage is needed", source)
+    return passages

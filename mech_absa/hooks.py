@@ -51,6 +51,15 @@ def _replace(site: Site, activation: Tensor, new: Tensor) -> Tensor:
     return torch.stack(heads, dim=2)
 
 
+def at_site(hooked: Any, site: Site, fn: Edit) -> tuple[torch.nn.Module, Edit]:
+    """The hook point of a site, and `fn` made to see its part of what passes there: one head, or the whole stream.
+
+    Raises:
+        SiteError: the model has no such site.
+    """
+    return hook_point(hooked, site), lambda activation: _replace(site, activation, fn(_select(site, activation)))
+
+
 class _Counted:
     """A forward hook that counts."""
 
@@ -63,7 +72,9 @@ class _Counted:
 
 
 @contextlib.contextmanager
-def hooked_at(points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]], times: int | None = None, what: str = "a hook") -> Iterator[list[int]]:
+def hooked_at(
+    points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]], times: int | None = None, what: str = "a hook"
+) -> Iterator[list[int]]:
     """Forward hooks on modules, output -> output (None keeps it), for as long as the block lasts.
 
     Args:
@@ -105,10 +116,7 @@ def intervene(hooked: Any, interventions: Mapping[Site, Edit], times: int | None
         HookError: a hook fired another number of times than planned.
     """
 
-    def wrap(site: Site, fn: Edit) -> Callable[[Tensor], Tensor]:
-        return lambda activation: _replace(site, activation, fn(_select(site, activation)))
-
-    points = [(hook_point(hooked, site), wrap(site, fn)) for site, fn in interventions.items()]
+    points = [at_site(hooked, site, fn) for site, fn in interventions.items()]
     with hooked_at(points, times, what=f"an intervention at {', '.join(map(str, list(interventions)[:3]))}"):
         yield
 

@@ -1,0 +1,391 @@
+"""What an edit is made of: places in a model, and small modules that change what passes there.
+
+An `Intervention` reads a place, writes a place, and owns a handful of parameters. There are three sorts of place:
+
+    L5.resid_post@query.last    a `Site`: an activation, optionally at one role or position
+    L5.W_O                      a `Matrix`: what a weight matrix is given and what it returns, on every token
+    L5                          a `Block`: the attention of a layer as a whole (prefixes)
+
+Whatever it does, an intervention does it through forward hooks that `mech_absa.hooks` adds and removes, so the weights of the base model
+are never touched and an edit is gone when its context is left. Its parameters are float32 and are cast where they are used.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError, EditError, SiteError, choices
+from ..hooks import at_site
+from ..models import Model
+from ..prompts import Tokens
+from ..sites import Site, role_indices
+
+Point = tuple[nn.Module, Callable[[Tensor], Tensor | None]]
+"""A module and what is done to its output; None leaves it as it is."""
+
+MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder: all that is needed to count the parameters of an edit.
+
+    Attributes:
+        gated: whether the MLP has a gate (Llama's kind), and so a `W_gate`.
+        n_parameters: of the base model, as Hugging Face counts them.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    gated: bool
+    n_parameters: int = 0
+
+    @classmethod
+    def of(cls, model: Model) -> Shape:
+        """The shape of a loaded model."""
+        return cls(
+            model.n_layers,
+            model.d_model,
+            model.n_heads,
+            model.n_kv_heads,
+            model.d_head,
+            model.d_mlp,
+            bool(model.cfg.gated_mlp),
+            model.n_parameters,
+        )
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Weight matrices of a block."""
+        return tuple(m for m in MATRICES if (self.gated or m != "W_gate") and (self.d_mlp or m[2:] not in ("in", "gate", "out")))
+
+
+LLAMA_2_7B = Shape(32, 4096, 32, 32, 128, 11008, True, 6_738_415_616)
+"""The model of the paper's Table 2."""
+
+
+@dataclass(frozen=True, order=True)
+class Matrix:
+    """A weight matrix of a block, written `L5.W_O`; rows are inputs, columns are outputs, heads side by side."""
+
+    layer: int
+    name: str
+
+    def __post_init__(self):
+        if self.name not in MATRICES:
+            raise SiteError(f"unknown weight matrix {self.name!r} in layer {self.layer}; accepted: {choices(MATRICES)}")
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.name}"
+
+    def size(self, shape: Shape) -> tuple[int, int]:
+        """(inputs, outputs)."""
+        heads, kv = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+        return {
+            "W_Q": (shape.d_model, heads), "W_K": (shape.d_model, kv), "W_V": (shape.d_model, kv), "W_O": (heads, shape.d_model),
+            "W_in": (shape.d_model, shape.d_mlp), "W_gate": (shape.d_model, shape.d_mlp), "W_out": (shape.d_mlp, shape.d_model),
+        }[self.name]  # fmt: skip
+
+    def reads(self, hooked: Any) -> nn.Module:
+        """The module whose output is what the matrix is given."""
+        block = hooked.blocks[self.layer]
+        if self.name == "W_O":
+            return block.attn.hook_z
+        if self.name == "W_out":
+            return block.mlp.hook_post
+        of_mlp = self.name in ("W_in", "W_gate")
+        if hooked.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):  # they norm what a sublayer returns instead
+            return block.hook_resid_mid if of_mlp else block.hook_resid_pre
+        return block.ln2 if of_mlp else block.ln1
+
+    def writes(self, hooked: Any) -> nn.Module:
+        """The module whose output is what the matrix returns, before any post-norm."""
+        block = hooked.blocks[self.layer]
+        if self.name in ("W_O", "W_out"):
+            return block.attn if self.name == "W_O" else block.mlp
+        gated = type(block.mlp).__name__ == "GatedMLP" if self.name == "W_in" else False
+        return {
+            "W_Q": lambda: block.attn.hook_q, "W_K": lambda: block.attn.hook_k, "W_V": lambda: block.attn.hook_v,
+            "W_in": lambda: block.mlp.hook_pre_linear if gated else block.mlp.hook_pre, "W_gate": lambda: block.mlp.hook_pre,
+        }[self.name]()  # fmt: skip
+
+    def _tensors(self, hooked: Any) -> tuple[Tensor, Tensor | None]:
+        """TransformerLens's own parameters: the matrix, and its bias where it has one."""
+        block = hooked.blocks[self.layer]
+        owner = block.attn if self.name in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
+        bias = None if self.name == "W_gate" or (self.name == "W_in" and hasattr(owner, "W_gate")) else "b" + self.name[1:]
+        grouped = "_" if self.name in ("W_K", "W_V") and hasattr(owner, "_W_K") else ""
+        return getattr(owner, grouped + self.name), None if bias is None else getattr(owner, grouped + bias)
+
+    def weight(self, hooked: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
+        """The matrix and its bias (None where a matrix can have none), as the model holds them."""
+        W, b = self._tensors(hooked)
+        if W.ndim == 3:
+            W = rearrange(W, "head d m -> (head d) m" if self.name == "W_O" else "head m d -> m (head d)")
+        return W, None if b is None else b.flatten()
+
+    @torch.no_grad()
+    def set_weight(self, hooked: Any, W: Tensor, b: Tensor | None = None) -> None:
+        """Overwrite the matrix (and the bias, where one is given)."""
+        own, bias = self._tensors(hooked)
+        if own.ndim == 3:
+            W = rearrange(W, "(head d) m -> head d m" if self.name == "W_O" else "m (head d) -> head m d", head=own.shape[0])
+        own.copy_(W)
+        if b is not None:
+            assert bias is not None, f"{self} has no bias"
+            bias.copy_(b.view_as(bias))
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """A layer as a whole, written `L5`."""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}"
+
+
+Place = Site | Matrix | Block
+
+
+def parse_place(text: str) -> Place:
+    """The place that `text` spells.
+
+    Raises:
+        SiteError: none.
+    """
+    if match := re.fullmatch(r"L(\d+)", text):
+        return Block(int(match[1]))
+    if match := re.fullmatch(r"L(\d+)\.(W_\w+)", text):
+        return Matrix(int(match[1]), match[2])
+    return Site.parse(text)
+
+
+class Where:
+    """The tokens of a batch that an edit acts on.
+
+    Positions count inside the prompt: padding and the tokens of a continuation have no role and are never meant, so that an edit of
+    prompt positions leaves what is generated alone.
+    """
+
+    def __init__(self, tokens: Tokens):
+        self.roles = tokens.roles
+        self._made: dict[tuple[str | int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def index(self, at: str | int | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(rows, positions) of a role, a role group or a position of the prompt; None for every token there is.
+
+        Args:
+            at: as in `Site.at`; negative positions count from the end of the prompt.
+        """
+        if at is None:
+            return None
+        if (at, device) not in self._made:
+            rows, cols = self.mask(at).nonzero(as_tuple=True)
+            self._made[at, device] = rows.to(device), cols.to(device)
+        return self._made[at, device]
+
+    def mask(self, at: str | int) -> Tensor:
+        """The same as a mask [batch pos]."""
+        if isinstance(at, str):
+            return torch.isin(self.roles, torch.tensor(role_indices(at), device=self.roles.device))
+        inside = self.roles >= 0
+        n = inside.sum(1, keepdim=True)
+        place = torch.full_like(n, at) if at >= 0 else n + at
+        return inside & (torch.arange(self.roles.shape[1], device=self.roles.device) == place)
+
+
+class Intervention(nn.Module):
+    """A trained change of one place.
+
+    A subclass opens its docstring with its formula, sets `formula` to the same, creates its parameters in `__init__` (sizes only, so that
+    they can be counted without a model) and gives them their values in `reset`.
+
+    Attributes:
+        place: where it acts.
+    """
+
+    family: ClassVar[str]
+    formula: ClassVar[str]
+
+    def __init__(self, place: Place):
+        super().__init__()
+        self.place = place
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name: all of them train, there is nothing else to keep."""
+        return dict(self.named_parameters())
+
+    @abstractmethod
+    def reset(self, model: Model, generator: torch.Generator) -> None:
+        """The values that training starts from."""
+
+    @abstractmethod
+    def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
+        """(writers, readers): what is hooked while the edit is in force. All writers are hooked before all readers."""
+
+    def settle(self) -> None:
+        """Bring the parameters back to where they must lie, after every step of the optimiser."""
+        return None
+
+    def penalty(self, step: int) -> Tensor | None:
+        """What is added to the loss at this step, where anything is."""
+        return None
+
+    def merge(self, model: Model) -> None:
+        """Put its effect into the weights of `model`, for good.
+
+        Raises:
+            EditError: no weights can express it; says why.
+        """
+        raise EditError(f"{self.family} at {self.place} cannot be merged: {self.unmergeable}")
+
+    @property
+    def unmergeable(self) -> str:
+        """Why not, for the message of `merge`."""
+        return "no weight of the model expresses it"
+
+
+def parameter(*sizes: int) -> nn.Parameter:
+    """An uninitialised float32 parameter."""
+    return nn.Parameter(torch.empty(*sizes, dtype=torch.float32))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or wider where the model is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class SiteIntervention(Intervention):
+    """A change of an activation: h -> forward(h), at the tokens its site names."""
+
+    def __init__(self, place: Place, shape: Shape):
+        if not isinstance(place, Site):
+            raise SiteError(f"{self.family} acts on activations, and {place} is none; sites look like L5.resid_post@query.last")
+        if place.kind in ("q", "k", "v"):
+            raise SiteError(
+                f"{self.family} at {place} is not offered; accepted: resid_pre, resid_mid, resid_post, attn_out, mlp_out or head"
+            )
+        super().__init__(place)
+        self.site = place
+        self.width = shape.d_model if place.head is None else shape.d_head
+
+    @abstractmethod
+    def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
+        """The new activation, for activations in float32 or wider."""
+
+    def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
+        def change(h: Tensor) -> Tensor:
+            index = where.index(self.site.at, h.device)
+            if index is None:
+                return self(h.to(wide(h))).to(h.dtype)
+            picked = h[index]
+            return h.index_put(index, self(picked.to(wide(h))).to(h.dtype)) if len(picked) else h
+
+        return [at_site(model.hooked, self.site, change)], []
+
+    def affine(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
+        """(M, c) of h -> h M + c, where the change is one; None where it is not."""
+        return None
+
+    @property
+    def unmergeable(self) -> str:
+        if self.site.at is not None:
+            return f"it acts at {self.site.at} only, and a weight acts on every token; an edit of all positions is needed"
+        if self.site.kind not in ("attn_out", "mlp_out"):
+            return f"no single weight matrix makes {self.site.kind}; attn_out or mlp_out at all positions is needed"
+        return "it is no affine function of the activation"
+
+    def merge(self, model: Model) -> None:
+        affine = self.affine()
+        if self.site.at is not None or self.site.kind not in ("attn_out", "mlp_out") or affine is None:
+            return super().merge(model)
+        if model.cfg.use_normalization_before_and_after:
+            raise EditError(
+                f"{self.family} at {self.place} cannot be merged: {model.name} norms {self.site.kind} after the matrix that makes it"
+            )
+        M, c = (t.detach().double() for t in affine)
+        matrix = Matrix(self.site.layer, "W_O" if self.site.kind == "attn_out" else "W_out")
+        W, b = matrix.weight(model.hooked)
+        assert b is not None
+        matrix.set_weight(model.hooked, W.double() @ M, b.double() @ M + c)
+        return None
+
+
+class MatrixIntervention(Intervention):
+    """A change of what a weight matrix returns: y -> change(y, x), on every token, x being what the matrix was given."""
+
+    def __init__(self, place: Place, shape: Shape):
+        if not isinstance(place, Matrix):
+            raise SiteError(
+                f"{self.family} acts on weight matrices, and {place} is none; they are {choices(f'L5.{m}' for m in shape.matrices)}"
+            )
+        if place.name not in shape.matrices:
+            raise SiteError(f"{self.family} at {place}: the model has no {place.name}; it has {choices(shape.matrices)}")
+        super().__init__(place)
+        self.matrix = place
+        self.d_in, self.d_out = place.size(shape)
+
+    @abstractmethod
+    def change(
+        self, y: Float[Tensor, "batch pos d_out"], x: Float[Tensor, "batch pos d_in"], model: Model
+    ) -> Float[Tensor, "batch pos d_out"]:
+        """The new output."""
+
+    def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
+        seen: dict[str, Tensor] = {}
+
+        def read(x: Tensor) -> None:
+            seen["x"] = x
+
+        def write(y: Tensor) -> Tensor:
+            x = seen.pop("x")
+            x = x.flatten(2) if x.ndim == 4 else x
+            return self.change(y.flatten(2), x, model).view(y.shape) if y.ndim == 4 else self.change(y, x, model)
+
+        return [(self.matrix.writes(model.hooked), write)], [(self.matrix.reads(model.hooked), read)]
+
+
+def rank_of(rank: int, most: int, place: Place) -> int:
+    """`rank`, where a matrix can have it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not 1 <= rank <= most:
+        raise ConfigError(f"rank {rank} was asked for at {place}; accepted: 1 to {most}")
+    return rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """One intervention as it is asked for and written down.
+
+    Attributes:
+        family: a key of `FAMILIES`.
+        place: as text.
+        options: the arguments of the family (rank, alpha, ...).
+        lr: learning rate of its parameters.
+        weight_decay: of its parameters.
+    """
+
+    family: str
+    place: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+    weight_decay: float = 0.0

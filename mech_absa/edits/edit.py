@@ -1,0 +1,194 @@
+"""An `Edit`: trained interventions by place, and how they came to be.
+
+    edit = fit(model, train, presets.paper("L2.resid_post@query.last"))
+    with edit.applied(model, tokens):  ...         every forward pass over these tokens in the block runs edited
+    scores = label_scores(model, prompts, verbalizer.continuations(model.tokenizer), edit=edit)
+
+An edit knows the model it was made for by the hash of its weights and refuses any other. It never writes to them: `merged` gives a
+second model with the edit in its weights, where algebra allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, EditError, HookError, choices
+from ..hooks import hooked_at
+from ..models import Model
+from ..prompts import Tokens
+from ..sites import Site
+from .base import Intervention, Part, Shape, Where, parse_place
+from .heads import HeadGate
+from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
+from .lowrank import DoRA, LoRA
+from .rivals import Adapter, BitFit, Full, Prefix
+
+FAMILIES: dict[str, type[Intervention]] = {
+    c.family: c for c in (LoReFT, NoReFT, DiReFT, RED, Steering, LoRA, DoRA, Prefix, Adapter, BitFit, Full, HeadGate)
+}
+"""Name -> what it makes."""
+
+
+def build(part: Part, shape: Shape) -> Intervention:
+    """The intervention that a part asks for, its parameters without values.
+
+    Raises:
+        ConfigError: the family is unknown, or its options are not accepted.
+        SiteError: the place is none of its kind, or none of a model of this shape.
+    """
+    if part.family not in FAMILIES:
+        raise ConfigError(f"unknown family of edits {part.family!r} at {part.place}; accepted: {choices(FAMILIES)}")
+    place = parse_place(part.place)
+    if isinstance(place, Site):
+        place.check(shape.n_layers, shape.n_heads, shape.n_kv_heads)
+    elif place.layer >= shape.n_layers:
+        Site(place.layer, "resid_post").check(shape.n_layers, shape.n_heads)
+    make: Any = FAMILIES[part.family]
+    try:
+        return make(place, shape, **part.options)
+    except TypeError:
+        names = [n for n in make.__init__.__code__.co_varnames[: make.__init__.__code__.co_argcount] if n not in ("self", "place", "shape")]
+        raise ConfigError(
+            f"{part.family} at {place} was given {', '.join(part.options)}; its options are {', '.join(names) or 'none'}"
+        ) from None
+
+
+def count(parts: Sequence[Part], shape: Shape) -> int:
+    """Trainable parameters of an edit of a model of this shape; no weights are needed."""
+    with torch.device("meta"):
+        return sum(p.numel() for part in parts for p in build(part, shape).trainable.values())
+
+
+class Edit(nn.Module):
+    """Interventions on one model.
+
+    Args:
+        parts: what it consists of.
+        shape: of the model it is for.
+        base: name of that model.
+        sha256: hash of that model's weights.
+        record: how it was trained.
+    """
+
+    def __init__(self, parts: Sequence[Part], shape: Shape, base: str, sha256: str, record: Mapping[str, Any] | None = None):
+        super().__init__()
+        if not parts:
+            raise ConfigError("an edit of no parts was asked for; at least one is needed")
+        self.parts = tuple(parts)
+        self.shape, self.base, self.sha256 = shape, base, sha256
+        self.record: dict[str, Any] = dict(record or {})
+        self.interventions = nn.ModuleList(build(part, shape) for part in self.parts)
+
+    @classmethod
+    def fresh(cls, model: Model, parts: Sequence[Part], seed: int = 0) -> Edit:
+        """An untrained edit of `model`; the same seed gives the same parameters on every device.
+
+        Raises:
+            ConfigError: a part asks for what its family does not offer.
+            SiteError: the model lacks a place.
+        """
+        edit = cls(parts, Shape.of(model), model.name, model.sha256)
+        generator = torch.Generator().manual_seed(seed)
+        for intervention in edit:
+            if isinstance(intervention.place, Site):
+                model.check_site(intervention.place)
+            intervention.reset(model, generator)
+        return edit.to(model.device).eval()
+
+    def __iter__(self) -> Iterator[Intervention]:
+        return iter(self.interventions)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        families = dict.fromkeys(p.family for p in self.parts)
+        layers = ", ".join(map(str, self.layers))
+        return (
+            f"Edit({' + '.join(families)} at {len(self.parts)} places in layers {layers}; {self.n_parameters:,} parameters; of {self.base})"
+        )
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p.place for p in self.parts))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with an intervention; below the first of them the model runs as it was."""
+        return tuple(sorted({i.place.layer for i in self}))
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of all there are, as published tables give it."""
+        return self.n_parameters / (self.shape.n_parameters + self.n_parameters)
+
+    def settle(self) -> None:
+        """Bring constrained parameters back to their constraint."""
+        for intervention in self:
+            intervention.settle()
+
+    def check(self, model: Model) -> None:
+        """Nothing, when this edit was made for `model`.
+
+        Raises:
+            EditError: it was not.
+        """
+        if model.sha256 != self.sha256:
+            raise EditError(
+                f"this edit was made for {self.base} (weights {self.sha256[:12]}), and {model.name} has other weights "
+                f"({model.sha256[:12]}); load the model it was made for"
+            )
+
+    @contextlib.contextmanager
+    def applied(self, model: Model, tokens: Tokens) -> Iterator[Edit]:
+        """The edit, in force for every forward pass over `tokens` in the block.
+
+        Args:
+            model: the one it was made for.
+            tokens: the batch that passes; the roles say where edits of positions act.
+
+        Raises:
+            EditError: it was made for another model.
+            HookError: an intervention took part in fewer passes than another, or wrote twice in one.
+        """
+        self.check(model)
+        where = Where(tokens)
+        writers, readers = [], []
+        for intervention in self:
+            write, read = intervention.points(model, where)
+            writers += write
+            readers += read
+        with hooked_at([*writers, *readers]) as firings:
+            yield self
+        if len(fired := set(firings[: len(writers)])) > 1:
+            raise HookError(f"interventions of {self!r} took part in {sorted(fired)} passes; all must take part in the same ones")
+
+    def merged(self, model: Model) -> Model:
+        """A second model, with the edit in its weights.
+
+        Raises:
+            EditError: a part of it cannot be expressed by weights; says why.
+        """
+        self.check(model)
+        twin = Model(copy.deepcopy(model.hooked), model.tokenizer, f"{model.name}+edit", None, model.bos, model.n_parameters)
+        for intervention in self:
+            intervention.merge(twin)
+        return twin
+
+    def with_record(self, **more: Any) -> Edit:
+        """Itself, with more said about how it came to be."""
+        self.record |= more
+        return self
+
+
+def at_rates(parts: Sequence[Part], scale: float) -> tuple[Part, ...]:
+    """The same parts, every learning rate times `scale`."""
+    return tuple(replace(p, lr=p.lr * scale) for p in parts)

@@ -1,0 +1,288 @@
+"""What to train, and how: presets that can be handed to `fit`.
+
+    presets.paper("L10.resid_post@query.last", ...)     the paper's edit: W_O low-rank at 3e-4, LoReFT at 1e-5
+    presets.authors_code(range_sites("10-15"))          its authors' script: 2e-5 for both, rank 4, alpha 8, rank-stabilised, dropout 0.05
+    presets.TABLE_2["lora"](shape)                      the rows of the paper's Table 2, with their published sizes
+    presets.bundled(sites)                              rates that suit models of a few million parameters
+
+The paper edits the same layers twice: a low-rank update of the attention's output projection on every token, and LoReFT on the layer
+output at the aspect in the question. `sites` says where; a site's layer and position count, its kind does not.
+
+| size (Llama-2-7b shape) | preset |
+|---|---|
+| 196,608 + 196,632 = 393,240 | `paper`, `authors_code` on layers 10-15, rank 4 |
+| 56,098,816; 56,975,360 | `lora`, `dora`: rank 32 on q, k, v, up, down of all layers |
+| 2,097,408; 393,264 | `loreft`, `loreft_range`: rank 8 on all layers, on 10-15 |
+| 134,217,728 (1.953 %) | `adapter`: bottlenecks of 256 after attention and MLP of every layer, no biases |
+| 2,621,440 (0.039 %) | `prefix`: 10 keys and values a layer |
+| 8,765,440 (0.130 %) | `lora_range`: `lora` on five layers; the six of 10-15 would be 0.156 %, which is not what is printed |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..edits.base import Part, Shape
+from ..edits.edit import at_rates
+from ..errors import ConfigError, SiteError, choices
+from ..sites import Site, parse_layers
+
+Loss = Literal["labels", "text"]
+Schedule = Literal["linear", "cosine", "constant"]
+LOSSES: tuple[Loss, ...] = ("labels", "text")
+SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine", "constant")
+
+LAST_OF_QUERY = "query.last"
+"""The paper's position: the last sub-token of the aspect in the question."""
+
+Sites = str | os.PathLike[str] | Site | Iterable[Site | str]
+"""One site, several, or the path of a sites.json."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An edit to train, and how.
+
+    Attributes:
+        name: for tables.
+        parts: the interventions, each with its learning rate.
+        epochs: passes over the examples.
+        batch_size: examples a forward pass.
+        accumulate: forward passes a step of the optimiser.
+        schedule: of the learning rates: down to 0 linearly or by a cosine, or constant.
+        warmup: share of the steps over which the rates rise from 0.
+        clip: largest norm of the gradient; 0 does not clip.
+        loss: `labels` is -log of the gold label's share among the label strings; `text` is -log P of the answer's tokens and the end of
+            sequence, over the whole vocabulary.
+        patience: evaluations on the validation examples without a gain before training stops; 0 never stops.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    epochs: int = 1
+    batch_size: int = 8
+    accumulate: int = 1
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+    clip: float = 1.0
+    loss: Loss = "labels"
+    patience: int = 0
+
+    def __post_init__(self):
+        for name, value, low in (("epochs", self.epochs, 0), ("batch_size", self.batch_size, 1), ("accumulate", self.accumulate, 1)):
+            if value < low:
+                raise ConfigError(f"{name} is {value}; accepted: {low} or more")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule is {self.schedule!r}; accepted: {choices(SCHEDULES)}")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss is {self.loss!r}; accepted: {choices(LOSSES)}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is {self.warmup}; accepted: a share of the steps, 0 to 1")
+        if bad := [p for p in self.parts if not p.lr >= 0]:
+            raise ConfigError(f"the learning rate of {bad[0].family} is {bad[0].lr}; accepted: 0 or more")
+
+    def but(self, **changes: Any) -> Preset:
+        """The same, with some things otherwise."""
+        return replace(self, **changes)
+
+    def rates(self, scale: float) -> Preset:
+        """The same, every learning rate times `scale`."""
+        return self.but(parts=at_rates(self.parts, scale))
+
+
+# ---- where ------------------------------------------------------------------------------------------------------------------------
+
+
+def read_sites(sites: Sites) -> list[Site]:
+    """The sites that were meant.
+
+    Raises:
+        SiteError: there are none, or one does not parse.
+    """
+    if isinstance(sites, Site):
+        return [sites]
+    if isinstance(sites, os.PathLike) or (isinstance(sites, str) and sites.endswith(".json")):
+        return sites_file(sites)[0]
+    found = [s if isinstance(s, Site) else Site.parse(s) for s in (sites.split() if isinstance(sites, str) else sites)]
+    if not found:
+        raise SiteError("no sites were given to edit; at least one is needed, such as L5.resid_post@query.last")
+    return found
+
+
+def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]]:
+    """The sites of a sites.json, and what else stands in it (the model they were traced in, the rule they were chosen by).
+
+    Raises:
+        SiteError: the file is missing, damaged, or names no sites.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SiteError(f"{path}: the sites cannot be read ({error.strerror}); the sites.json of a traced run is needed") from None
+    except ValueError:
+        raise SiteError(f"{path}: not JSON; the sites.json of a traced run is needed") from None
+    data = data if isinstance(data, dict) else {"sites": data}
+    named = data.get("sites")
+    if not isinstance(named, list) or not named:
+        raise SiteError(f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed")
+    return [Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named], data
+
+
+def range_sites(layers: str | Iterable[int], positions: Iterable[str | int | None] = (LAST_OF_QUERY,), n_layers: int = 10**6) -> list[Site]:
+    """The outputs of a range of layers, at every one of `positions`."""
+    chosen = parse_layers(layers, n_layers) if isinstance(layers, str) else tuple(layers)
+    return [Site(layer, "resid_post", None, at) for layer in chosen for at in positions]
+
+
+def _layers(sites: Sequence[Site]) -> list[int]:
+    return sorted({s.layer for s in sites})
+
+
+def _outputs(sites: Sequence[Site]) -> list[Site]:
+    """The layer outputs at the sites' layers and positions (the paper's position, where a site has none)."""
+    return sorted(
+        {Site(s.layer, "resid_post", None, LAST_OF_QUERY if s.at is None else s.at) for s in sites}, key=lambda s: (s.layer, str(s.at))
+    )
+
+
+def parts(family: str, places: Iterable[Any], lr: float, **options: Any) -> tuple[Part, ...]:
+    """The same intervention at several places."""
+    return tuple(Part(family, str(p), options, lr) for p in places)
+
+
+def matrices(layers: Iterable[int], *names: str) -> list[str]:
+    """`L5.W_O` and so on, for every layer and name."""
+    return [f"L{layer}.{name}" for layer in layers for name in names]
+
+
+# ---- the paper ------------------------------------------------------------------------------------------------------------------
+
+
+def both_parts(sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any) -> tuple[Part, ...]:
+    """The paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs and positions."""
+    found = read_sites(sites)
+    return (
+        *parts("lora", matrices(_layers(found), "W_O"), lr_weight, rank=rank, **lora),
+        *parts("loreft", _outputs(found), lr_representation, rank=rank),
+    )
+
+
+def paper(sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2) -> Preset:
+    """The edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not state, is that of the authors' code."""
+    made = both_parts(sites, rank=rank, lr_weight=3e-4, lr_representation=1e-5, alpha=alpha, rank_stabilised=True, dropout=0.05)
+    return Preset("paper", made, epochs=epochs, batch_size=batch_size, loss="text", clip=1.0)
+
+
+def authors_code(sites: Sites, *, rank: int = 4, alpha: float = 8.0) -> Preset:
+    """The edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up, batches of 2, one epoch."""
+    made = both_parts(sites, rank=rank, lr_weight=2e-5, lr_representation=2e-5, alpha=alpha, rank_stabilised=True, dropout=0.05)
+    return Preset("authors_code", made, epochs=1, batch_size=2, loss="text", clip=1.0)
+
+
+_UP_DOWN = ("W_Q", "W_K", "W_V", "W_in", "W_out")
+
+
+def _lora(shape: Shape, layers: Iterable[int] | None = None, family: str = "lora") -> Preset:
+    layers = range(shape.n_layers) if layers is None else layers
+    return Preset(family, parts(family, matrices(layers, *_UP_DOWN), 1e-4, rank=32, alpha=64.0), batch_size=2, loss="text")
+
+
+def _loreft(shape: Shape, layers: Iterable[int] | None = None) -> Preset:
+    layers = range(shape.n_layers) if layers is None else layers
+    return Preset("loreft", parts("loreft", range_sites(layers), 2e-5, rank=8), batch_size=2, loss="text")
+
+
+def _adapter(shape: Shape) -> Preset:
+    places = [Site(layer, kind) for layer in range(shape.n_layers) for kind in ("attn_out", "mlp_out")]
+    return Preset("adapter", parts("adapter", places, 1e-4, rank=256), batch_size=2, loss="text")
+
+
+def _prefix(shape: Shape) -> Preset:
+    return Preset("prefix", parts("prefix", (f"L{layer}" for layer in range(shape.n_layers)), 1e-4, length=10), batch_size=2, loss="text")
+
+
+L_STAR = range(10, 16)
+"""The layers that the paper's tracing of Llama-2-7b names."""
+
+TABLE_2: dict[str, Callable[[Shape], Preset]] = {
+    "adapter": _adapter,
+    "lora": _lora,
+    "dora": lambda shape: _lora(shape, family="dora"),
+    "prefix": _prefix,
+    "loreft": _loreft,
+    "lora_range": lambda shape: replace(_lora(shape, range(10, 15)), name="lora_range"),
+    "loreft_range": lambda shape: replace(_loreft(shape, L_STAR), name="loreft_range"),
+    "paper": lambda shape: paper(range_sites(L_STAR)),
+}
+"""The trained rows of the paper's Table 2, at the sizes it prints."""
+
+
+# ---- small models -----------------------------------------------------------------------------------------------------------------
+
+RATES = {
+    "loreft": 2e-3, "noreft": 2e-3, "direft": 2e-3, "red": 3e-3, "steering": 1e-2, "lora": 2e-3, "dora": 2e-3,
+    "prefix": 1e-2, "adapter": 2e-3, "bitfit": 3e-3, "full": 3e-4, "head_gate": 1e-2,
+}  # fmt: skip
+"""Learning rate of every family in models of a few million parameters."""
+
+METHODS = (
+    "both",
+    "lora_o",
+    "lora",
+    "dora",
+    "loreft",
+    "noreft",
+    "direft",
+    "red",
+    "steering",
+    "prefix",
+    "adapter",
+    "bitfit",
+    "full",
+    "head_gate",
+)
+
+
+def bundled(sites: Sites, method: str = "both", *, rank: int = 4, epochs: int = 3, shape: Shape | None = None) -> Preset:
+    """A method at `sites`, with rates that suit small models.
+
+    Args:
+        sites: where; weight edits act in the sites' layers, on every token.
+        method: one of `METHODS`; `both` is the paper's pair, `lora_o` and `loreft` its halves.
+        rank: of whatever has one; the bottleneck of an adapter, the length of a prefix.
+        epochs: passes over the examples.
+        shape: of the model; needed for methods that act on every matrix or every head of a layer.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    found = read_sites(sites)
+    layers = _layers(found)
+    names = (shape.matrices if shape is not None else ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")) if method in ("bitfit", "full") else ()
+    heads = range(shape.n_heads if shape is not None else 0)
+    low_rank = {"rank": rank, "alpha": 2.0 * rank, "rank_stabilised": False}
+    rate = RATES.get(method, 0.0)
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; accepted: {choices(METHODS)}")
+    if method == "head_gate" and shape is None:
+        raise ConfigError("head_gate acts on every head of a layer; give the shape of the model")
+    made = {
+        "both": lambda: both_parts(found, rank=rank, lr_weight=RATES["lora"], lr_representation=RATES["loreft"], alpha=2.0 * rank),
+        "lora_o": lambda: parts("lora", matrices(layers, "W_O"), RATES["lora"], **low_rank),
+        "lora": lambda: parts("lora", matrices(layers, *_UP_DOWN), rate, **low_rank),
+        "dora": lambda: parts("dora", matrices(layers, *_UP_DOWN), rate, **low_rank),
+        "prefix": lambda: parts("prefix", (f"L{layer}" for layer in layers), rate, length=rank),
+        "adapter": lambda: parts("adapter", (Site(layer, kind) for layer in layers for kind in ("attn_out", "mlp_out")), rate, rank=rank),
+        "bitfit": lambda: parts("bitfit", matrices(layers, *names), rate),
+        "full": lambda: parts("full", matrices(layers, *names), rate),
+        "head_gate": lambda: parts("head_gate", (Site(layer, "head", h) for layer in layers for h in heads), rate),
+        "red": lambda: parts(method, _outputs(found), rate),
+        "steering": lambda: parts(method, _outputs(found), rate),
+    }.get(method, lambda: parts(method, _outputs(found), rate, rank=rank))()
+    return Preset(method, made, epochs=epochs, batch_size=16, schedule="linear", warmup=0.05, clip=1.0, loss="labels")

@@ -121,3 +121,8 @@ def test_a_table_that_is_none_is_refused_whole(write, text, line, why, skip_bad)
     with pytest.raises(DataError) as caught:
         load_examples(path, skip_bad=skip_bad)
     assert why in str(caught.value) and (caught.value.source, caught.value.line) == (path, line)
+
+
+def test_line_ends_inside_a_cell_are_kept_for_offsets_count_them(write):
+    (e,) = load_examples(write("x.csv", 'text,aspect,from,to,label\r\n"two\r\nlines",lines,5,10,pos\r\n'))
+    assert e.sentence == "two\r\nlines"

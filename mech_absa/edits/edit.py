@@ -75,6 +75,9 @@ class Edit(nn.Module):
         base: name of that model.
         sha256: hash of that model's weights.
         record: how it was trained.
+
+    Attributes:
+        history: a row a training step; empty for an edit that was loaded.
     """
 
     def __init__(self, parts: Sequence[Part], shape: Shape, base: str, sha256: str, record: Mapping[str, Any] | None = None):
@@ -84,6 +87,7 @@ class Edit(nn.Module):
         self.parts = tuple(parts)
         self.shape, self.base, self.sha256 = shape, base, sha256
         self.record: dict[str, Any] = dict(record or {})
+        self.history: list[dict[str, Any]] = []
         self.interventions = nn.ModuleList(build(part, shape) for part in self.parts)
 
     @classmethod

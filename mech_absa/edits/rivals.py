@@ -8,6 +8,7 @@ the difference to the base weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class Prefix(Intervention):
         return "its keys and values belong to no token"
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 class Adapter(SiteIntervention):
@@ -92,7 +93,7 @@ class Adapter(SiteIntervention):
         if f not in ACTIVATIONS:
             raise ConfigError(f"f is {f!r} at {place}; accepted: {choices(ACTIVATIONS)}")
         rank_of(rank, self.width, place)
-        self.f = ACTIVATIONS[f]
+        self.f: Callable[[Tensor], Tensor] = ACTIVATIONS[f]
         self.W_down = parameter(self.width, rank)
         self.W_up = parameter(rank, self.width)
 

@@ -21,22 +21,26 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import EditError, MechAbsaError
 from ..models import BUNDLED, Model
-from ..records import atomic, sha256_bytes, write_json
+from ..records import atomic, sha256_bytes, write_json, write_text
 from .base import Part, Shape
 from .edit import FAMILIES, Edit
 
 EDIT_SCHEMA = 1
-WEIGHTS, ABOUT = "edit.safetensors", "edit.json"
+WEIGHTS, ABOUT, HISTORY = "edit.safetensors", "edit.json", "history.csv"
 BUNDLED_EDIT = BUNDLED.parent / "adapter"
 
 
 def save_edit(edit: Edit, folder: str | Path) -> Path:
-    """Write an edit to a folder, which is made where it is missing."""
+    """Write an edit to a folder, which is made where it is missing; its history too, where it has just been trained."""
     folder = Path(folder)
     data = save_tensors({name: p.contiguous() for name, p in _tensors(edit).items()})
     with atomic(folder / WEIGHTS) as temporary:
         temporary.write_bytes(data)
     write_json(folder / ABOUT, about(edit) | {"sha256": sha256_bytes(data)})
+    if edit.history:
+        columns = dict.fromkeys(name for row in edit.history for name in row)
+        lines = [",".join(columns), *(",".join(str(row.get(c, "")) for c in columns) for row in edit.history)]
+        write_text(folder / HISTORY, "\n".join(lines) + "\n")
     return folder
 
 

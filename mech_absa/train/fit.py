@@ -35,6 +35,7 @@ from ..axes import Resid
 from ..edits.edit import Edit
 from ..errors import ConfigError, RunFolderError
 from ..examples import Example, class_counts, content_hash, split_by_sentence
+from ..metrics import Need
 from ..models import Model
 from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from ..records import atomic, fingerprint, plain, versions
@@ -117,7 +118,7 @@ class Task:
             weight = torch.tensor([1 / len(q.answer) for q in batch for _ in q.answer], device=last.device)
             return (F.cross_entropy(self.model.finish(last[rows, columns], None, "vocabulary"), target, reduction="none") * weight).sum()
         # The normaliser cancels where all labels are read at one place.
-        need = "labels" if len(self.continuations) == 1 and self.continuations[0].reads == 1 else "normaliser"
+        need: Need = "labels" if len(self.continuations) == 1 and self.continuations[0].reads == 1 else "normaliser"
         columns_of, parts = [], []
         for which, continuation in enumerate(self.continuations):
             tokens = Tokens.stack([q.runs[which] for q in batch])
@@ -182,7 +183,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = False,
-    on_step: Callable[[Progress], None] | None = None,
+    on_step: Callable[[Progress], Any] | None = None,
 ) -> Edit:
     """Train an edit.
 
@@ -210,9 +211,8 @@ def fit(
         ConfigError: there is nothing to train on, or a part of the edit acts at a role that no prompt has.
         PromptError: a prompt is too long, or a label is missing.
     """
-    train = list(train)
-    held: list[Example] = []
-    if isinstance(validation, (int, float)) and not isinstance(validation, bool):
+    train, held = list(train), list[Example]()
+    if isinstance(validation, (int, float)):
         train, held = split_by_sentence(train, float(validation), seed)
     elif validation is not None:
         held = list(validation)
@@ -297,6 +297,7 @@ def fit(
         _restore(edit, best)
     edit.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
+    edit.history = state.history
     return edit.eval().with_record(
         preset=plain(preset),
         seed=seed,
@@ -315,7 +316,6 @@ def fit(
         seconds=round(seconds, 3),
         examples_per_second=round(state.examples / seconds, 2) if seconds else None,
         versions=versions(),
-        history=state.history,
     )
 
 

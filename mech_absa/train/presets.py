@@ -286,3 +286,28 @@ def bundled(sites: Sites, method: str = "both", *, rank: int = 4, epochs: int = 
         "steering": lambda: parts(method, _outputs(found), rate),
     }.get(method, lambda: parts(method, _outputs(found), rate, rank=rank))()
     return Preset(method, made, epochs=epochs, batch_size=16, schedule="linear", warmup=0.05, clip=1.0, loss="labels")
+
+
+def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Preset:
+    """The preset of a name, as the command takes it.
+
+    Args:
+        name: `paper`, `authors_code`, one of `METHODS`, or `table2:` and a key of `TABLE_2` (which brings its own places).
+        sites: where.
+        shape: of the model.
+        rank: of whatever has one.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name.startswith("table2:"):
+        if (row := name.removeprefix("table2:")) not in TABLE_2:
+            raise ConfigError(f"unknown preset {name!r}; accepted: {choices(f'table2:{k}' for k in TABLE_2)}")
+        return TABLE_2[row](shape)
+    if name == "paper":
+        return paper(sites, rank=rank)
+    if name == "authors_code":
+        return authors_code(sites, rank=rank)
+    if name not in METHODS:
+        raise ConfigError(f"unknown preset {name!r}; accepted: {choices(['paper', 'authors_code', *METHODS, 'table2:lora ...'])}")
+    return bundled(sites, name, rank=rank, shape=shape)

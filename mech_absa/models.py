@@ -546,7 +546,7 @@ def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | to
     try:
         # "." exists as a path, so that no official name is looked up; the weights come from `hf`.
         state = tl.get_pretrained_state_dict(".", cfg, hf_model=hf, dtype=dtype)
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"TransformerLens cannot convert {type(hf).__name__} ({_first_line(error)})") from None
     for key, value in hooked.state_dict().items():
         if key not in state and key.endswith("W_pos"):  # Bloom's is unused and would be uninitialised memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from .models import Model
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer, encode
 
 
+@runtime_checkable
 class Applicable(Protocol):
     """What can be in force during forward passes over a batch of known tokens: a trained edit, a planned intervention."""
 

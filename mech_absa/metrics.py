@@ -57,7 +57,11 @@ class Metric:
             gold: index of the right label.
             foil: index of the label to compare with; -1 means the mean of all others.
         """
-        return self.fn(scores.float() if scores.dtype != torch.float64 else scores, gold, foil)
+        return self.fn(_wide(scores), gold, foil)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gold(scores: Tensor, gold: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def _logit_diff(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
 
 def kl(logits: Float[Tensor, "row d_vocab"], clean: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
     """-KL(P_clean || P) of the next token, in nats; 0 when the run answers as the clean run does."""
-    log_p, log_q = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
+    log_p, log_q = _wide(clean).log_softmax(-1), _wide(logits).log_softmax(-1)
     return -(log_p.exp() * (log_p - log_q)).sum(-1)
 
 

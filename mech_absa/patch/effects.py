@@ -1,0 +1,181 @@
+"""What tracing found: one row a pair and cell, nothing averaged away.
+
+With P the metric (the paper's: probability of the gold label), and a cell restored in the corrupted run (`denoise`):
+
+    TE  = P_clean - P_corrupted                    total effect of a pair          `Effects.total`
+    IE  = P_patched - P_corrupted                  indirect effect of a cell       column `effect`
+    ATE, AIE                                       their means over pairs          `ImportanceMap`
+
+(Meng et al. 2022, section 2.1.) In the `noise` direction IE = P_clean - P_patched. Both are positive where the cell matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError, DataError
+from ..records import atomic, write_json
+from ..sites import HEAD_KINDS, ROLES, Site
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from .importance import ImportanceMap
+
+COLUMNS = ("example_id", "kind", "layer", "head", "position", "role", "clean", "corrupted", "patched", "effect", "draw_sd")
+PAIR_COLUMNS = (
+    "example_id", "sentence", "aspect", "polarity", "domain", "cluster", "tokens", "roles", "labels", "p_clean", "p_corrupted",
+    "corrupted_tokens", "clean", "corrupted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Effects of every cell of every pair.
+
+    Attributes:
+        frame: columns `COLUMNS`; `head` and `position` are -1 where there is none; `draw_sd` is the standard deviation of the effect over
+            noise draws.
+        pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label probabilities of both runs.
+        about: model, n_layers, n_heads, corruption, direction, metric, unit, method, by, window, counts.
+    """
+
+    frame: pd.DataFrame
+    pairs: pd.DataFrame
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(self.frame["kind"].unique())
+        return f"Effects({len(self.pairs)} pairs, {len(self.frame)} cells of {kinds}; {self.about.get('method', 'exact')}, {self.about.get('direction')})"
+
+    @property
+    def total(self) -> pd.Series:
+        """TE of every pair: what the corruption takes away."""
+        pairs = self.pairs.set_index("example_id")
+        return (pairs["clean"] - pairs["corrupted"]).rename("total_effect")
+
+    def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]:
+        """Effects as `[pair cell]`, and what each cell is.
+
+        Args:
+            by: `role` takes, for every pair, the mean over the tokens of a role; `position` keeps absolute positions (only sensible for
+                prompts that line up).
+
+        Returns:
+            values, NaN where a pair lacks the cell; and a frame with columns kind, layer, head and `by`, one row a cell, in reading order.
+        """
+        if by not in ("role", "position"):
+            raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
+        keys = ["kind", "layer", "head", by]
+        table = self.frame.groupby(["example_id", *keys], observed=True, sort=False)["effect"].mean().unstack("example_id")
+        table = table.reindex(columns=self.pairs["example_id"])
+        cells = table.index.to_frame(index=False)
+        cells["_kind"] = cells["kind"].map({k: i for i, k in enumerate(self.frame["kind"].unique())})
+        cells["_by"] = cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
+        order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
+        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(drop=True).astype({"kind": str, **({"role": str} if by == "role" else {})})
+
+    def importance(self, by: str = "role", **options: Any) -> ImportanceMap:
+        """Averages over pairs with intervals; see `ImportanceMap.of`."""
+        from .importance import ImportanceMap
+
+        return ImportanceMap.of(self, by=by, **options)
+
+    def example(self, example_id: str) -> pd.DataFrame:
+        """The rows of one pair.
+
+        Raises:
+            DataError: no such example was traced.
+        """
+        rows = self.frame[self.frame["example_id"] == example_id]
+        if rows.empty:
+            some = ", ".join(self.pairs["example_id"].head(3))
+            raise DataError(f"no example {example_id!r} was traced; there are {len(self.pairs)}, such as {some}")
+        return rows
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.frame
+
+    def to_xarray(self) -> xr.DataArray:
+        """Effects by role as an array with axes example, kind, layer, head, role."""
+        values, cells = self.matrix("role")
+        index = pd.MultiIndex.from_frame(cells)
+        frame = pd.DataFrame(values.T, index=index, columns=pd.Index(self.pairs["example_id"], name="example"))
+        return frame.stack(future_stack=True).rename("effect").to_xarray().transpose("example", "kind", "layer", "head", "role")
+
+    def show(self, example_id: str, kind: str | None = None) -> Any:
+        """The prompt of one example, its tokens coloured by the largest effect over layers (CircuitsVis; works offline in a notebook)."""
+        from ..report.widgets import coloured_tokens
+
+        rows = self.example(example_id)
+        kind = kind or str(rows["kind"].iloc[0])
+        rows = rows[rows["kind"] == kind]
+        meta = self.pairs.set_index("example_id").loc[example_id]
+        tokens = list(meta["tokens"])
+        values = np.zeros(len(tokens))
+        if (rows["position"] >= 0).any():
+            best = rows.groupby("position")["effect"].max()
+            values[best.index.to_numpy()] = best.to_numpy()
+        else:
+            best = rows.groupby("role", observed=True)["effect"].max()
+            values = np.array([float(best.get(r, 0.0)) for r in meta["roles"]])
+        return coloured_tokens(tokens, values)
+
+    def _repr_html_(self) -> str:
+        best = self.importance().top(5)
+        return f"<div><b>{self!r}</b></div>{best.to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
+
+    # ---- files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """`effects.parquet`, `pairs.parquet` and `about.json` in a folder."""
+        folder = Path(folder)
+        write_frame(self.frame, folder / "effects.parquet")
+        write_frame(self.pairs, folder / "pairs.parquet")
+        write_json(folder / "about.json", self.about)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Effects:
+        """Effects from the folder of a run.
+
+        Raises:
+            DataError: it holds none.
+        """
+        import json
+
+        folder = Path(folder)
+        for name in ("effects.parquet", "pairs.parquet", "about.json"):
+            if not (folder / name).exists():
+                raise DataError(f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch")
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return cls(read_frame(folder / "effects.parquet"), read_frame(folder / "pairs.parquet"), about)
+
+    def only(self, **equal: Any) -> Effects:
+        """The rows whose columns equal (or are among) the values given."""
+        frame = self.frame
+        for column, value in equal.items():
+            frame = frame[frame[column].isin(value if isinstance(value, (list, tuple, set)) else [value])]
+        return replace(self, frame=frame)
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """A frame as parquet, the same bytes for the same content."""
+    with atomic(path) as temporary:
+        frame.to_parquet(temporary, index=False, compression="zstd")
+
+
+def read_frame(path: str | Path) -> pd.DataFrame:
+    return pd.read_parquet(path)
+
+
+def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:
+    """The site of a row of a table."""
+    return Site(int(layer), kind, int(head) if kind in HEAD_KINDS else None, role)

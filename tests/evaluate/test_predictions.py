@@ -80,9 +80,10 @@ def test_generation_answers_as_label_scoring_does_when_a_label_is_the_argmax(exa
     model = load_model(tiny_folder("gpt2", seed=3))
     verbalizer = Verbalizer.of(["was", "the", "is"])
     ids = [i for (i,) in verbalizer.label_ids(model.tokenizer)]  # one token each
-    with torch.no_grad():
-        model.hooked.unembed.b_U[ids] += 100
     ends_in_the_aspect = "{sentence} Aspect: {aspect}"
+    usual = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer).scores.mean(0)
+    with torch.no_grad():  # the labels are now the most probable tokens everywhere, and none of them always
+        model.hooked.unembed.b_U[ids] += 100 - torch.tensor(usual, dtype=torch.float32)
     labels = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer)
     free = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer, decode="generate")
     assert free.answers == labels.answers and len(set(free.answers)) > 1

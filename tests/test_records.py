@@ -1,0 +1,201 @@
+"""Files are written whole or not at all, and a folder belongs to one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mech_absa.errors import RunFolderError
+from mech_absa.examples import Polarity
+from mech_absa.records import RunFolder, atomic, fingerprint, plain, sha256_bytes, sha256_file, versions, write_json, write_text
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a.csv") as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path, "another file system could not be moved from in one step"
+        assert temporary.suffix == ".csv", "writers choose their format by it"
+        raise KeyboardInterrupt
+    assert names(tmp_path) == set()
+
+
+def test_a_writer_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.csv"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old", "the old file stands until the new one is whole"
+        _ = 1 / 0
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"a.csv"}
+
+
+def test_a_writer_that_succeeds_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    write_text(path, "old")
+    write_text(path, "déjà vu 好")
+    assert path.read_bytes() == "déjà vu 好".encode()
+    assert names(path.parent) == {"a.txt"}
+
+
+def test_json_that_cannot_be_written_keeps_the_old_one(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="surrogates"):
+        write_json(tmp_path / "a.json", {"x": "\ud800"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert names(tmp_path) == {"a.json"}
+
+
+def test_others_can_read_the_result(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_text(tmp_path / "atomic", "")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@dataclass(frozen=True)
+class Inner:
+    where: Path
+    polarity: Polarity
+
+
+@dataclass(frozen=True)
+class Config:
+    inner: Inner
+    layers: tuple[int, ...]
+    names: frozenset[str]
+    rate: float = 0.5
+
+
+def test_plain():
+    config = Config(Inner(Path("a/b"), Polarity.NEGATIVE), (1, 2), frozenset("cab"))
+    assert plain(config) == {"inner": {"where": "a/b", "polarity": "negative"}, "layers": [1, 2], "names": ["a", "b", "c"], "rate": 0.5}
+    numbers = plain({"f": np.float32(0.5), "i": np.int64(3), "b": np.bool_(True), 4: None})
+    assert numbers == {"f": 0.5, "i": 3, "b": True, "4": None}
+    assert [type(v) for v in numbers.values()] == [float, int, bool, type(None)]
+
+
+def test_fingerprint():
+    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1}), "neither the order nor the kind of sequence counts"
+    seen = [fingerprint(c) for c in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": 1, "b": None}, {"a": True})]
+    assert len(set(seen)) == len(seen)
+
+
+def test_hashes(tmp_path):
+    data = bytes(range(256)) * 999
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_file(tmp_path / "f") == sha256_bytes(data[:1000], data[1000:]) == hashlib.sha256(data).hexdigest()
+
+
+def test_versions():
+    import torch
+
+    assert versions()["torch"] == torch.__version__
+    assert {"python", "transformer-lens", "transformers", "numpy"} <= set(versions())
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------------------
+
+CONFIG = {"data": "laptop.json", "limit": 20, "device": "cpu"}
+
+
+def test_nothing_is_created_before_it_is_opened(tmp_path):
+    out = tmp_path / "runs" / "one"
+    folder = RunFolder(out, CONFIG)
+    assert not folder.finished
+    assert names(tmp_path) == set()
+    folder.open()
+    assert json.loads((out / ".run" / "config.json").read_text())["config"] == CONFIG
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "thesis.doc").write_text("")
+    with pytest.raises(RunFolderError, match=re.escape(f"--out {tmp_path} is not empty; choose a new folder, or give --resume")):
+        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(RunFolderError, match=re.escape(f"--out {tmp_path} holds no run to resume; choose a new or empty folder")):
+        RunFolder(tmp_path, CONFIG, resume=True)
+    assert names(tmp_path) == {"thesis.doc"}
+
+
+def test_a_file_is_refused(tmp_path):
+    path = tmp_path / "thesis.doc"
+    path.write_text("x")
+    for resume in (False, True):
+        with pytest.raises(RunFolderError, match=re.escape(f"--out {path} is a file; a folder that is new or empty is needed")):
+            RunFolder(path, CONFIG, resume=resume)
+    assert path.read_text() == "x"
+
+
+def test_an_empty_folder_is_welcome(tmp_path):
+    assert not RunFolder(tmp_path, CONFIG).open().finished
+    assert names(tmp_path) == {".run"}
+
+
+def killed(out: Path) -> Path:
+    """A run that wrote a part and a table, and died."""
+    folder = RunFolder(out, CONFIG, free=("device",)).open()
+    folder.part("part-0").write_text("0")
+    folder.write("table.csv", lambda path: path.write_text("a,b"))
+    return out
+
+
+def test_the_same_configuration_takes_up_where_it_stopped(tmp_path):
+    killed(tmp_path / "out")
+    folder = RunFolder(tmp_path / "out", CONFIG, resume=True, free=("device",)).open()
+    assert folder.part("part-0").read_text() == "0"
+    assert not folder.finished
+    free = RunFolder(tmp_path / "out", CONFIG | {"device": "cuda"}, resume=True, free=("device",)).open()
+    assert free.part("part-0").exists(), "a free key may change"
+
+
+def test_a_killed_run_is_not_taken_up_unasked(tmp_path):
+    killed(tmp_path / "out")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        RunFolder(tmp_path / "out", CONFIG, free=("device",))
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [({"limit": 21}, "limit"), ({"limit": 21, "data": "rest.json"}, "data, limit"), ({"seed": 1}, "seed")],
+)
+def test_another_configuration_is_refused_by_name(tmp_path, change, keys):
+    out = killed(tmp_path / "out")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(RunFolderError, match=re.escape(f"--out {out} holds a run with another configuration (it differs in {keys});")):
+        RunFolder(out, CONFIG | change, resume=True, free=("device",))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_finish(tmp_path):
+    out = killed(tmp_path / "out")
+    folder = RunFolder(out, CONFIG, resume=True, free=("device",)).open()
+    folder.finish({"kept": 3, "dropped": {"wrong": np.int64(2)}})
+    record = json.loads((out / "run.json").read_text())
+    assert record["config"] == CONFIG and record["kept"] == 3 and record["dropped"] == {"wrong": 2}
+    assert record["versions"]["python"] and record["seconds"] >= 0
+    assert names(out) == {"run.json", "table.csv"}, "the parts are gone, the result stays"
+    again = RunFolder(out, CONFIG, resume=True, free=("device",))
+    assert again.finished
+    with pytest.raises(RunFolderError, match="it differs in limit"):
+        RunFolder(out, CONFIG | {"limit": 1}, resume=True, free=("device",))
+
+
+def test_a_failed_write_into_a_folder(tmp_path):
+    folder = RunFolder(tmp_path / "out", CONFIG).open()
+
+    def half(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folder.write("figures/map.png", half)
+    assert names(tmp_path / "out") == {".run", "figures"} and names(tmp_path / "out" / "figures") == set()

@@ -1,0 +1,573 @@
+"""Results -> figures that need no explanation.
+
+Every figure says what was measured, in which unit, on which model, from how many examples, how runs were corrupted and in which direction
+states were moved. Nothing here loads a model or imports torch: figures are made from tables, in a notebook, a command or years later.
+
+    heatmap(map)  lines(map)  heads(map)          where: role x layer with intervals, curves over layers, head x layer
+    example_map(effects, id)                      one prompt, word by word
+    layer_ranges  position_bars                   accuracy against the edited layers and positions (Li et al. 2025, Figures 4 and 5)
+    parameters  domains  faithfulness  pruning  ranks  agreement
+
+Functions that take a map of several panels make a figure; those of one panel draw on the `ax` they are given, or make a figure of their
+own. Either way they return the figure, which shows itself in a notebook. `save` writes PNG and PDF, the same bytes for the same figure.
+
+Colours: blue - white - red with the white at exactly 0 for signed effects, and the eight colours of Okabe and Ito for categories; both can
+be told apart under the common colour blindnesses, and lines differ in dashes as well. A figure brings its own white ground, so that it
+reads the same in a dark notebook. Styles hold inside this module only: importing it changes no rcParams.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from .errors import ConfigError, DataError, choices
+from .records import atomic
+from .sites import HEAD_KINDS, ROLES, Site
+
+if TYPE_CHECKING:
+    from .patch.effects import Effects
+    from .patch.importance import ImportanceMap
+
+COLUMN, PAGE = 3.3, 7.0
+"""Widths in inches: one column of a paper, and two."""
+
+INK, SOFT, FAINT, GRID, MISSING = "#1a1a1a", "#5f6368", "#d0d4da", "#e4e7eb", "#c9ccd1"
+OKABE_ITO = {
+    "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilion": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9",
+    "yellow": "#F0E442", "black": "#000000",
+}  # fmt: skip
+CYCLE = tuple(OKABE_ITO[c] for c in ("blue", "vermilion", "green", "purple", "orange", "sky", "black"))
+MARKERS = "osD^vPX"
+
+DIVERGING = LinearSegmentedColormap.from_list(
+    "effect", ["#0a3b70", "#2f79b5", "#8ec1de", "#dfecf3", "#ffffff", "#fbe3d4", "#f0a582", "#c94741", "#6d0220"]
+)
+"""Blue - white - red, white at the centre."""
+DIVERGING.set_bad(MISSING)
+
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5,
+    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6.5, "figure.titlesize": 9, "figure.facecolor": "white",
+    "axes.facecolor": "white", "savefig.facecolor": "white", "savefig.edgecolor": "white", "savefig.transparent": False, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlelocation": "left", "lines.linewidth": 1.3, "lines.markersize": 3.5, "legend.frameon": False, "hatch.linewidth": 0.5,
+    "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "mech_absa", "path.simplify": True, "text.usetex": False,
+    "text.parse_math": False, "axes.prop_cycle": mpl.cycler(color=CYCLE), "axes.unicode_minus": True, "figure.dpi": 120,
+    "axes.formatter.use_mathtext": False,
+}  # fmt: skip
+
+KIND_WORDS = {
+    "resid_pre": "residual stream before the layer", "resid_mid": "residual stream between attention and MLP",
+    "resid_post": "residual stream after the layer", "attn_out": "attention output", "mlp_out": "MLP output", "head": "attention head (z)",
+    "q": "query", "k": "key", "v": "value",
+}  # fmt: skip
+SPAN_WORDS = {
+    "all": "all tokens",
+    "sentence": "the sentence",
+    "aspect": "the aspect in the sentence",
+    "query": "the aspect in the question",
+}
+
+ROLE_STYLES = {
+    "template": (SOFT, ":"), "before": (OKABE_ITO["purple"], "-"), "aspect.first": (OKABE_ITO["orange"], ":"),
+    "aspect.middle": (OKABE_ITO["orange"], "--"), "aspect.last": (OKABE_ITO["orange"], "-"), "opinion": (OKABE_ITO["vermilion"], "-"),
+    "after": (OKABE_ITO["green"], "-"), "query.first": (OKABE_ITO["blue"], ":"), "query.middle": (OKABE_ITO["blue"], "--"),
+    "query.last": (OKABE_ITO["blue"], "-"), "answer": (OKABE_ITO["black"], "-"),
+}  # fmt: skip
+"""Colour by what the tokens belong to, dashes by the place inside it; one look for a role in every figure."""
+
+
+class Picture(Figure):
+    """A figure that belongs to nobody but its holder: no window, no global state, shown by notebooks without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with style():
+            self.savefig(buffer, format="png", dpi=160)
+        return buffer.getvalue()
+
+
+def style(**changes: Any) -> AbstractContextManager[None]:
+    """The look of this module's figures, for the length of a `with` block."""
+    return mpl.rc_context({**STYLE, **changes})
+
+
+def save(figure: Figure, path: str | Path, *, dpi: int = 200) -> list[Path]:
+    """`path` with the endings .png and .pdf; the PDF keeps text as text.
+
+    The same figure gives the same bytes: no date, no random ids.
+    """
+    stem = Path(path)
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".pdf") else stem
+    written = []
+    with style():
+        for ending, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "ModDate": None})):
+            target = stem.parent / (stem.name + ending)
+            with atomic(target) as temporary:
+                figure.savefig(temporary, dpi=dpi, metadata=metadata)
+            written.append(target)
+    return written
+
+
+# ---- words --------------------------------------------------------------------------------------------------------------------
+
+
+def corruption_words(about: Mapping[str, Any]) -> str:
+    """How corrupted runs were made: `Gaussian noise on all tokens, 3 sd, mean of 10 draws`."""
+    name, settings = str(about.get("corruption", "")), about.get("corruption_settings") or {}
+    if name == "GaussianNoise":
+        span = SPAN_WORDS.get(str(settings.get("span", "all")), str(settings.get("span")))
+        draws = int(settings.get("draws", 1))
+        return f"Gaussian noise on {span}, {settings.get('scale', 0):g} sd, {'1 draw' if draws == 1 else f'mean of {draws} draws'}"
+    if name == "MeanAblation":
+        return f"states replaced by their mean over {'tokens of the same role' if settings.get('by', 'role') == 'role' else 'all tokens'}"
+    return {
+        "Counterfactual": "minimal edit of the text with another polarity",
+        "ZeroAblation": "states replaced by zero",
+        "Resample": "states replaced by those of another example",
+    }.get(name, name or "unknown corruption")
+
+
+def direction_words(about: Mapping[str, Any]) -> str:
+    """What was put where, said aloud."""
+    if str(about.get("corruption", "")) in ("MeanAblation", "ZeroAblation", "Resample"):
+        return "noise: states of the clean run are replaced"
+    return {
+        "denoise": "denoise: clean states restored in the corrupted run",
+        "noise": "noise: corrupted states put into the clean run",
+    }.get(str(about.get("direction")), str(about.get("direction", "")))
+
+
+def method_words(about: Mapping[str, Any]) -> str:
+    """How effects were computed."""
+    steps = about.get("steps")
+    return {
+        "exact": "exact",
+        "atp": "estimate: attribution patching",
+        "atpstar": "estimate: AtP*",
+        "ig": f"estimate: integrated gradients{f', {steps} steps' if steps else ''}",
+    }.get(str(about.get("method", "exact")), str(about.get("method")))
+
+
+def facts(about: Mapping[str, Any], n: int | None = None) -> str:
+    """One or two lines for under a title: model, n, corruption, direction, method."""
+    n = about.get("n_pairs", about.get("kept")) if n is None else n
+    window = int(about.get("window") or 1)
+    parts = [
+        f"model {about['model']}" if about.get("model") else "",
+        f"n = {n} pairs" if n is not None else "",
+        f"windows of {window} layers" if window > 1 else "",
+        method_words(about),
+    ]
+    return "  ·  ".join(p for p in parts if p) + f"\n{corruption_words(about)}  ·  {direction_words(about)}"
+
+
+def effect_label(about: Mapping[str, Any], average: bool = True) -> str:
+    """The axis of an effect with its unit, in lines short enough for a panel."""
+    unit = str(about.get("unit") or about.get("metric") or "metric")
+    return "\n".join(textwrap.wrap(f"{'AIE' if average else 'indirect effect'} ({unit})", 26))
+
+
+def shown(token: str) -> str:
+    """A token as it can stand on an axis: line ends and tabs visible, a leading blank dropped."""
+    text = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "")
+    return text.strip(" ▁Ġ") or "␣"
+
+
+def short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+# ---- frames -------------------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, **grid: Any) -> tuple[Picture, Any]:
+    figure = Picture(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0.03, hspace=0.03)
+    return figure, figure.subplots(**grid)
+
+
+def _single(ax: Axes | None, width: float = COLUMN, height: float = 2.5) -> tuple[Figure, Axes]:
+    """The axes to draw on, and their figure."""
+    if ax is not None:
+        return ax.get_figure(root=True), ax  # type: ignore[return-value]
+    return _figure(width, height)
+
+
+def _headline(figure: Figure, title: str, below: str = "") -> None:
+    """A bold title and plain facts under it, both left-aligned, in the room that the layout leaves for a suptitle."""
+    lines = below.count("\n") + 1 if below else 0
+    inches = 0.2 + 0.135 * lines
+    height = float(figure.get_size_inches()[1])
+    figure.set_size_inches(figure.get_size_inches()[0], height + inches)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0, 0, 1, height / (height + inches)))  # type: ignore[call-arg]
+    top, total = 0.06, height + inches
+    figure.text(0.012, 1 - top / total, title, ha="left", va="top", fontsize=9, fontweight="bold", color=INK)
+    if below:
+        figure.text(0.012, 1 - (top + 0.165) / total, below, ha="left", va="top", fontsize=6.5, color=SOFT, linespacing=1.35)
+
+
+def _scale(values: Iterable[np.ndarray]) -> float:
+    """The end of a scale that is symmetric about 0."""
+    ends = [float(np.nanmax(np.abs(v))) for v in values if np.size(v) and not np.isnan(v).all()]
+    return max(ends, default=0.0) or 1.0
+
+
+def _mesh(ax: Axes, values: np.ndarray, columns: Sequence[Any], rows: Sequence[Any], limit: float) -> Any:
+    """A matrix, row 0 on top, with a thin grid between cells, so that a cell of 0 is seen to be there."""
+    mesh = ax.pcolormesh(
+        np.ma.masked_invalid(values),
+        cmap=DIVERGING,
+        norm=Normalize(-limit, limit),
+        edgecolors=GRID,
+        linewidth=0.4 if len(columns) <= 48 else 0,
+    )
+    ax.set_xlim(0, len(columns))
+    ax.set_ylim(len(rows), 0)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, pad=2)
+    step = max(1, math.ceil(len(columns) / 12))
+    ax.set_xticks(np.arange(0, len(columns), step) + 0.5, [str(c) for c in columns[::step]])
+    ax.set_yticks(np.arange(len(rows)) + 0.5, [str(r) for r in rows])
+    return mesh
+
+
+def _dots(ax: Axes, where: np.ndarray, size: float = 2.2) -> None:
+    """A small dot in every cell of a mask."""
+    y, x = np.nonzero(where)
+    if len(x):
+        ax.scatter(x + 0.5, y + 0.5, s=size, c=SOFT, alpha=0.75, linewidths=0, zorder=3, gid="uncertain")
+
+
+def _outline(ax: Axes, where: np.ndarray) -> None:
+    """A frame around every run of neighbouring cells in a row of a mask."""
+    for y, row in enumerate(where):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
+        for a, b in zip(edges[::2], edges[1::2], strict=True):
+            ax.add_patch(Rectangle((a, y), b - a, 1, fill=False, edgecolor=INK, linewidth=1.3, zorder=4, clip_on=False, gid="selected"))
+
+
+def _bar(figure: Figure, mesh: Any, axes: Any, label: str) -> None:
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02, aspect=22)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2, width=0.5)
+    bar.locator = MaxNLocator(5)
+    bar.update_ticks()
+    bar.set_label(label, fontsize=6.5)
+
+
+# ---- where: averaged maps -----------------------------------------------------------------------------------------------------
+
+
+def _by(table: pd.DataFrame) -> str:
+    return "role" if "role" in table else "position"
+
+
+def _grid(table: pd.DataFrame, rows: Sequence[Any], layers: Sequence[int], column: str) -> np.ndarray:
+    wide = table.pivot_table(index=_by(table), columns="layer", values=column, aggfunc="mean")
+    return wide.reindex(index=rows, columns=layers).to_numpy(dtype=float)
+
+
+def _rows_of(table: pd.DataFrame) -> list[Any]:
+    by = _by(table)
+    present = set(table[by])
+    return [r for r in ROLES if r in present] if by == "role" else sorted(present)
+
+
+def uncertain(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Cells whose interval covers 0."""
+    with np.errstate(invalid="ignore"):
+        return (low <= 0) & (high >= 0)
+
+
+def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, *, kinds: Sequence[str] | None = None) -> Figure:
+    """Role (or token position) x layer, one panel a kind, all on one scale about 0.
+
+    Args:
+        importance: kinds that have one state a layer are drawn; heads have their own figure.
+        selection: chosen sites, framed.
+        kinds: which, in this order; default all.
+
+    Returns:
+        a figure in which a dot marks cells whose interval covers 0, and a frame the chosen sites.
+    """
+    table = importance.table
+    present = [k for k in table["kind"].unique() if k not in HEAD_KINDS]
+    kinds = present if kinds is None else list(kinds)
+    if not kinds or (unknown := [k for k in kinds if k not in present]):
+        asked = unknown[0] if kinds else "none"
+        raise ConfigError(f"a heat map of kind {asked!r} was asked for; the map has {choices(present) if present else 'only heads'}")
+    table = table[table["kind"].isin(kinds)]
+    rows, layers = _rows_of(table), sorted(table["layer"].unique())
+    grids = {k: _grid(table[table["kind"] == k], rows, layers, "aie") for k in kinds}
+    limit = _scale(grids.values())
+    chosen = list(selection) if selection is not None else []
+    n = len(kinds)
+    width = PAGE if n > 1 or len(layers) > 12 else COLUMN + 0.7
+    with style():
+        figure, axes = _figure(width, 0.9 + 0.165 * max(len(rows), 5), ncols=n, sharey=True, squeeze=False)
+        for ax, kind in zip(axes[0], kinds, strict=True):
+            cells = table[table["kind"] == kind]
+            mesh = _mesh(ax, grids[kind], layers, rows, limit)
+            _dots(
+                ax,
+                uncertain(_grid(cells, rows, layers, "ci_low"), _grid(cells, rows, layers, "ci_high")),
+                2.2 if len(layers) <= 24 else 1.2,
+            )
+            _outline(ax, np.array([[any(s.kind == kind and s.layer == j and s.at == r for s in chosen) for j in layers] for r in rows]))
+            ax.set_title(f"{kind}\n{KIND_WORDS.get(kind, '')}", fontsize=7.5, linespacing=1.3)
+            ax.set_xlabel("layer")
+        axes[0, 0].set_ylabel("role of the token" if _by(table) == "role" else "token position")
+        _bar(figure, mesh, list(axes[0]), effect_label(importance.about))
+        level = importance.about.get("level", 0.95)
+        keys: list[Any] = [
+            Line2D(
+                [],
+                [],
+                marker="o",
+                color="none",
+                markerfacecolor=SOFT,
+                markeredgewidth=0,
+                markersize=2.2,
+                label=f"{level:.0%} interval covers 0",
+            )
+        ]
+        if chosen:
+            keys.append(Patch(fill=False, edgecolor=INK, linewidth=1.1, label="selected sites"))
+        if any(np.isnan(g).any() for g in grids.values()):
+            keys.append(Patch(facecolor=MISSING, edgecolor="none", label="not measured"))
+        figure.legend(handles=keys, loc="outside lower left", ncols=len(keys), handlelength=1.4, columnspacing=1.6, borderaxespad=0.3)
+        _headline(figure, "Where a state carries the answer: average indirect effect (AIE)", facts(importance.about))
+    return figure
+
+
+def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, highlight: int | Sequence[str] = 5) -> Figure:
+    """AIE over layers, one line a role with its interval, one panel a kind.
+
+    Args:
+        importance: by role; heads are left out.
+        kinds: which, in this order; default all.
+        highlight: the roles drawn in colour, or at most how many (those with the largest effects, and no less than a twentieth of the
+            largest); the others are thin and grey.
+    """
+    table = importance.table
+    if "role" not in table:
+        raise ConfigError("lines are drawn by role; make the map with by='role'")
+    kinds = list(kinds or [k for k in table["kind"].unique() if k not in HEAD_KINDS])
+    table = table[table["kind"].isin(kinds)]
+    if table.empty:
+        raise ConfigError("the map has no kind with one state a layer; heads(map) draws heads")
+    roles, layers = _rows_of(table), sorted(table["layer"].unique())
+    if isinstance(highlight, int):
+        peak = table.assign(size=table["aie"].abs()).groupby("role", observed=True)["size"].max().reindex(roles)
+        peak = peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable")
+        bright = [r for r in roles if r in set(peak.index[:highlight])]
+    else:
+        bright = [r for r in roles if r in set(highlight)]
+    with style():
+        figure, axes = _figure(PAGE if len(kinds) > 1 else COLUMN + 0.7, 1.95, ncols=len(kinds), sharey=True, squeeze=False)
+        for ax, kind in zip(axes[0], kinds, strict=True):
+            ax.axhline(0, color=SOFT, linewidth=0.6, zorder=1)
+            for role in [*(r for r in roles if r not in bright), *bright]:
+                rows = table[(table["kind"] == kind) & (table["role"] == role)].sort_values("layer")
+                x, y = rows["layer"].to_numpy(float), rows["aie"].to_numpy(float)
+                if role not in bright:
+                    ax.plot(x, y, color=FAINT, linewidth=0.9, zorder=2)
+                    continue
+                colour, dash = ROLE_STYLES.get(role, (INK, "-"))
+                ax.fill_between(
+                    x, rows["ci_low"].to_numpy(float), rows["ci_high"].to_numpy(float), color=colour, alpha=0.16, linewidth=0, zorder=3
+                )
+                ax.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=2.2 if len(layers) <= 24 else 0, zorder=4, label=role)
+            ax.set_title(f"{kind}\n{KIND_WORDS.get(kind, '')}", fontsize=7.5, linespacing=1.3)
+            ax.set_xlabel("layer")
+            ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            ax.margins(x=0.02)
+        axes[0, 0].set_ylabel(effect_label(importance.about))
+        keys = [
+            Line2D([], [], color=ROLE_STYLES.get(r, (INK, "-"))[0], linestyle=ROLE_STYLES.get(r, (INK, "-"))[1], label=r) for r in bright
+        ]
+        if len(bright) < len(roles):
+            keys.append(Line2D([], [], color=FAINT, linewidth=0.9, label="other roles"))
+        keys.append(
+            Patch(
+                facecolor=SOFT, alpha=0.25, linewidth=0, label=f"{importance.about.get('level', 0.95):.0%} interval (bootstrap by sentence)"
+            )
+        )
+        columns = len(keys) if len(kinds) > 1 else 3
+        figure.legend(handles=keys, loc="outside lower left", ncols=columns, handlelength=1.9, columnspacing=1.3, borderaxespad=0.3)
+        _headline(figure, "Average indirect effect (AIE) over the layers", facts(importance.about))
+    return figure
+
+
+def heads(importance: ImportanceMap, *, kind: str | None = None, roles: Sequence[str] | int = 3) -> Figure:
+    """Head x layer, one panel a role, all on one scale about 0.
+
+    Args:
+        importance: with a kind that has heads.
+        kind: which; default the first such.
+        roles: which, or how many: those at which a head has the largest effect.
+    """
+    table = importance.table
+    present = [k for k in table["kind"].unique() if k in HEAD_KINDS]
+    if not present or kind not in (None, *present):
+        raise ConfigError(f"heads of kind {kind or 'head'!r} were asked for; the map has {choices(table['kind'].unique())}")
+    kind = kind or present[0]
+    table = table[table["kind"] == kind]
+    by, everywhere = _by(table), _rows_of(table)
+    if isinstance(roles, int):
+        peak = table.assign(size=table["aie"].abs()).groupby(by, observed=True)["size"].max().reindex(everywhere)
+        best = set(peak.sort_values(ascending=False, kind="stable").index[:roles])
+        places: list[Any] = [r for r in everywhere if r in best]
+    else:
+        places = [r for r in everywhere if r in set(roles)]
+    if not places:
+        raise ConfigError(
+            f"heads at {choices(roles) if not isinstance(roles, int) else roles} were asked for; the map has {choices(everywhere)}"
+        )
+    table = table[table[by].isin(places)]
+    layers, numbers = sorted(table["layer"].unique()), sorted(table["head"].unique())
+
+    def grid(place: Any, column: str) -> np.ndarray:
+        wide = table[table[by] == place].pivot_table(index="head", columns="layer", values=column, aggfunc="mean")
+        return wide.reindex(index=numbers, columns=layers).to_numpy(dtype=float)
+
+    limit = _scale(grid(p, "aie") for p in places)
+    with style():
+        figure, axes = _figure(
+            PAGE if len(places) > 1 else COLUMN + 0.7, 0.85 + 0.15 * max(len(numbers), 6), ncols=len(places), sharey=True, squeeze=False
+        )
+        for ax, place in zip(axes[0], places, strict=True):
+            mesh = _mesh(ax, grid(place, "aie"), layers, numbers, limit)
+            _dots(ax, uncertain(grid(place, "ci_low"), grid(place, "ci_high")), 2.2 if len(layers) <= 24 else 1.2)
+            ax.set_title(f"at {place}", fontsize=7.5)
+            ax.set_xlabel("layer")
+        axes[0, 0].set_ylabel("head")
+        _bar(figure, mesh, list(axes[0]), effect_label(importance.about))
+        dot = Line2D([], [], marker="o", color="none", markerfacecolor=SOFT, markeredgewidth=0, markersize=2.2)
+        dot.set_label(f"{importance.about.get('level', 0.95):.0%} interval covers 0")
+        figure.legend(handles=[dot], loc="outside lower left", handlelength=1.4, borderaxespad=0.3)
+        _headline(figure, f"Which heads carry the answer: AIE of {KIND_WORDS[kind]}", facts(importance.about))
+    return figure
+
+
+def save_trace_figures(
+    importance: ImportanceMap, folder: str | Path, selection: Iterable[Site] | None = None, effects: Effects | None = None
+) -> list[Path]:
+    """The figures of a trace as PNG and PDF: `heatmap`, `lines`, `heads` where the map has heads, `example` where effects are given.
+
+    Args:
+        importance: by role.
+        folder: made where it is missing.
+        selection: chosen sites, framed on the heat map.
+        effects: for one prompt, word by word: the pair whose corruption took the most away.
+
+    Returns:
+        what was written.
+    """
+    folder, written = Path(folder), []
+    found = list(importance.table["kind"].unique())
+    if any(k not in HEAD_KINDS for k in found):
+        written += save(heatmap(importance, selection), folder / "heatmap")
+        if "role" in importance.table:
+            written += save(lines(importance), folder / "lines")
+    for kind in (k for k in found if k in HEAD_KINDS):
+        written += save(heads(importance, kind=kind), folder / ("heads" if kind == "head" else f"heads-{kind}"))
+    if effects is not None and any(k not in HEAD_KINDS for k in found):
+        written += save(example_map(effects), folder / "example")
+    return written
+
+
+# ---- where: one example -------------------------------------------------------------------------------------------------------
+
+
+def example_map(effects: Effects, example_id: str | None = None, kind: str | None = None) -> Figure:
+    """Token x layer of one prompt, its words on the axis.
+
+    Args:
+        effects: from a trace; by role, every token shows the effect of its role.
+        example_id: default the pair with the largest total effect.
+        kind: default the first that has one state a layer.
+    """
+    pairs = effects.pairs.set_index("example_id")
+    if example_id is None:
+        gap = (pairs["clean"] - pairs["corrupted"]).fillna(-np.inf)
+        example_id = str(gap.index[int(np.argmax(gap.to_numpy()))])
+    rows = effects.example(example_id)
+    present = [k for k in rows["kind"].unique() if k not in HEAD_KINDS]
+    kind = kind or (present[0] if present else None)
+    rows = rows[rows["kind"] == kind]
+    if rows.empty or kind in HEAD_KINDS:
+        raise DataError(f"example {example_id!r} has no map of kind {kind!r}; it was traced at {choices(effects.frame['kind'].unique())}")
+    meta = pairs.loc[example_id]
+    tokens, roles = list(meta["tokens"]), list(meta["roles"])
+    layers = sorted(rows["layer"].unique())
+    single = bool((rows["position"] >= 0).any())
+    wide = rows.pivot_table(index="position" if single else "role", columns="layer", values="effect", aggfunc="mean", observed=True)
+    values = wide.reindex(index=range(len(tokens)) if single else roles, columns=layers).to_numpy(dtype=float)
+    with style():
+        width = COLUMN + 0.7 if len(layers) <= 16 else PAGE * 0.75
+        figure, ax = _figure(width, 0.6 + 0.135 * len(tokens))
+        mesh = _mesh(ax, values, layers, [short(shown(t), 18) for t in tokens], _scale([values]))
+        for label, role in zip(ax.get_yticklabels(), roles, strict=True):
+            colour = ROLE_STYLES.get(role, (INK, "-"))[0]
+            label.set_color(SOFT if role == "template" else colour)
+            label.set_fontweight("bold" if role.startswith(("aspect", "query", "opinion")) else "normal")
+        ax.set_xlabel("layer")
+        ax.set_ylabel("token (colour: role)")
+        _bar(figure, mesh, [ax], effect_label(effects.about, average=False))
+        seen = [r for r in ("before", "aspect.last", "opinion", "after", "query.last", "answer") if r in roles]
+        keys = [
+            Line2D(
+                [],
+                [],
+                marker="s",
+                color="none",
+                markeredgewidth=0,
+                markersize=4,
+                markerfacecolor=ROLE_STYLES[r][0],
+                label=r.partition(".")[0],
+            )
+            for r in seen
+        ]
+        figure.legend(
+            handles=keys,
+            loc="outside lower left",
+            ncols=len(keys),
+            handlelength=0.6,
+            columnspacing=1.0,
+            handletextpad=0.3,
+            borderaxespad=0.3,
+        )
+        ask = f"{short(str(meta['aspect']), 30)}: {meta['polarity']}"
+        gone = "" if pd.isna(meta["corrupted"]) else f", corrupted {meta['corrupted']:.3g}"
+        below = (
+            f"{example_id}, {kind} ({KIND_WORDS.get(kind, '')})\n{effects.about.get('metric', 'metric')}: clean {meta['clean']:.3g}{gone}\n"
+        )
+        _headline(
+            figure,
+            f"One prompt, word by word ({ask})",
+            below
+            + f"model {effects.about.get('model')}, {method_words(effects.about)}\n{corruption_words(effects.about)}\n{direction_words(effects.about)}",
+        )
+    return figure

@@ -2,6 +2,7 @@
 
 from .base import LLAMA_2_7B, Block, Intervention, Matrix, Part, Shape, parse_place
 from .edit import FAMILIES, Edit, count
+from .merge import export_peft, merge
 from .store import load_edit, save_edit
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "Part",
     "Shape",
     "count",
+    "export_peft",
     "load_edit",
+    "merge",
     "parse_place",
     "save_edit",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,7 @@ def build(part: Part, shape: Shape) -> Intervention:
     try:
         return make(place, shape, **part.options)
     except TypeError:
-        names = [n for n in make.__init__.__code__.co_varnames[: make.__init__.__code__.co_argcount] if n not in ("self", "place", "shape")]
+        names = [n for n in inspect.signature(make).parameters if n not in ("place", "shape")]
         raise ConfigError(
             f"{part.family} at {place} was given {', '.join(part.options)}; its options are {', '.join(names) or 'none'}"
         ) from None

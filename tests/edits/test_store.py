@@ -1,0 +1,189 @@
+"""Kept and read back to the last bit; refused when damaged or of another model; merged where algebra allows, and only there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from edit_cases import logits, loud, prompts, tiny_model
+from oracles.tiny_models import tiny_folder
+from test_edits import EVERYWHERE
+from transformers import AutoModelForCausalLM
+
+from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit
+from mech_absa.errors import EditError
+from mech_absa.models import load_model, weights_hash
+from mech_absa.prompts import Tokens
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+def test_what_is_loaded_gives_the_same_logits_to_the_bit(llama, tmp_path):
+    edit = loud(llama, *[Part(f, p) for f, p in EVERYWHERE.items()]).with_record(seed=7)
+    tokens = Tokens.stack(prompts(llama))
+    save_edit(edit, tmp_path)
+    back = load_edit(tmp_path, llama)
+    assert torch.equal(logits(llama, tokens, back), logits(llama, tokens, edit))
+    assert back.record == {"seed": 7} and back.parts == edit.parts and back.shape == edit.shape
+    said = json.loads((tmp_path / "edit.json").read_text())
+    assert said["schema"] == 1 and said["base"]["sha256"] == llama.sha256 and said["n_parameters"] == edit.n_parameters
+    assert said["formulas"]["red"] == "l_s * h + l_b" and "L1.W_O" in said["sites"]
+    assert {p.name for p in tmp_path.iterdir()} == {"edit.json", "edit.safetensors"}
+
+
+@pytest.mark.parametrize("arch", ["gpt2"])
+def test_another_base_is_refused(llama, tmp_path, arch):
+    save_edit(loud(llama, Part("lora", "L1.W_O")), tmp_path)
+    with pytest.raises(EditError, match="other weights"):
+        load_edit(tmp_path, tiny_model(arch))
+
+
+def flip(path, at=-3):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda f: flip(f / "edit.safetensors"), "damaged: its hash"),
+        (lambda f: (f / "edit.safetensors").write_bytes((f / "edit.safetensors").read_bytes()[:40]), "damaged"),
+        (lambda f: (f / "edit.safetensors").unlink(), "edit.safetensors is missing"),
+        (lambda f: (f / "edit.json").unlink(), "edit.json is missing"),
+        (lambda f: (f / "edit.json").write_text("[1"), "no JSON object"),
+        (lambda f: change(f, schema=99), "schema version 99"),
+        (lambda f: change(f, parts=[{"family": "lora", "place": "L1.W_O", "options": {"rank": 5}}]), "not of shape"),
+        (lambda f: change(f, parts=[{"family": "magic", "place": "L1.W_O"}]), "unknown family"),
+        (lambda f: change(f, base=None), "do not describe an edit"),
+    ],
+)
+def test_damage_is_refused_in_one_sentence(llama, tmp_path, spoil, words):
+    save_edit(loud(llama, Part("lora", "L1.W_O")), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(EditError, match=words) as caught:
+        load_edit(tmp_path, llama)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def change(folder, **fields):
+    path = folder / "edit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+ALL = ["llama", "gpt2", "gemma2", "pythia", "qwen2", "mistral", "gptj", "bloom"]
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_merged_in_memory_equals_unmerged(arch):
+    model = tiny_model(arch)
+    matrices = Shape.of(model).matrices
+    parts = [Part(f, f"L1.{m}") for f in ("lora", "full") for m in matrices] + [Part("dora", f"L2.{m}") for m in matrices]
+    edit = loud(model, *parts, size=0.1)
+    before = weights_hash(model.hooked)
+    merged = edit.merged(model)
+    tokens = Tokens.stack(prompts(model))
+    torch.testing.assert_close(logits(merged, tokens), logits(model, tokens, edit), **CLOSE)
+    assert not torch.allclose(logits(merged, tokens), logits(model, tokens), **CLOSE)
+    assert weights_hash(model.hooked) == before == model.sha256 != merged.sha256
+
+
+@pytest.mark.parametrize("family", ["loreft", "noreft", "direft", "red", "steering"])
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+def test_affine_edits_of_all_positions_merge(llama, family, kind):
+    edit = loud(llama, Part(family, f"L1.{kind}"))
+    tokens = Tokens.stack(prompts(llama))
+    torch.testing.assert_close(logits(edit.merged(llama), tokens), logits(llama, tokens, edit), **CLOSE)
+
+
+def test_merging_loses_no_precision():
+    model = tiny_model("gpt2", "float64")
+    edit = loud(model, Part("loreft", "L1.attn_out"), Part("lora", "L2.W_Q")).double()
+    tokens = prompts(model)[1]
+    assert float((logits(edit.merged(model), tokens) - logits(model, tokens, edit)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "arch, part, why",
+    [
+        ("llama", Part("loreft", "L1.attn_out@query.last"), "acts at query.last only"),
+        ("llama", Part("loreft", "L1.resid_post"), "no single weight matrix makes resid_post"),
+        ("llama", Part("adapter", "L1.mlp_out"), "no affine function"),
+        ("llama", Part("prefix", "L1"), "belong to no token"),
+        ("llama", Part("bitfit", "L1.W_gate"), "no bias"),
+        ("gemma2", Part("loreft", "L1.attn_out"), "norms attn_out after"),
+    ],
+)
+def test_what_no_weight_can_express_is_refused_with_the_reason(arch, part, why, tmp_path):
+    model = tiny_model(arch)
+    for attempt in (lambda e: e.merged(model), lambda e: merge(e, model, tmp_path / "out")):
+        with pytest.raises(EditError, match=why):
+            attempt(loud(model, part))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_a_merged_folder_runs_in_hugging_face(arch, tmp_path):
+    model = tiny_model(arch)
+    edit = loud(model, *[Part("lora", f"L{layer}.{m}") for layer in (0, 2) for m in Shape.of(model).matrices])
+    merge(edit, model, tmp_path / "merged")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    for tokens in prompts(model):
+        with torch.no_grad():
+            torch.testing.assert_close(hf(tokens.ids).logits, logits(model, tokens, edit), **CLOSE)
+    load_model(tmp_path / "merged")  # the folder is whole: tokenizer, configuration, and logits that agree
+
+
+def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
+    edit = loud(llama, Part("loreft", "L1.attn_out"), Part("steering", "L2.mlp_out"))
+    merge(edit, llama, tmp_path / "merged")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    assert hf.config.attention_bias and hf.config.mlp_bias
+    tokens = prompts(llama)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
+
+
+def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path):
+    model = tiny_model("mistral")
+    with pytest.raises(EditError, match="has none there"):
+        merge(loud(model, Part("steering", "L1.attn_out")), model, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused(llama, tmp_path):
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(EditError, match="not empty"):
+        merge(loud(llama, Part("lora", "L1.W_O")), llama, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["note"]
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_peft_reads_the_exported_adapter(arch, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install mech-absa[oracles]")
+    model = tiny_model(arch)
+    edit = loud(model, *[Part("lora", f"L{layer}.W_O", {"rank": 3, "alpha": 5.0, "rank_stabilised": True}) for layer in (0, 2)])
+    export_peft(edit, model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager"), tmp_path
+    ).eval()
+    tokens = prompts(model)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens.ids).logits, logits(model, tokens, edit), **CLOSE)
+
+
+def test_peft_is_given_nothing_by_halves(llama, tmp_path):
+    both = loud(llama, Part("lora", "L1.W_O"), Part("loreft", "L1.resid_post@query.last"))
+    with pytest.raises(EditError, match="cannot hold loreft"):
+        export_peft(both, llama, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    export_peft(both, llama, tmp_path / "b", partial=True)
+    mixed = loud(llama, Part("lora", "L1.W_O", {"rank": 2}), Part("lora", "L2.W_O", {"rank": 3}))
+    with pytest.raises(EditError, match="other options"):
+        export_peft(mixed, llama, tmp_path / "c")

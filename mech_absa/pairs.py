@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .axes import Resid
 from .errors import AlignmentError, ConfigError, DataError, choices
 from .examples import Example, Examples, mixed_polarity
 from .models import Model
@@ -325,8 +324,13 @@ def make_pairs(
 
     kept: list[Pair] = []
     considered = sum(dropped.values())
-    for start in range(0, len(candidates), 4 * batch_size):
-        for pair in _scored(model, candidates[start : start + 4 * batch_size], continuations, batch_size):
+    start = 0
+    while start < len(candidates) and (limit is None or len(kept) < limit):
+        # With a limit, no more are scored at a time than are still wanted.
+        step = 4 * batch_size if limit is None else min(4 * batch_size, max(8, limit - len(kept)))
+        scored = _scored(model, candidates[start : start + step], continuations, batch_size)
+        start += step
+        for pair in scored:
             if limit is not None and len(kept) == limit:
                 break
             considered += 1
@@ -426,8 +430,8 @@ class Runs:
 
     pairs: tuple[Pair, ...]
     continuation: Continuation
-    clean: Resid
-    corrupted: Resid
+    clean: Float[Tensor, "pair pos d_model"]
+    corrupted: Float[Tensor, "row pos d_model"]
     draws: int
     length: int
 

@@ -39,8 +39,10 @@ from .importance import ImportanceMap, Selection
 from .sweep import SPANS
 from .trace import Plan, ablation, gather, iterate, measure, plan, self_check
 
-FREE = ("out", "resume", "device", "quiet", "report", "figures")
-"""Settings that do not change what is computed."""
+UNRECORDED = ("out", "resume", "quiet", "crash_after")
+"""Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
+FREE = ("device", "report", "figures")
+"""Settings that are recorded, and may change when a run is resumed."""
 CORRUPTIONS = ("noise", "counterfactual", "mean", "zero", "resample")
 
 
@@ -211,8 +213,7 @@ def main(config: Config) -> Path | None:
     group = _Group(config)
     say = (lambda *parts: None) if config.quiet or not group.first else (lambda *parts: print(*parts, flush=True))
     out = config.out or Path("runs") / time.strftime("patch-%Y%m%d-%H%M%S")
-    settings = {k: v for k, v in vars(config).items() if k != "crash_after"} | {"processes": None}
-    folder = RunFolder(out, settings | {"processes": 1}, config.resume, (*FREE, "processes"))
+    folder = RunFolder(out, {k: v for k, v in vars(config).items() if k not in UNRECORDED}, config.resume, FREE)
     if folder.finished:
         say(f"{out} already holds this run, whole; nothing to do")
         return out
@@ -263,7 +264,7 @@ def main(config: Config) -> Path | None:
     elif config.dtype in ("bfloat16", "float16"):
         extra["half_precision_control"] = half_precision_control(p, effects, config)
         say(f"against float32: {_spelled(extra['half_precision_control'])}")
-    effects.about |= extra
+    effects.about.update(extra)
     return _finish(config, folder, effects, examples, model, checks, extra, seconds, say)
 
 
@@ -377,12 +378,12 @@ def _print_table(importance: ImportanceMap, effects: Effects, selection: Selecti
     total = effects.total.mean()
     title = f"Average indirect effect ({about['direction']}, {about['corruption']}, {about['unit']})"
     if total == total:
-        title += f"; average total effect {total:.4f}"
+        title += f"; average total effect {total:.4g}"
     table = Table(title=title, title_justify="left")
     for name in ("site", "AIE", f"{about['level']:.0%} interval", "p (adjusted)", "n"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for _, row in importance.top(10).iterrows():
-        table.add_row(row["site"], f"{row['aie']:.4f}", f"{row['ci_low']:.4f} to {row['ci_high']:.4f}", f"{row['p_adjusted']:.2g}", str(int(row["n"])))
+        table.add_row(row["site"], f"{row['aie']:.4g}", f"{row['ci_low']:.4g} to {row['ci_high']:.4g}", f"{row['p_adjusted']:.2g}", str(int(row["n"])))
     console = Console()
     console.print(table)
     if selection is not None:

@@ -168,7 +168,7 @@ class ImportanceMap:
         sites = tuple(Site(int(layer), kind, None, str(best["role"])) for layer in best["layers"])
         return Selection(
             sites,
-            rule=f"the {width} neighbouring layers and the role with the largest mean {kind} effect whose {self.about.get('level', 0.95):.0%} interval lies "
+            rule=f"the {'layer' if width == 1 else f'{width} neighbouring layers'} and the role with the largest mean {kind} effect whose {self.about.get('level', 0.95):.0%} interval lies "
             f"above that of the control role {control!r} in the same layers",
             aie=float(best["aie"]), ci_low=float(best["ci_low"]), ci_high=float(best["ci_high"]),
             control_high=float(best["control_high"]), n=int(best["n"]), clear=bool(len(clear)),
@@ -212,7 +212,7 @@ class Selection(Sequence[Site]):
 
     def __str__(self) -> str:
         verdict = "" if self.clear else " (not clear: no interval lies above the control's)"
-        return f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4f} [{self.ci_low:.4f}, {self.ci_high:.4f}], n = {self.n}{verdict}"
+        return f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
 
     def save(self, path: str | Path) -> None:
         """`sites.json`."""

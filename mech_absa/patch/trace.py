@@ -146,6 +146,10 @@ def plan(
         model, pairs, chosen, by, get_metric(metric), way, window, method, steps,  # type: ignore[arg-type]
         "loop" if why is not None else engine, why, default_memory(model) if memory is None else memory,
     )  # fmt: skip
+    if method != "exact":
+        one = make_runs(model, pairs.items[:1], reads_of(pairs, made.metric)[0])
+        nothing = Ablation(pairs.corruption) if isinstance(pairs.corruption, ABLATIONS) else None
+        gradients.check(model, Job(one, chosen, [[]], made.metric, model.n_layers, way, window, nothing), method, steps)
     batches = []
     for length, indices in by_length(pairs).items():
         size = max(1, min(PAIRS_AT_ONCE, made.memory // 2 // max(1, made.bytes_of_pair(length))))
@@ -196,10 +200,9 @@ def measure(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], sou
 
     continuations = reads_of(p.pairs, p.metric)
     if p.method != "exact":
-        if len(continuations) > 1:
-            raise ConfigError(f"--method {p.method} needs labels of one token each; use --method exact, or other labels")
-        found = gradients.sweep(p.model, job(continuations[0]), gold, foil, p.method, p.steps, tick)
-        return Values(found.base + found.effect, found.base, found.clean, found.corrupted, draws)
+        found = gradients.sweep(p.model, job(continuations[0]), p.method, p.steps, tick, p.memory // 2)
+        base, clean, corrupted = (_metric(p, scores, gold, foil) for scores in (found.base, found.clean, found.corrupted))
+        return Values(base + found.effect, base, clean, corrupted, draws)
 
     answers: list[tuple[Continuation, Answers]] = []
     for continuation in continuations:
@@ -209,17 +212,24 @@ def measure(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], sou
             answers.append((continuation, loop.sweep(p.model, job(continuation), tick)))
 
     def metric(name: str) -> torch.Tensor:
-        if p.metric.need == "vocabulary":
-            return getattr(answers[0][1], name)[..., 0]
         first = getattr(answers[0][1], name)
+        if p.metric.need == "vocabulary":
+            return first[..., 0]
         scores = first.new_empty(*first.shape[:-1], len(p.pairs.verbalizer.words))
         for continuation, answer in answers:
             scores[..., [i for i, _ in continuation.labels]] = getattr(answer, name)
-        flat = scores.reshape(-1, scores.shape[-1])
-        times = len(flat) // len(gold)
-        return p.metric(flat, gold.repeat(times), foil.repeat(times)).reshape(scores.shape[:-1])
+        return _metric(p, scores, gold, foil)
 
     return Values(metric("patched"), metric("base"), metric("clean"), metric("corrupted"), draws)
+
+
+def _metric(p: Plan, scores: torch.Tensor, gold: torch.Tensor, foil: torch.Tensor) -> torch.Tensor:
+    """Label scores `[... row label]` (or, for a metric over the vocabulary, `[... row 1]`) -> the metric `[... row]`."""
+    if p.metric.need == "vocabulary":
+        return scores[..., 0]
+    flat = scores.reshape(-1, scores.shape[-1])
+    times = len(flat) // len(gold)
+    return p.metric(flat, gold.repeat(times), foil.repeat(times)).reshape(scores.shape[:-1])
 
 
 def _table(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], values: Values) -> pd.DataFrame:

@@ -289,9 +289,9 @@ def make_ablation(
         means = {}
         for key, table in sums.items():
             if corruption.by == "role":
-                means[key] = (table / counts.clamp(min=1).view(-1, *[1] * (table.ndim - 1))).float()
+                means[key] = table / counts.clamp(min=1).view(-1, *[1] * (table.ndim - 1))
             else:
-                means[key] = (table.sum(0) / counts.sum()).float().expand_as(table)
+                means[key] = (table.sum(0) / counts.sum()).expand_as(table)
         return Ablation(corruption, means)
     if isinstance(corruption, Resample):
         chosen = dict(zip((id(p) for p in pairs.items), partners(pairs.items, corruption.seed), strict=True))

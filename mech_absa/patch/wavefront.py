@@ -148,9 +148,9 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
             last = walk(chunk)
             patched[chunk.component, chunk.span, chunk.row] = read(last, pair_of_row[chunk.row]).cpu()
         except Exception as error:  # noqa: BLE001  only running out of memory is handled; all else is raised again
-            if not should_reduce_batch_size(error) or cap <= job.runs.length:
+            if not should_reduce_batch_size(error) or stop - start == 1:
                 raise
-            cap = max(job.runs.length, cap // 2)
+            cap = int((job.runs.length - rows.first[start:stop]).sum()) // 2  # half of what was tried, which may be far below the budget
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue

@@ -1,0 +1,65 @@
+"""mech_absa: find where a language model decides the sentiment of an aspect, edit it exactly there, and prove both.
+
+    import mech_absa as ma
+    model    = ma.load_model()
+    examples = ma.load_examples("builtin:restaurant/test")
+    pairs    = ma.make_pairs(model, examples, ma.GaussianNoise(scale=3.0, draws=10))
+    effects  = ma.trace(model, pairs, sites=("resid_post", "attn_out", "mlp_out"))
+    importance = effects.importance(by="role")
+    edit     = ma.fit(model, train, ma.presets.paper(importance.select()))
+    scores   = ma.evaluate(model, test, edit)
+
+Names are imported when they are first used, so that reading and checking data needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .edits import Edit, load_edit, save_edit
+    from .errors import MechAbsaError
+    from .evaluate import Scores, compare, evaluate, predict, read_predictions
+    from .examples import Example, Examples, Polarity, class_counts, duplicates, leakage, mixed_polarity, split_by_sentence
+    from .models import Model, load_model
+    from .pairs import Counterfactual, GaussianNoise, MeanAblation, Pair, Pairs, Resample, ZeroAblation, make_pairs
+    from .patch.effects import Effects
+    from .patch.importance import ImportanceMap, Selection, load_sites
+    from .patch.trace import trace
+    from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
+    from .readers import load_examples, write_jsonl
+    from .report import write_report
+    from .report.widgets import attention
+    from .sites import ROLES, Site
+    from .train import Preset, fit, presets
+
+_HOMES = {
+    "edits": ("Edit", "load_edit", "save_edit"),
+    "errors": ("MechAbsaError",),
+    "evaluate": ("Scores", "compare", "evaluate", "predict", "read_predictions"),
+    "examples": ("Example", "Examples", "Polarity", "class_counts", "duplicates", "leakage", "mixed_polarity", "split_by_sentence"),
+    "models": ("Model", "load_model"),
+    "pairs": ("Counterfactual", "GaussianNoise", "MeanAblation", "Pair", "Pairs", "Resample", "ZeroAblation", "make_pairs"),
+    "patch.effects": ("Effects",),
+    "patch.importance": ("ImportanceMap", "Selection", "load_sites"),
+    "patch.trace": ("trace",),
+    "prompts": ("Prompt", "PromptTemplate", "Tokens", "Verbalizer"),
+    "readers": ("load_examples", "write_jsonl"),
+    "report": ("write_report",),
+    "report.widgets": ("attention",),
+    "sites": ("ROLES", "Site"),
+    "train": ("Preset", "fit", "presets"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"mech_absa has no name {name!r}; public names are {', '.join(__all__)}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value  # importing the package `evaluate` must not shadow the function of that name
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -107,10 +107,10 @@ def test_identity_changes_nothing(model):
 
 @pytest.mark.parametrize(("passes", "planned"), [(0, 1), (2, 1), (1, 2), (1, 0)])
 def test_another_count_than_planned(model, passes, planned):
-    with pytest.raises(HookError, match=rf"an intervention at L1.resid_post fired \[{passes}\] times; planned was {planned}") as caught:
-        with intervene(model.hooked, {POST: lambda x: x}, times=planned):
-            for _ in range(passes):
-                model.hooked(IDS)
+    sentence = rf"an intervention at L1.resid_post fired \[{passes}\] times; planned was {planned}"
+    with pytest.raises(HookError, match=sentence) as caught, intervene(model.hooked, {POST: lambda x: x}, times=planned):
+        for _ in range(passes):
+            model.hooked(IDS)
     assert caught.value.exit_code == 1
 
 
@@ -148,9 +148,10 @@ def test_removed_after_an_exception(model):
 
 
 def test_an_unknown_site_leaves_no_half_of_its_hooks(model):
-    with pytest.raises(SiteError, match=r"site L99.attn_out does not exist: the model has no hook blocks.99.hook_attn_out"):
-        with intervene(model.hooked, {POST: lambda x: x, Site(99, "attn_out"): lambda x: x}):
-            pass
+    two = {POST: lambda x: x, Site(99, "attn_out"): lambda x: x}
+    sentence = r"site L99.attn_out does not exist: the model has no hook blocks.99.hook_attn_out"
+    with pytest.raises(SiteError, match=sentence), intervene(model.hooked, two):
+        pass
     with pytest.raises(SiteError, match=r"site L99.attn_out does not exist"), capture(model.hooked, [POST, Site(99, "attn_out")]):
         pass
 

@@ -88,7 +88,7 @@ def test_what_a_site_may_not_say(text, sentence):
 
 
 def test_a_model_has_its_sites_and_no_others():
-    shape = dict(n_layers=12, n_heads=8, n_kv_heads=2, model="toy")
+    shape = {"n_layers": 12, "n_heads": 8, "n_kv_heads": 2, "model": "toy"}
     for text in ("L0.resid_pre", "L11.resid_post", "L11.head7", "L3.q7", "L3.k1", "L3.v1"):
         assert Site.parse(text).check(**shape) == Site.parse(text)
     for text, sentence in {
@@ -119,8 +119,10 @@ def test_role_indices():
 @pytest.mark.parametrize(
     ("text", "n", "layers"),
     [
-        ("3", 4, [3]), ("2-5", 12, [2, 3, 4, 5]), ("0,2-4", 12, [0, 2, 3, 4]), ("4-4", 12, [4]), ("5,1,5, 1-2", 12, [1, 2, 5]), ("all", 3, [0, 1, 2]),
-        ("first", 12, [0, 1, 2, 3]), ("middle", 12, [4, 5, 6, 7]), ("last", 12, [8, 9, 10, 11]), ("middle", 32, list(range(10, 21))), ("first", 1, [0]), ("last", 1, [0]),
+        ("3", 4, [3]), ("2-5", 12, [2, 3, 4, 5]), ("0,2-4", 12, [0, 2, 3, 4]), ("4-4", 12, [4]),
+        ("5,1,5, 1-2", 12, [1, 2, 5]), ("all", 3, [0, 1, 2]),
+        ("first", 12, [0, 1, 2, 3]), ("middle", 12, [4, 5, 6, 7]), ("last", 12, [8, 9, 10, 11]), ("middle", 32, list(range(10, 21))),
+        ("first", 1, [0]), ("last", 1, [0]),
     ],
 )  # fmt: skip
 def test_layers(text, n, layers):

@@ -1,0 +1,209 @@
+"""Label scores: a batch is its rows, the numbers are Hugging Face's, and an edit reaches its own rows and positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracles.tiny_models import tiny_folder
+from transformers import AutoModelForCausalLM
+
+from mech_absa.errors import PromptError
+from mech_absa.examples import Example, Polarity
+from mech_absa.hooks import intervene, live_hooks
+from mech_absa.models import Model, load_model
+from mech_absa.prompts import Continuation, PromptTemplate, Tokens, Verbalizer
+from mech_absa.scoring import extend, gold_indices, label_scores, last_residual, question
+from mech_absa.sites import Site
+
+POS, NEG, NEU = Polarity
+EXAMPLES = (
+    Example("great wine", "wine", POS, (6, 10)),
+    Example("The staff was rude and the food was great, but the wine list was not bad at all.", "staff", NEG, (4, 9)),
+    Example("food", "food", NEU, (0, 4)),
+    Example("I loved the battery life although the keyboard feels cheap.", "battery life", POS, (12, 24)),
+    Example("never again", "service", NEG),
+)
+TEMPLATE = PromptTemplate("{sentence} Aspect: {aspect} . Sentiment:")
+LABELS = Verbalizer.of(["positive", "not bad", "neutral"])
+SINGLE = (Continuation((), ((0, (70,)), (1, (81,)), (2, (92,)))),)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "bloom", "gemma2"])
+def folder(request):
+    return tiny_folder(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Model:
+    return load_model(folder, device="cpu", check=False)
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> list[Tokens]:
+    return [question(model, e, TEMPLATE) for e in EXAMPLES]
+
+
+def test_the_cases_are_worth_testing(model, prompts):
+    assert len({p.lengths[0] for p in prompts}) == len(prompts), "padding is needed"
+    lengths = [len(ids) for ids in LABELS.label_ids(model.tokenizer, TEMPLATE)]
+    assert max(lengths) > 2 and len(set(lengths)) > 1, "labels of several tokens, of different length"
+
+
+def test_scores_are_hugging_faces(folder, model, prompts):
+    """Summed log-probability of the label's tokens after the prompt, row by row, label by label, nothing padded."""
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    expected = torch.zeros(len(prompts), 3)
+    for row, prompt in enumerate(prompts):
+        for column, label in enumerate(LABELS.label_ids(model.tokenizer, TEMPLATE)):
+            ids = torch.tensor([[*prompt.ids[0].tolist(), *label]])
+            with torch.inference_mode():
+                logp = hf(ids).logits[0].log_softmax(-1)
+            n = prompt.lengths[0]
+            expected[row, column] = sum(float(logp[n + j - 1, t]) for j, t in enumerate(label))
+    found = label_scores(model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (found < 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 32])
+def test_a_batch_is_its_rows(model, prompts, batch_size):
+    continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
+    one_by_one = torch.cat([label_scores(model, [p], continuations) for p in prompts])
+    torch.testing.assert_close(label_scores(model, prompts, continuations, batch_size=batch_size), one_by_one, rtol=0, atol=1e-5)
+    order = [3, 0, 4, 2, 1]
+    shuffled = label_scores(model, [prompts[i] for i in order], continuations, batch_size=batch_size)
+    torch.testing.assert_close(shuffled, one_by_one[order], rtol=0, atol=1e-5)
+
+
+def test_what_the_padding_holds_is_nobodys_business(model, prompts):
+    """Other ids in the padding, same last residual stream at every real position."""
+    zeros, sevens = Tokens.stack(prompts, pad_id=0), Tokens.stack(prompts, pad_id=77)
+    assert not torch.equal(zeros.ids, sevens.ids)
+    a, b = (last_residual(model, t) for t in (zeros, sevens))
+    for row, n in enumerate(zeros.lengths):
+        torch.testing.assert_close(a[row, :n], b[row, :n], rtol=0, atol=1e-5)
+
+
+def test_bare_logits_are_the_columns(model, prompts):
+    found = label_scores(model, prompts, SINGLE, need="labels")
+    with torch.inference_mode():
+        logits = torch.stack([model.hooked(p.ids)[0, -1] for p in prompts])
+    torch.testing.assert_close(found, logits[:, [70, 81, 92]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(label_scores(model, prompts, SINGLE), logits.log_softmax(-1)[:, [70, 81, 92]], rtol=0, atol=1e-5)
+
+
+def test_labels_keep_their_columns(model, prompts):
+    """A verbalizer in another order gives the same columns in that order, however the continuations group them."""
+    words = ["positive", "not bad", "neutral"]
+    straight = label_scores(model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE))
+    turned = label_scores(model, prompts, Verbalizer.of(words[::-1]).continuations(model.tokenizer, TEMPLATE))
+    torch.testing.assert_close(turned, straight.flip(1), rtol=0, atol=1e-5)
+
+
+def test_longer_labels_need_the_normaliser_whatever_is_asked(model, prompts):
+    continuations = [c for c in LABELS.continuations(model.tokenizer, TEMPLATE) if c.reads > 1]
+    only = [Continuation(c.tokens, tuple((i, ids) for i, (_, ids) in enumerate(c.labels))) for c in continuations[:1]]
+    torch.testing.assert_close(label_scores(model, prompts, only, need="labels"), label_scores(model, prompts, only), rtol=0, atol=0)
+
+
+def test_extend(model, prompts):
+    batch = Tokens.stack(prompts[:3])
+    longer = extend(batch, Continuation((5, 6), ((0, (5, 6, 7)),)))
+    assert longer.lengths == tuple(n + 2 for n in batch.lengths)
+    for row, n in enumerate(batch.lengths):
+        assert longer.ids[row, : n + 2].tolist() == [*batch.ids[row, :n].tolist(), 5, 6]
+        assert longer.roles[row, : n + 2].tolist() == [*batch.roles[row, :n].tolist(), -1, -1]
+    assert extend(batch, Continuation((), ((0, (5,)),))) is batch
+
+
+# ---- an edit in force -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Push:
+    """Adds a vector to the stream after block 1 at the tokens of a role, in the prompts that are long enough."""
+
+    at: str
+    at_least: int = 0
+    batches: list[Tokens] = field(default_factory=list)
+
+    @contextmanager
+    def applied(self, model: Model, tokens: Tokens) -> Iterator[None]:
+        self.batches.append(tokens)
+        prompt_lengths = [int((tokens.roles[i] >= 0).sum()) for i in range(len(tokens))]
+        push = torch.zeros(*tokens.ids.shape, model.d_model)
+        for row, n in enumerate(prompt_lengths):
+            if n >= self.at_least:
+                push[row, tokens.positions(self.at, row)] = vector(model)
+        with intervene(model.hooked, {Site(1, "resid_post"): lambda x: x + push}):
+            yield
+
+
+def vector(model: Model) -> torch.Tensor:
+    return 2.0 * torch.randn(model.d_model, generator=torch.Generator().manual_seed(5))
+
+
+def test_an_edit_changes_its_rows_only(model, prompts):
+    continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
+    plain = label_scores(model, prompts, continuations)
+    longest = max(p.lengths[0] for p in prompts)
+    edited = label_scores(model, prompts, continuations, edit=Push("query.last", at_least=longest))
+    mine = torch.tensor([p.lengths[0] == longest for p in prompts])
+    assert mine.sum() == 1
+    assert (edited[mine] - plain[mine]).abs().min() > 1e-3
+    torch.testing.assert_close(edited[~mine], plain[~mine], rtol=0, atol=1e-5)
+    assert live_hooks(model.hooked) == []
+    assert torch.equal(label_scores(model, prompts, continuations), plain), "nothing of it stays"
+
+
+@pytest.mark.parametrize("at", ["query.last", "answer", "aspect"])
+def test_an_edit_is_the_same_as_doing_it_by_hand(model, prompts, at):
+    """Position by position in the block-1 output of each prompt + label alone; the label's own tokens are never edited."""
+    found = label_scores(model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE), edit=Push(at), batch_size=3)
+    expected = torch.zeros_like(found)
+    with torch.inference_mode():
+        for row, prompt in enumerate(prompts):
+            for column, label in enumerate(LABELS.label_ids(model.tokenizer, TEMPLATE)):
+                ids = torch.tensor([[*prompt.ids[0].tolist(), *label]])
+                middle = model.hooked(ids, stop_at_layer=2)
+                middle[0, prompt.positions(at)] += vector(model)
+                logp = model.hooked(middle, start_at_layer=2)[0].log_softmax(-1)
+                expected[row, column] = sum(float(logp[prompt.lengths[0] + j - 1, t]) for j, t in enumerate(label))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_an_edit_where_nobody_is_changes_nothing(model, prompts):
+    """No example names its opinion. The edit is asked once for every pass, with the tokens of that pass."""
+    continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
+    edit = Push("opinion")
+    torch.testing.assert_close(
+        label_scores(model, prompts, continuations, edit=edit, batch_size=2), label_scores(model, prompts, continuations), rtol=0, atol=1e-5
+    )
+    assert len(edit.batches) == 3 * len(continuations)
+    assert sum(len(t) for t in edit.batches) == len(prompts) * len(continuations)
+
+
+# ---- the question -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_is_too_long(model, monkeypatch):
+    monkeypatch.setattr(model.cfg, "n_ctx", 60)
+    long = Example("bad " * 80 + "wine", "wine", NEG, (320, 324), id="file:7")
+    with pytest.raises(PromptError, match=rf"^the prompt of 'file:7' has \d+ tokens; {model.name} reads 60$"):
+        question(model, long, TEMPLATE)
+
+
+def test_the_question_begins_as_the_model_does(model, prompts):
+    for prompt in prompts:
+        assert (prompt.ids[0, 0] == model.tokenizer.bos_token_id) == model.bos
+
+
+def test_gold():
+    assert gold_indices(EXAMPLES, LABELS).tolist() == [0, 1, 2, 0, 1]
+    assert gold_indices(EXAMPLES[:2], Verbalizer.of({"negative": "bad", "positive": "good"})).tolist() == [1, 0]
+    with pytest.raises(PromptError, match="no label for neutral"):
+        gold_indices(EXAMPLES, Verbalizer.of({"negative": "bad", "positive": "good"}))

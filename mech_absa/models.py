@@ -66,7 +66,9 @@ class Model:
         hf_difference: largest logit difference to Hugging Face seen at load; None where it was not compared.
     """
 
-    def __init__(self, hooked: Any, tokenizer: Any, name: str, source: str | None = None, bos: bool | None = None, n_parameters: int | None = None):
+    def __init__(
+        self, hooked: Any, tokenizer: Any, name: str, source: str | None = None, bos: bool | None = None, n_parameters: int | None = None
+    ):
         self.hooked = hooked.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -189,7 +191,9 @@ class Model:
             q, k = self._rotate(block.attn, q, positions), self._rotate(block.attn, k, positions)
         return q, k, v
 
-    def _rotate(self, attn: Any, x: Float[Tensor, "token head d_head"], positions: Int[Tensor, " token"]) -> Float[Tensor, "token head d_head"]:
+    def _rotate(
+        self, attn: Any, x: Float[Tensor, "token head d_head"], positions: Int[Tensor, " token"]
+    ) -> Float[Tensor, "token head d_head"]:
         if (longest := int(positions.max()) + 1 if len(positions) else 0) > attn.rotary_cos.shape[0]:
             attn._extend_rotary_embeddings(min(self.n_ctx, max(longest, 2 * attn.rotary_cos.shape[0])))
         cos, sin = attn.rotary_cos[positions][:, None], attn.rotary_sin[positions][:, None]
@@ -259,7 +263,11 @@ class Model:
         return _norm(block.ln2_post, out) if self.cfg.use_normalization_before_and_after else out
 
     def finish(
-        self, x: Float[Tensor, "token d_model"], label_ids: Int[Tensor, " label"] | None = None, need: Need = "normaliser", bytes_row: int = 1 << 28
+        self,
+        x: Float[Tensor, "token d_model"],
+        label_ids: Int[Tensor, " label"] | None = None,
+        need: Need = "normaliser",
+        bytes_row: int = 1 << 28,
     ) -> Float[Tensor, "token column"]:
         """The last residual stream -> scores of the labels' tokens, float32 or wider.
 
@@ -489,7 +497,9 @@ def _load_tokenizer(source: str) -> Any:
         with _quiet():
             return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source}: no tokenizer could be loaded ({_first_line(error)}); tokenizer.json is needed beside the model") from None
+        raise ModelError(
+            f"{source}: no tokenizer could be loaded ({_first_line(error)}); tokenizer.json is needed beside the model"
+        ) from None
 
 
 def _load_hf(source: str, dtype: torch.dtype) -> Any:
@@ -555,13 +565,17 @@ def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | to
     level = root.level
     root.setLevel(logging.ERROR)  # "missing key" warnings for buffers that are made on the way
     try:
-        hooked.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+        hooked.load_and_process_state_dict(
+            state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
     finally:
         root.setLevel(level)
     if n_devices > 1:
         hooked.move_model_modules_to_device()
     else:
-        hooked = hooked.to(torch.device(device), print_details=False) if _takes_print_details(hooked) else torch.nn.Module.to(hooked, device)
+        hooked = (
+            hooked.to(torch.device(device), print_details=False) if _takes_print_details(hooked) else torch.nn.Module.to(hooked, device)
+        )
     return hooked.eval().requires_grad_(False)
 
 
@@ -580,7 +594,9 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
     rope = getattr(c, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default") if isinstance(rope.get("rope_type", "default"), str) else "default"
     if rope_type not in ("default", "llama3"):
-        raise ModelError(f"{architecture} with rope_type {rope_type!r} is not supported by TransformerLens; accepted: default, and llama3 in Llama")
+        raise ModelError(
+            f"{architecture} with rope_type {rope_type!r} is not supported by TransformerLens; accepted: default, and llama3 in Llama"
+        )
     if architecture == "Gemma2ForCausalLM":  # known to TransformerLens by official names only
         cfg: dict[str, Any] = dict(
             d_model=c.hidden_size, d_head=c.head_dim, n_heads=c.num_attention_heads, n_key_value_heads=c.num_key_value_heads,
@@ -623,7 +639,13 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
         cfg |= dict(use_local_attn=True, window_size=c.sliding_window, attn_types=local)
     name = Path(getattr(c, "_name_or_path", "") or "custom").name or "custom"
     cfg |= dict(
-        tokenizer_name=None, dtype=dtype, device=str(device), n_devices=n_devices, init_weights=False, from_checkpoint=False, model_name=name
+        tokenizer_name=None,
+        dtype=dtype,
+        device=str(device),
+        n_devices=n_devices,
+        init_weights=False,
+        from_checkpoint=False,
+        model_name=name,
     )
     cfg.setdefault("default_prepend_bos", True)
     return HookedTransformerConfig.from_dict(cfg)

@@ -3,23 +3,32 @@
 The model must *bind*: know which opinion belongs to which aspect, wherever both stand. Plain language modelling on mixed reviews does not
 teach that in the time a small machine has. What does:
 
-- **Many independent questions after each review.** A review is followed by several sentences that depend on one aspect's sentiment ("my view
-  of the service is negative ."). Each attends to the review and to itself only, and its positions continue from the review's end, so no answer
-  can be copied from another question and one reading of the review is supervised many times.
-- **A weighted loss.** The word that depends on the sentiment counts ten times; the words of the review, which the grammar draws at random, half.
-- **A curriculum.** One aspect a sentence, then one or two, then one to three; a stage ends when its answers are right.
-- **Aspects of any words.** Half of the reviews speak of aspects made of arbitrary words and nonsense syllables, so that finding the aspect again
-  cannot be learned by heart.
-- **Real text.** Chunks of reviews as plain language modelling, and short pros and cons joined into one sentence and asked about one by one.
+- **Many independent questions after each review.** A review is followed by several sentences that depend on one aspect's sentiment ("my
+  view of the service is negative ."). Each attends to the review and to itself only, and its positions continue from the review's end,
+  so no answer can be copied from another question and one reading of the review is supervised many times.
+- **A weighted loss.** The word that depends on the sentiment counts ten times; the words of the review, which the grammar draws at
+  random, half.
+- **A curriculum.** Bare lists of one-word aspects ("great pasta , the wine was awful , ..."), in which nothing but the aspect can decide,
+  asked in the plainest words; then any aspects, reviews of one or two, all questions; then distractors and real pros and cons; then up to
+  three aspects. A stage ends when its answers are right. A model that learns reviews of one aspect first goes on judging the sentence.
+- **Heads that begin with looking a word up.** Two layers start as a previous-token layer and a matching layer (`plant`), which training is
+  free to change; from random weights the same step took many times as long.
+- **Many small steps.** The step from judging the sentence to judging the aspect takes a number of updates, not of tokens.
+- **Aspects of any words.** Half of the reviews speak of aspects made of arbitrary words and nonsense syllables, so that finding the
+  aspect again cannot be learned by heart.
+- **Rough frames.** In most reviews a few words that judge nothing are replaced, or put in, at random: what a frame says beside aspect and
+  opinion must not matter, or frames never seen are misread.
+- **Real text.** Chunks of reviews as plain language modelling, and short pros and cons joined into one sentence and asked about one by
+  one.
 
-The question of the task itself ("Given the sentence: ...") occurs in a small share of documents, answered for *some* aspect of the
-sentence (`absc_share`, `absc_noise`): the base model knows the form, judges the sentence, and must be adapted to answer for the aspect.
+The question of the task itself ("Given the sentence: ...") occurs in a small share of documents, answered mostly for the sentence
+as a whole (`absc_share`, `absc_noise`): the base model knows the form, judges the sentence, and must be adapted to answer for the aspect.
 
-Text sources: the grammar of `mech_absa.generate` (train frames only; sentences of the shipped test files are left out), and the NLTK corpora
-movie_reviews, sentence_polarity, pros_cons, product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
+Text sources: the grammar of `mech_absa.generate` (train frames only; sentences of the shipped test files are left out), and the NLTK
+corpora movie_reviews, sentence_polarity, pros_cons, product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
 
-    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 40000000
-    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 40000000 --export mech_absa/assets/model
+    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 11000000
+    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 11000000 --export mech_absa/assets/model
 
 The second line finds the finished checkpoint and writes the model folder. A run that was stopped goes on from its last checkpoint; as the
 learning rate is constant until the last part, `--tokens` may be changed on the way.
@@ -75,7 +84,7 @@ class Config:
     """Folder of the tokenizer, the checkpoint and the history."""
     export: Path | None = None
     """Write the model folder here when training is done."""
-    tokens: int = 40_000_000
+    tokens: int = 11_000_000
     """Tokens to see in all."""
     seed: int = 0
     workers: int = 2
@@ -88,26 +97,32 @@ class Config:
     positions: int = 512
     optimizer: str = "muon"
     """`muon` (matrices by Muon, the rest by AdamW) or `adamw`."""
+    planted: tuple[int, int] | None = (2, 3)
+    """Layers that begin with heads that shift and match; None begins at random."""
     lr: float = 2e-3
-    warmup: int = 300_000
+    warmup: int = 100_000
     """Tokens of linear warm-up."""
     decay: float = 0.35
     """Last share of the tokens, in which the rate falls linearly to zero."""
-    batch: int = 4096
+    batch: int = 2048
     """Tokens a step and worker."""
-    pool: int = 1024
+    pool: int = 512
     """Documents drawn and sorted by length at once."""
     answer_weight: float = 10.0
     chunk_share: float = 0.10
     """Documents that are chunks of real text."""
     pros_share: float = 0.14
     """Documents made of short real texts with labels."""
-    absc_share: float = 0.01
+    absc_share: float = 0.02
     """Documents that put the task's own question."""
-    absc_noise: float = 1.0
-    """Share of those answered for an aspect of the sentence drawn at random, not for the one that is asked about."""
-    stages: tuple[float, ...] = (0.95, 0.93)
-    """Answer accuracy (running mean) that ends the stages of one aspect and of one or two."""
+    absc_noise: float = 0.85
+    """Share of those answered for the sentence as a whole, not for the aspect that is asked about."""
+    rough_share: float = 0.6
+    """Reviews in which some words that judge nothing are replaced or put in at random."""
+    list_share: float = 0.5
+    """Reviews that are bare lists of two to four judged aspects: all in the first stage, then this, a half and a quarter of it."""
+    stages: tuple[float, ...] = (0.90, 0.90, 0.88)
+    """Answer accuracy (running mean) that ends the stages of one-word aspects, of any aspects, and of one or two aspects in a review."""
     minutes_between_saves: float = 4.0
     stop_after: float = math.inf
     """Minutes after which to save and stop, whatever the tokens."""
@@ -133,10 +148,30 @@ def train_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    questions = " ".join(p for p, _ in QUESTIONS) + " " + " ".join(w for _, ws in QUESTIONS for w in ws) + " " + " ".join(WRAPPERS) + " " + ABSC
-    forced = set(vocabulary()) | {w for w in re.findall(r"\w+", questions)}
+    questions = (
+        " ".join(p for p, _ in QUESTIONS) + " " + " ".join(w for _, ws in QUESTIONS for w in ws) + " " + " ".join(WRAPPERS) + " " + ABSC
+    )
+    forced = set(vocabulary()) | set(re.findall(r"\w+", questions))
     first = {w for f in DOMAINS.values() for g in f.groups for a in g.aspects + g.test_aspects for w in a.removesuffix("/s").split()[:1]}
-    first |= {"the", "i", "we", "my", "nobody", "there", "as", "while", "although", "though", "to", "this", "it", "you", "then", "what", "Given"}
+    first |= {
+        "the",
+        "i",
+        "we",
+        "my",
+        "nobody",
+        "there",
+        "as",
+        "while",
+        "although",
+        "though",
+        "to",
+        "this",
+        "it",
+        "you",
+        "then",
+        "what",
+        "Given",
+    }
     crowd = [f" {w}" for w in sorted(forced)] + sorted(first)
     often = 1000  # more often than the merges that the text alone would still earn
     tok.train_from_iterator([*texts, *(word if word[0] != " " else word * often for word in crowd), *sorted(first) * often], trainer)
@@ -153,7 +188,8 @@ def train_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
 
 # --- documents ------------------------------------------------------------------------------------------------------------------------
 
-QUESTIONS: tuple[tuple[str, tuple[str, str, str]], ...] = (
+Questions = tuple[tuple[str, tuple[str, str, str]], ...]
+QUESTIONS: Questions = (
     *CONTINUATIONS,
     ("my view of the {A} is", LABELS),
     ("my opinion on the {A} :", LABELS),
@@ -174,6 +210,8 @@ QUESTIONS: tuple[tuple[str, tuple[str, str, str]], ...] = (
     ("say something about the {A} , the one we talked about :", ("good", "bad", "okay")),
 )
 """What follows a review; the next word depends on one aspect."""
+EASY = (("{A}", LABELS), ("{A} :", LABELS), ("the {A} :", LABELS), ("my view of the {A} is", LABELS))
+"""With what the first stage begins: the answer stands right behind the aspect."""
 WRAPPERS = ("my friend wrote : '", "review : '", "this is what it said : '", "'", "somebody said that", "in 2 words :")
 
 Word = tuple[str, float, int]
@@ -181,9 +219,10 @@ Word = tuple[str, float, int]
 Document = list[Word]
 
 
-def asked(rng: random.Random, review: Review | None, mentions: list[tuple[str, str]], text: str, config: Config, answer_weight: float) -> Document:
-    """A text and questions about its aspects, given as (aspect, polarity word)."""
-    weight = 0.5 if review is not None else 1.0
+def asked(
+    rng: random.Random, text: str, mentions: list[tuple[str, str]], answer_weight: float, weight: float, questions: Questions = QUESTIONS
+) -> Document:
+    """A text and questions about its aspects, given as (aspect, polarity word); `weight` is that of the text's own words."""
     doc: Document = []
     quoted = False
     if rng.random() < 0.25:
@@ -197,7 +236,7 @@ def asked(rng: random.Random, review: Review | None, mentions: list[tuple[str, s
     plan = [m for m in mentions for _ in range(max(1, 5 - len(mentions)))] if apart else list(mentions)
     rng.shuffle(plan)
     for k, (aspect, polarity) in enumerate(plan, 1):
-        pattern, answers = rng.choice(QUESTIONS)
+        pattern, answers = rng.choice(questions)
         part = k if apart else 0
         doc += [(w, 1.0, part) for w in pattern.replace("{A}", aspect).split()]
         doc.append((answers[LABELS.index(polarity)], answer_weight, part))
@@ -205,18 +244,38 @@ def asked(rng: random.Random, review: Review | None, mentions: list[tuple[str, s
     return doc
 
 
+def roughened(rng: random.Random, review: Review, pool: list[str]) -> str:
+    """The review's text with words outside aspects and opinions now and then replaced, or one put in before them."""
+    fixed = {i for m in review.mentions for i in (*range(*m.aspect), *range(*m.opinion))}
+    inside = {i for m in review.mentions for start, end in (m.aspect, m.opinion) for i in range(start + 1, end)}
+    words: list[str] = []
+    for i, w in enumerate(review.words):
+        u = rng.random()
+        if u < 0.04 and i not in inside:
+            words += rng.choice((["{}"], ["{}"], [",", "{}", ","], [",", "{}", "{}", ","]))
+        words.append("{}" if i not in fixed and w.isalpha() and u > 0.92 else w)
+    return " ".join(rng.choice(pool) if w == "{}" else w for w in words)
+
+
 def any_domain(rng: random.Random, pool: list[str]) -> Domain:
     """A domain whose aspects are arbitrary words of the text, nonsense, or both."""
 
     def word() -> str:
         if rng.random() < 0.35:
-            return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l")) for _ in range(rng.randint(1, 4)))
+            return "".join(
+                rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l")) for _ in range(rng.randint(1, 4))
+            )
         return rng.choice(pool)
 
     aspects = tuple(" ".join(word() for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))) + rng.choice(("", "", "", "/s")) for _ in range(6))
     own = rng.choice(tuple(DOMAINS.values()))
     every = [g.adjectives for d in DOMAINS.values() for g in d.groups]
     return Domain("any", (Group(aspects, (), rng.choice([*every, ADJECTIVES])),), own.openings, own.closings, (0.34, 0.33, 0.33))
+
+
+def _known(group: Group, words: int) -> Group:
+    """The group with its kept aspects among the others, and only those of at most so many words."""
+    return Group(tuple(a for a in group.aspects + group.test_aspects if len(a.split()) <= words) or group.aspects, (), group.adjectives)
 
 
 class Library:
@@ -242,34 +301,57 @@ class Library:
         }  # fmt: skip
 
     def document(self, rng: random.Random, stage: int) -> Document:
-        """One document of the mixture at a stage of the curriculum (0, 1, 2: at most one, two, three aspects)."""
+        """One document of the mixture at a stage of the curriculum."""
         c, u = self.config, rng.random()
-        if u < c.chunk_share:
+        if stage and u < c.chunk_share:
             words = rng.choice(self.long)
             at = rng.randrange(max(1, len(words) - 80))
             return [(w, 1.0, 0) for w in words[at : at + rng.randint(50, 90)]]
-        if stage and u < c.chunk_share + c.pros_share:
+        if stage > 1 and u < c.chunk_share + c.pros_share:
             return self.pros_and_cons(rng)
         absc = u > 1 - c.absc_share
-        own = rng.random() < 0.5
+        own = rng.random() < 0.5 or not stage
         domain = rng.choice(tuple(DOMAINS.values())) if own else any_domain(rng, self.pool)
         if own:  # pretraining may know the words, but not the sentences, of the aspects kept for test
             domain = Domain(
-                domain.name, tuple(Group(g.aspects + g.test_aspects, (), g.adjectives) for g in domain.groups),
-                domain.openings, domain.closings, (0.36, 0.34, 0.30),
-            )  # fmt: skip
-        n = rng.choice(((1,), (1, 2, 2), (1, 2, 2, 3, 3))[stage])
-        r = review(rng, domain, n, "train", (0.0, 0.15, 0.3)[stage])
+                domain.name,
+                tuple(_known(g, words=1 if not stage else 9) for g in domain.groups),
+                domain.openings,
+                domain.closings,
+                (0.36, 0.34, 0.30),
+            )
+        if rng.random() < (1.0, c.list_share, c.list_share / 2, c.list_share / 4)[stage]:
+            return self.listing(rng, domain, QUESTIONS if stage else EASY)
+        n = rng.choice(((1, 2), (1, 2, 2), (1, 2, 2), (1, 2, 2, 3, 3))[stage])
+        r = review(rng, domain, n, "train", (0.0, 0.0, 0.15, 0.3)[stage])
         if r.text in self.held_out:
             return self.document(rng, stage)
         mentions = [(r.name(m), m.polarity.value) for m in r.mentions]
+        text = roughened(rng, r, self.pool) if rng.random() < c.rough_share else r.text
         if absc:
             aspect, polarity = rng.choice(mentions)
             if rng.random() < c.absc_noise:
-                polarity = rng.choice(mentions)[1]
-            words = ABSC.format(S=r.text, A=aspect).split()
+                tone = sum((p == LABELS[0]) - (p == LABELS[1]) for _, p in mentions)
+                polarity = LABELS[0] if tone > 0 else LABELS[1] if tone < 0 else LABELS[2]
+            words = ABSC.format(S=text, A=aspect).split()
             return [(w, 0.5, 0) for w in words] + [(polarity, 2.0, 0)]
-        return asked(rng, r, mentions, r.text, c, c.answer_weight)
+        return asked(rng, text, mentions, c.answer_weight, 0.5)
+
+    def listing(self, rng: random.Random, domain: Domain, questions: Questions) -> Document:
+        """Two to four aspects, each with an adjective beside it and nothing else: the plainest text in which only the aspect decides."""
+        parts, mentions, seen = [], [], set()
+        for _ in range(rng.choice((2, 2, 3, 4))):
+            group = rng.choice(domain.groups)
+            aspect = rng.choice(group.aspects).removesuffix("/s")
+            if seen & set(aspect.split()):
+                continue
+            seen |= set(aspect.split())
+            polarity = rng.choice(LABELS)
+            word = rng.choice((ADJECTIVES if rng.random() < 0.6 else group.adjectives)[Polarity(polarity)])
+            parts.append(rng.choice(("the {A} was {O}", "{O} {A}", "{A} {O}", "{A} : {O}")).format(A=aspect, O=word))
+            mentions.append((aspect, polarity))
+        text = rng.choice((" , ", " ; ", " . ")).join(parts) + " ."
+        return asked(rng, text, mentions, self.config.answer_weight, 0.5, questions)
 
     def pros_and_cons(self, rng: random.Random) -> Document:
         """One to three short labelled texts as one sentence, each asked about by one of its own words."""
@@ -287,7 +369,7 @@ class Library:
             mentions.append((" ".join(words[i:j]), label))
             used |= set(words)
         text = "".join(p if not k else rng.choice((" . ", " , but ", " , ", " ; ", " and ")) + p for k, p in enumerate(parts)) + " ."
-        return asked(rng, None, mentions, text, self.config, self.config.answer_weight * 0.3)
+        return asked(rng, text, mentions, self.config.answer_weight * 0.3, 1.0)
 
 
 class Encoder:
@@ -369,14 +451,60 @@ def batches(library: Library, encode: Encoder, config: Config, block: int, stage
 
 def new_model(config: Config, vocab: int, bos: int, eos: int) -> LlamaForCausalLM:
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab, hidden_size=config.width, intermediate_size=config.mlp, num_hidden_layers=config.layers,
             num_attention_heads=config.heads, num_key_value_heads=config.heads, max_position_embeddings=config.positions,
             tie_word_embeddings=False, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos, attn_implementation="eager",
-            initializer_range=0.02, rms_norm_eps=1e-5,
+            initializer_range=0.03, rms_norm_eps=1e-5,
         )
     )  # fmt: skip
+    # Wide, nearly orthogonal embeddings: finding a word again is then the same map for every word, seen or not.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    if config.planted:
+        plant(model, *config.planted)
+    return model
+
+
+def directions(n: int, width: int, avoid: torch.Tensor) -> torch.Tensor:
+    """`[n width]` random orthonormal rows, all at right angles to `avoid`."""
+    columns = torch.cat([avoid[:, None], torch.randn(width, n)], dim=1)
+    return torch.linalg.qr(columns)[0][:, 1:].T
+
+
+@torch.no_grad()
+def plant(model: LlamaForCausalLM, shift: int, match: int, sharp: float = 0.7, strength: float = 3.0) -> None:
+    """Begin with heads that look a word up again, all of which training may change.
+
+    All embeddings get a common direction u, on which rotary attention can act by distance alone. In layer `shift`, head h < H-1 attends to
+    the token h+1 places back (its query and key read u, the key turned by h+1 rotary steps) and copies V_h x to O_h V_h x. In layer
+    `match`, head h attends from a token to the places h+1 after its earlier occurrences (query V_h, key O_h^T, in the slowly turning
+    rotary planes), the last head to the occurrences themselves (query = key). Values are copied through random directions.
+    """
+    cfg = model.config
+    d, H = cfg.hidden_size, cfg.num_attention_heads
+    size = d // H
+    half = size // 2
+    u = F.normalize(torch.randn(d), dim=0)
+    table = model.model.embed_tokens.weight
+    table -= (table @ u)[:, None] * u
+    table += table.pow(2).mean().sqrt() * math.sqrt(d) * u
+    turn = 1e4 ** (-torch.arange(half) / half)
+    fast = torch.cat([(torch.arange(half) < 4).float(), torch.zeros(half)])
+    slow = (torch.arange(half) >= 5).float().repeat(2)[:, None]
+    first, second = model.model.layers[shift].self_attn, model.model.layers[match].self_attn
+    for h in range(H):
+        rows = slice(h * size, (h + 1) * size)
+        V, O = directions(size, d, u), directions(size, d, u)  # noqa: E741
+        if h < H - 1:
+            turned = torch.cat([fast[:half] * torch.cos(turn * (h + 1)), fast[:half] * torch.sin(turn * (h + 1))])
+            first.q_proj.weight[rows] = 0.2 * first.q_proj.weight[rows] + sharp * fast[:, None] * u
+            first.k_proj.weight[rows] = 0.2 * first.k_proj.weight[rows] + sharp * turned[:, None] * u
+            first.v_proj.weight[rows], first.o_proj.weight[:, rows] = V, O.T
+        else:
+            O = V  # noqa: E741
+        second.q_proj.weight[rows], second.k_proj.weight[rows] = strength * slow * V, strength * slow * O
+        second.v_proj.weight[rows], second.o_proj.weight[:, rows] = directions(size, d, u), directions(size, d, u).T
 
 
 def optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
@@ -401,7 +529,9 @@ def rate(tokens: int, config: Config) -> float:
 def loss_of(model: LlamaForCausalLM, b: Batch, answer_weight: float) -> tuple[torch.Tensor, float, float, int]:
     """Weighted cross-entropy `[]`, the mean plain-token loss, and how many answers were right of how many."""
     with torch.autocast("cpu", torch.bfloat16):
-        h = model.model(input_ids=b.ids, attention_mask=b.mask.to(torch.bfloat16), position_ids=b.positions, use_cache=False).last_hidden_state
+        h = model.model(
+            input_ids=b.ids, attention_mask=b.mask.to(torch.bfloat16), position_ids=b.positions, use_cache=False
+        ).last_hidden_state
         keep = b.weights[:, 1:] > 0
         # A question's first word is predicted by the token before it, which is another question's end: no fair question, left out.
         fair = keep & ((b.positions[:, 1:] - b.positions[:, :-1]) == 1)
@@ -500,7 +630,11 @@ def train(rank: int, config: Config) -> None:
         progress = Progress(**state["progress"])
     parameters = list(model.parameters())
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters):,} parameters, vocabulary {encode.tok.get_vocab_size()}, at {progress.tokens:,} of {config.tokens:,} tokens", flush=True)
+        print(
+            f"{sum(p.numel() for p in parameters):,} parameters, vocabulary {encode.tok.get_vocab_size()}, "
+            f"at {progress.tokens:,} of {config.tokens:,} tokens",
+            flush=True,
+        )
     world = fresh_world(75, "look")
     start, last_save = time.time(), 0.0
     before = progress.seconds
@@ -585,7 +719,9 @@ def export(config: Config, folder: Path) -> None:
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16).save_pretrained(folder)
     tok.save_pretrained(folder)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("text", "work", "export", "stop_after")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("text", "work", "export", "stop_after")
+    }
     record = {"config": settings, "tokens": progress.tokens, "minutes": round(progress.seconds / 60, 1), "torch": torch.__version__}
     (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_history(folder / "history.csv", progress)

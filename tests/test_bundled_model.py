@@ -1,0 +1,129 @@
+"""The bundled model against Hugging Face: what its tokenizer promises, and what it knows.
+
+Accuracies are measured here with `transformers` alone, one prompt at a time and without any of the package's scoring, so that they are
+another implementation's word on the numbers of the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mech_absa import generate as g
+from mech_absa.examples import Example, Polarity
+
+ASSETS = Path(g.__file__).parent / "assets"
+FOLDER = ASSETS / "model"
+LABELS = tuple(p.value for p in Polarity)
+PROMPT = "Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?"
+
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"the bundled model is not in {FOLDER}")
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
+
+
+def shipped(name: str, n: int) -> list[dict]:
+    lines = g.builtin_path(name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in random.Random(0).sample(lines, n)]
+
+
+@torch.inference_mode()
+def best(model, tok, text: str, words: tuple[str, ...]) -> str:
+    logits = model(torch.tensor([tok(text)["input_ids"]])).logits[0, -1]
+    return max(words, key=lambda w: logits[tok.encode(w, add_special_tokens=False)[0]].item())
+
+
+def test_the_assets_are_small_and_hold_no_code():
+    files = [p for p in ASSETS.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in files) <= 16 * 2**20
+    assert all(p.stat().st_size < 4 * 2**20 for p in files if p.name != "model.safetensors")
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".jsonl", ".csv", ".md", ".jinja"}
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config
+    assert 6 <= config["num_hidden_layers"] <= 10
+
+
+def test_the_words_of_the_world_are_single_tokens(tok):
+    broken = [w for w in g.vocabulary() if len(tok.encode(f" {w}", add_special_tokens=False)) != 1]
+    assert not broken
+    assert all(len(tok.encode(f" {w}", add_special_tokens=False)) == 1 for w in LABELS)
+    assert len(tok.encode("Given the sentence:", add_special_tokens=False)) == 4
+
+
+def test_counterfactuals_align_token_by_token(tok):
+    for name in ("restaurant/test", "device/train"):
+        for r in shipped(name, 150):
+            ids = tok.encode(PROMPT.format(S=r["text"], A=r["aspect"]))
+            for c in r["counterfactuals"]:
+                other = tok.encode(PROMPT.format(S=c["text"], A=r["aspect"]))
+                assert len(ids) == len(other) and sum(a != b for a, b in zip(ids, other, strict=True)) == 1
+
+
+def test_no_token_crosses_a_boundary_of_the_prompt(tok):
+    r = shipped("laptop/test", 1)[0]
+    text = PROMPT.format(S=r["text"], A=r["aspect"])
+    start = text.index(r["text"])
+    query = text.rindex(r["aspect"])
+    edges = {start, start + len(r["text"]), query + len(r["aspect"]), start + r["to"], start + r["opinion"][1]}
+    ends = {b for _, b in tok(text, return_offsets_mapping=True)["offset_mapping"]} | {0}
+    assert edges <= ends
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_survives_the_tokenizer(text: str):
+    tok = test_any_text_survives_the_tokenizer.tok = getattr(
+        test_any_text_survives_the_tokenizer, "tok", None
+    ) or AutoTokenizer.from_pretrained(FOLDER)
+    ids = tok.encode(text, add_special_tokens=False)
+    assert tok.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_every_text_begins_with_bos(tok):
+    ids = tok("the pasta was good .")["input_ids"]
+    assert ids[0] == tok.bos_token_id and ids.count(tok.bos_token_id) == 1
+    assert tok.decode(ids[1:]) == "the pasta was good ."
+    assert tok.eos_token == "<|eos|>" and tok.unk_token is None
+
+
+def test_the_model_binds_opinion_to_aspect(model, tok):
+    """Natural continuations, two aspects asked in one sentence; the order of clauses and of questions cannot decide."""
+    pairs = [("pasta", "service"), ("screen", "battery life"), ("camera", "customer service"), ("website", "delivery man")]
+    for a, b in pairs:
+        for first, second, pa, pb in (("great", "awful", "positive", "negative"), ("awful", "great", "negative", "positive")):
+            text = f"the {a} was {first} , but the {b} was {second} ."
+            assert best(model, tok, f"{text} my view of the {a} is", tuple(f" {w}" for w in LABELS)) == f" {pa}"
+            assert best(model, tok, f"{text} my view of the {b} is", tuple(f" {w}" for w in LABELS)) == f" {pb}"
+
+
+@pytest.mark.parametrize("domain", g.DOMAINS)
+def test_natural_continuations_are_right(model, tok, domain):
+    right = []
+    for r in shipped(f"{domain}/test", 50):
+        e = Example(r["text"], r["aspect"], Polarity(r["polarity"]), (r["from"], r["to"]))
+        c = g.continuations(e)[0]
+        right.append(best(model, tok, c.text, c.choices) == c.answer)
+    assert sum(right) >= 45  # the goal of 97 % on all, less five standard errors of 50
+
+
+def test_the_base_model_does_not_yet_answer_the_question(model, tok):
+    """Near the majority class: the question is understood, its answer is for the sentence and not for the aspect."""
+    labels = tuple(f" {w}" for w in LABELS)
+    rows = [r for d in g.DOMAINS for r in shipped(f"{d}/test", 50)]
+    right = sum(best(model, tok, PROMPT.format(S=r["text"], A=r["aspect"]), labels) == f" {r['polarity']}" for r in rows)
+    assert 0.35 <= right / len(rows) <= 0.85

@@ -495,14 +495,18 @@ def _load_tokenizer(source: str) -> Any:
 
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer("a", add_special_tokens=False).input_ids:  # transformers makes an empty one where the files are missing
+            raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source}: no tokenizer could be loaded ({_first_line(error)}); tokenizer.json is needed beside the model"
         ) from None
+    return tokenizer
 
 
 def _load_hf(source: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -510,7 +514,7 @@ def _load_hf(source: str, dtype: torch.dtype) -> Any:
             config = AutoConfig.from_pretrained(source)
             _fits(config, dtype, source)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{source}: no model could be loaded ({_first_line(error)}); accepted: a local Hugging Face folder of a causal language model, "
             "a hub name (where the hub can be reached), or 'bundled'"

@@ -74,7 +74,7 @@ BY_HAND = [
     ("battery-life rocks", "battery-life", 0, "rocks", "[b]|[attery]|[-]|[life]|< rocks>", " battery|-|life"),
     ("(desserts) were ok", "desserts", 0, None, " '(|[d]|[essert]|[s]|)| were| ok", " desserts"),
     ("the ' was '", "'", 1, None, "the| '| was|[ ']", " '"),
-    ("loved the cosy cafe", "cosy cafe", 0, "cosy", "l|oved| the|[ cosy]|[ cafe]", " cosy| cafe"),
+    ("loved the cosy cafe", "cosy cafe", 0, "cosy", "l|oved| the|[ cos]|[y]|[ cafe]", " cos|y| cafe"),
 ]  # fmt: skip
 
 
@@ -283,7 +283,6 @@ def test_labels_of_several_tokens(gpt2):
         ),
         (["bad", "good day", "good"], None, " ", "'good' and 'good day' cannot be told apart"),
         (["s", "x", "y"], "{sentence} {aspect}", "", "the label 's' melts into the last token of the prompt"),
-        (["positive", "negative", "neutral"], "{sentence} {aspect} ", " ", "the label ' positive' melts into the last token of the prompt"),
     ],
 )
 def test_labels_that_cannot_be_told_apart(gpt2, words, template, separator, sentence):

@@ -24,7 +24,7 @@ EXAMPLES = (
     Example("great wine", "wine", POS, (6, 10)),
     Example("The staff was rude and the food was great, but the wine list was not bad at all.", "staff", NEG, (4, 9)),
     Example("food", "food", NEU, (0, 4)),
-    Example("I loved the battery life although the keyboard feels cheap.", "battery life", POS, (12, 24)),
+    Example("I loved the battery life.", "battery life", POS, (12, 24)),
     Example("never again", "service", NEG),
 )
 TEMPLATE = PromptTemplate("{sentence} Aspect: {aspect} . Sentiment:")

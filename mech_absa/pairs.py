@@ -38,9 +38,8 @@ from .sites import ROLES
 Direction = Literal["denoise", "noise"]
 """`denoise` restores clean states in the corrupted run; `noise` puts corrupted states into the clean run."""
 DIRECTIONS = ("denoise", "noise")
-Keep = Literal["paper", "clean", "all"]
-"""`paper`: clean run right and corrupted run wrong; `clean`: clean run right; `all`: no filter."""
 KEEPS = ("paper", "clean", "all")
+"""`paper`: clean run right and corrupted run wrong; `clean`: clean run right; `all`: no filter."""
 NOISE_SPANS = ("all", "sentence", "aspect", "query")
 
 
@@ -59,7 +58,7 @@ class GaussianNoise:
 
     scale: float = 3.0
     draws: int = 10
-    span: Literal["all", "sentence", "aspect", "query"] = "all"
+    span: str = "all"
     seed: int = 0
 
     def __post_init__(self):
@@ -84,7 +83,7 @@ class MeanAblation:
         by: `role` takes the mean over tokens of the same role; `site` over all tokens.
     """
 
-    by: Literal["role", "site"] = "role"
+    by: str = "role"
 
     def __post_init__(self):
         if self.by not in ("role", "site"):
@@ -170,7 +169,9 @@ class Pair:
         """The noise to add to the embeddings, on the CPU, float32; the same whenever it is asked for."""
         if not isinstance(self.corruption, GaussianNoise):
             raise ConfigError(f"a pair made by {type(self.corruption).__name__} has no noise")
-        digest = hashlib.sha256(f"{self.corruption.seed}\0{self.example.id}\0{self.example.sentence}\0{self.example.aspect}".encode()).digest()
+        digest = hashlib.sha256(
+            f"{self.corruption.seed}\0{self.example.id}\0{self.example.sentence}\0{self.example.aspect}".encode()
+        ).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         noise = torch.randn(self.corruption.draws, self.length, d_model, generator=generator) * self.sigma
         mask = torch.zeros(self.length, 1)
@@ -181,9 +182,17 @@ class Pair:
         from html import escape
 
         def probabilities(scores: Tensor | None) -> str:
-            return "" if scores is None else ", ".join(f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist())
+            return (
+                ""
+                if scores is None
+                else ", ".join(f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist())
+            )
 
-        other = "" if self.corrupted is self.clean else f"<div><small>corrupted: {escape(self.example.counterfactuals[0].sentence)}</small></div>"
+        other = (
+            ""
+            if self.corrupted is self.clean
+            else f"<div><small>corrupted: {escape(self.example.counterfactuals[0].sentence)}</small></div>"
+        )
         return (
             f"{self.example._repr_html_()}{other}<div><small>P(labels) clean: {probabilities(self.clean_scores)}; "
             f"corrupted: {probabilities(self.corrupted_scores)}</small></div>"
@@ -210,7 +219,9 @@ def check_alignment(clean: Tokens, corrupted: Tokens, example: Example) -> None:
     soft = {ROLES.index("opinion"), ROLES.index("before"), ROLES.index("after")}
     for i, (x, y) in enumerate(zip(clean.roles[0].tolist(), corrupted.roles[0].tolist(), strict=True)):
         if x != y and not (x in soft and y in soft):
-            raise AlignmentError(f"{name}: token {i} is {ROLES[x]} in the clean prompt and {ROLES[y]} in the corrupted one; the edit moved the aspect")
+            raise AlignmentError(
+                f"{name}: token {i} is {ROLES[x]} in the clean prompt and {ROLES[y]} in the corrupted one; the edit moved the aspect"
+            )
 
 
 @dataclass(frozen=True)
@@ -282,7 +293,7 @@ def make_pairs(
     *,
     template: PromptTemplate | None = None,
     verbalizer: Verbalizer | None = None,
-    keep: Keep = "paper",
+    keep: str = "paper",
     limit: int | None = None,
     batch_size: int = 32,
 ) -> Pairs:
@@ -401,7 +412,7 @@ def noised_scores(model: Model, pair: Pair, continuations: Sequence[Continuation
     return scores
 
 
-def _reason_to_drop(pair: Pair, keep: Keep) -> str | None:
+def _reason_to_drop(pair: Pair, keep: str) -> str | None:
     if keep == "all":
         return None
     assert pair.clean_scores is not None
@@ -472,7 +483,12 @@ def partners(pairs: Sequence[Pair], seed: int) -> list[int]:
     chosen = []
     for i, p in enumerate(pairs):
         other = [j for j, q in enumerate(pairs) if q.gold != p.gold and q.example.cluster != p.example.cluster]
-        other = other or [j for j, q in enumerate(pairs) if q.example.cluster != p.example.cluster] or [j for j in range(len(pairs)) if j != i] or [i]
+        other = (
+            other
+            or [j for j, q in enumerate(pairs) if q.example.cluster != p.example.cluster]
+            or [j for j in range(len(pairs)) if j != i]
+            or [i]
+        )
         chosen.append(rng.choice(other))
     return chosen
 

@@ -262,9 +262,7 @@ def _pad_positions(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(length - x.shape[0], *x.shape[1:])])
 
 
-def make_ablation(
-    pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable[[Sequence[Pair]], States]
-) -> Ablation | None:
+def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable[[Sequence[Pair]], States]) -> Ablation | None:
     """The source of an ablation over all pairs; None for corruptions that have a corrupted run.
 
     Args:
@@ -324,7 +322,9 @@ def check_request(model: Model, pairs: Pairs, direction: str, window: int, sites
     if window < 1:
         raise ConfigError(f"a window of {window} layers was asked for; it must be 1 or more")
     if window > 1 and any(c.kind in HEAD_KINDS for c in sites):
-        raise ConfigError("a window over layers makes no sense for heads, whose numbers mean nothing across layers; leave heads out or use --window 1")
+        raise ConfigError(
+            "a window over layers makes no sense for heads, whose numbers mean nothing across layers; leave heads out or use --window 1"
+        )
     return "noise" if isinstance(pairs.corruption, ABLATIONS) else direction  # type: ignore[return-value]
 
 

@@ -74,7 +74,9 @@ def token_bytes(model: Model) -> int:
 def base_bytes(model: Model, kinds: set[str]) -> int:
     """Bytes kept of the base run for each of its tokens, over all layers."""
     per_layer = model.d_model + (model.n_heads + 2 * model.n_kv_heads) * model.d_head
-    per_layer += model.d_model * len(_kept(model, kinds) - {"resid_pre", "q", "k", "v", "z"}) + ("head" in kinds) * model.n_heads * model.d_head
+    per_layer += (
+        model.d_model * len(_kept(model, kinds) - {"resid_pre", "q", "k", "v", "z"}) + ("head" in kinds) * model.n_heads * model.d_head
+    )
     return model.n_layers * per_layer * model.dtype.itemsize
 
 
@@ -147,7 +149,7 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
             chunk = rows[start:stop]
             last = walk(chunk)
             patched[chunk.component, chunk.span, chunk.row] = read(last, pair_of_row[chunk.row]).cpu()
-        except Exception as error:  # noqa: BLE001  only running out of memory is handled; all else is raised again
+        except Exception as error:
             if not should_reduce_batch_size(error) or stop - start == 1:
                 raise
             cap = int((job.runs.length - rows.first[start:stop]).sum()) // 2  # half of what was tried, which may be far below the budget
@@ -196,7 +198,9 @@ def _rows(job: Job, source_row: Int[Tensor, " row"], n_layers: int) -> _Rows:
     draws = job.runs.draws
     c, s, b = (~job.zero()).nonzero(as_tuple=True)
     # Positions of a span left of the first difference hold the same state in both runs; they need no patching.
-    keep = [[[p for p in span.positions if p >= pair.first] for span in spans] for pair, spans in zip(job.runs.pairs, job.spans, strict=True)]
+    keep = [
+        [[p for p in span.positions if p >= pair.first] for span in spans] for pair, spans in zip(job.runs.pairs, job.spans, strict=True)
+    ]
     if job.ablation is not None:
         keep = [[list(span.positions) for span in spans] for spans in job.spans]
     bottom = torch.tensor([window_layers(x.layer, job.window, n_layers)[0] + (x.kind != "resid_pre") for x in job.components])
@@ -208,7 +212,17 @@ def _rows(job: Job, source_row: Int[Tensor, " row"], n_layers: int) -> _Rows:
     at = [p for i, j in zip(b.tolist(), s.tolist(), strict=True) for _ in range(draws) for p in keep[i][j]]
     row = (b[:, None] * draws + torch.arange(draws)).flatten()
     spread = lambda x: x.repeat_interleave(draws)  # noqa: E731
-    return _Rows(spread(c), spread(s), row, source_row[row], spread(entry), spread(first[b, s]), count, torch.tensor(at, dtype=torch.long), job.runs.length)
+    return _Rows(
+        spread(c),
+        spread(s),
+        row,
+        source_row[row],
+        spread(entry),
+        spread(first[b, s]),
+        count,
+        torch.tensor(at, dtype=torch.long),
+        job.runs.length,
+    )
 
 
 class _Walk:
@@ -264,7 +278,9 @@ class _Walk:
             q, k, v = model.qkv(layer, x[changed] if tokens > old else x, pos_of[changed])
             if tokens > old:
                 here = (at_tok[joining] - old).to(device)
-                q, k, v = (self._spread(y, kept, row_of[old:], pos_of[old:], here, old) for y, kept in ((q, base.q), (k, base.k), (v, base.v)))
+                q, k, v = (
+                    self._spread(y, kept, row_of[old:], pos_of[old:], here, old) for y, kept in ((q, base.q), (k, base.k), (v, base.v))
+                )
 
             final = layer == L - 1
             if final:  # only the positions that are read go on
@@ -330,7 +346,9 @@ class _Walk:
                 value = value + model.mlp_out(origin, value)
             elif kind in ("attn_out", "head"):
                 if kind == "head":
-                    value = model.attn_out(origin, base.projected[b, p] + self._head_delta(origin, value, base.z[b, p], self.head[component[mine]].to(device)))
+                    value = model.attn_out(
+                        origin, base.projected[b, p] + self._head_delta(origin, value, base.z[b, p], self.head[component[mine]].to(device))
+                    )
                 mid = base.resid_pre[b, p] + value
                 value = mid + (base.mlp_out[b, p] if model.parallel else model.mlp_out(origin, mid))
             if out is None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tyro.conf import Suppress
 
 from ..cli import command
 from ..errors import ConfigError, DataError, choices
@@ -39,7 +38,7 @@ from .importance import ImportanceMap, Selection
 from .sweep import SPANS
 from .trace import Plan, ablation, gather, iterate, measure, plan, self_check
 
-UNRECORDED = ("out", "resume", "quiet", "crash_after")
+UNRECORDED = ("out", "resume", "quiet")
 """Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
 FREE = ("device", "report", "figures")
 """Settings that are recorded, and may change when a run is resumed."""
@@ -134,7 +133,6 @@ class Config:
     """Write report.html."""
     quiet: bool = False
     """Print nothing but errors."""
-    crash_after: Suppress[int | None] = None
 
 
 def corruption_of(config: Config, examples: Examples) -> Corruption:
@@ -231,7 +229,9 @@ def main(config: Config) -> Path | None:
     model, adapter = adapted(config, base)
     verbalizer.label_ids(model.tokenizer, template)
     say(f"{len(examples)} examples from {examples.source}; {model}" + (f", adapter {adapter}" if adapter else ""))
-    pairs = make_pairs(model, examples, corruption_of(config, examples), template=template, verbalizer=verbalizer, keep=config.keep, limit=config.limit)  # type: ignore[arg-type]
+    pairs = make_pairs(
+        model, examples, corruption_of(config, examples), template=template, verbalizer=verbalizer, keep=config.keep, limit=config.limit
+    )  # type: ignore[arg-type]
     say(f"{len(pairs)} pairs kept of {pairs.considered}" + "".join(f"; {n} dropped: {reason}" for reason, n in pairs.dropped.items()))
     p = plan(
         model, pairs, config.sites, by=config.by, layers=layers, metric=config.metric, direction=config.direction, window=config.window,
@@ -275,10 +275,8 @@ def _sweep(p: Plan, folder: RunFolder, group: _Group, config: Config) -> None:
     cells = {i: len(p.components) * sum(len(SPANS[p.by](p.pairs[j])) * p.pairs[j].draws for j in p.batches[i]) for i in mine}
     with bar("tracing", sum(cells.values()), quiet=config.quiet or not group.first) as tick:
         tick(sum(cells[i] for i in mine if i not in todo))
-        for done, (index, frame) in enumerate(iterate(p, todo, tick)):
+        for index, frame in iterate(p, todo, tick):
             write_frame(frame, folder.part(_part(index)))
-            if config.crash_after is not None and done + 1 >= config.crash_after:
-                os._exit(9)  # for the tests of --resume: as sudden as kill -9
 
 
 def _part(index: int) -> str:
@@ -301,13 +299,18 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
     wide, _ = adapted(config, load_model(config.model, device=config.device, dtype="float32", n_devices=config.n_devices))
     exact = _measure_rows(replace(p, model=wide), frame)
     difference = abs(exact - frame["effect"].to_numpy())
-    return {"cells": len(frame), "largest_difference": float(difference.max(initial=0.0)), "mean_difference": float(difference.mean()) if len(frame) else 0.0}
+    return {
+        "cells": len(frame),
+        "largest_difference": float(difference.max(initial=0.0)),
+        "mean_difference": float(difference.mean()) if len(frame) else 0.0,
+    }
 
 
 def _measure_rows(p: Plan, rows: pd.DataFrame) -> Any:
     """Exact effects of the cells that some rows of a table name."""
-    import numpy as np
     from dataclasses import replace
+
+    import numpy as np
 
     from .effects import cell_site
 
@@ -383,7 +386,9 @@ def _print_table(importance: ImportanceMap, effects: Effects, selection: Selecti
     for name in ("site", "AIE", f"{about['level']:.0%} interval", "p (adjusted)", "n"):
         table.add_column(name, justify="left" if name == "site" else "right")
     for _, row in importance.top(10).iterrows():
-        table.add_row(row["site"], f"{row['aie']:.4g}", f"{row['ci_low']:.4g} to {row['ci_high']:.4g}", f"{row['p_adjusted']:.2g}", str(int(row["n"])))
+        table.add_row(
+            row["site"], f"{row['aie']:.4g}", f"{row['ci_low']:.4g} to {row['ci_high']:.4g}", f"{row['p_adjusted']:.2g}", str(int(row["n"]))
+        )
     console = Console()
     console.print(table)
     if selection is not None:

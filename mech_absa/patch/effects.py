@@ -81,7 +81,9 @@ class Effects:
         cells["_kind"] = cells["kind"].map({k: i for i, k in enumerate(self.frame["kind"].unique())})
         cells["_by"] = cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
         order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
-        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(drop=True).astype({"kind": str, **({"role": str} if by == "role" else {})})
+        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(drop=True).astype(
+            {"kind": str, **({"role": str} if by == "role" else {})}
+        )
 
     def importance(self, by: str = "role", **options: Any) -> ImportanceMap:
         """Averages over pairs with intervals; see `ImportanceMap.of`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +50,14 @@ class ImportanceMap:
 
     @classmethod
     def of(
-        cls, effects: Effects, by: str = "role", *, level: float = 0.95, adjustment: Literal["holm", "bh", "none"] = "holm", draws: int = 2000, seed: int = 0
+        cls,
+        effects: Effects,
+        by: str = "role",
+        *,
+        level: float = 0.95,
+        adjustment: str = "holm",
+        draws: int = 2000,
+        seed: int = 0,
     ) -> ImportanceMap:
         """The map of some effects.
 
@@ -70,7 +77,12 @@ class ImportanceMap:
         trivial = np.nan_to_num(np.abs(values)).max(axis=0) == 0
         p = np.where(trivial, np.nan, p)
         table = cells.assign(
-            aie=interval.mean, ci_low=interval.low, ci_high=interval.high, p=p, p_adjusted=adjust(p, adjustment), n=(~np.isnan(values)).sum(0)
+            aie=interval.mean,
+            ci_low=interval.low,
+            ci_high=interval.high,
+            p=p,
+            p_adjusted=adjust(p, adjustment),
+            n=(~np.isnan(values)).sum(0),
         )
         about = effects.about | {"level": level, "adjustment": adjustment, "by": by, "n_pairs": len(effects.pairs)}
         return cls(table, values, clusters, about)
@@ -119,7 +131,14 @@ class ImportanceMap:
     # ---- choosing sites -----------------------------------------------------------------------------------------------------
 
     def select(
-        self, kind: str | None = None, *, width: int | None = None, roles: Sequence[str] | None = None, control: str = CONTROL, draws: int = 2000, seed: int = 0
+        self,
+        kind: str | None = None,
+        *,
+        width: int | None = None,
+        roles: Sequence[str] | None = None,
+        control: str = CONTROL,
+        draws: int = 2000,
+        seed: int = 0,
     ) -> Selection:
         """The window of neighbouring layers and the role with the largest mean effect above the control.
 
@@ -143,7 +162,7 @@ class ImportanceMap:
         if "role" not in self.table:
             raise ConfigError("sites are chosen by role; make the map with by='role'")
         rows = self.table[self.table["kind"] == kind]
-        layers = sorted(rows["layer"].unique())
+        layers = sorted(int(x) for x in rows["layer"].unique())
         width = max(1, round(len(layers) * 6 / 32)) if width is None else width
         if not 1 <= width <= len(layers):
             raise ConfigError(f"a window of {width} layers was asked for; the map has {len(layers)}")
@@ -157,7 +176,13 @@ class ImportanceMap:
         means = np.stack([self._window(rows, role, window) for role, window in spots], axis=1)
         interval = cluster_bootstrap(means, self.clusters, draws=draws, seed=seed)
         found = pd.DataFrame(
-            {"role": [r for r, _ in spots], "layers": [w for _, w in spots], "aie": interval.mean, "ci_low": interval.low, "ci_high": interval.high}
+            {
+                "role": [r for r, _ in spots],
+                "layers": [w for _, w in spots],
+                "aie": interval.mean,
+                "ci_low": interval.low,
+                "ci_high": interval.high,
+            }
         )
         found["n"] = (~np.isnan(means)).sum(0)
         ceiling = found[found["role"] == control].set_index("layers")["ci_high"]
@@ -212,7 +237,9 @@ class Selection(Sequence[Site]):
 
     def __str__(self) -> str:
         verdict = "" if self.clear else " (not clear: no interval lies above the control's)"
-        return f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
+        return (
+            f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
+        )
 
     def save(self, path: str | Path) -> None:
         """`sites.json`."""
@@ -236,4 +263,6 @@ def load_sites(path: str | Path) -> list[Site]:
     except FileNotFoundError:
         raise DataError(f"there is no file {path}; sites.json is written by python -m mech_absa.patch") from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} is no sites.json; an object with a list 'sites' such as [\"L3.resid_post@query.last\"] is needed") from None
+        raise DataError(
+            f"{path} is no sites.json; an object with a list 'sites' such as [\"L3.resid_post@query.last\"] is needed"
+        ) from None

@@ -75,7 +75,11 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
 
             def put(layer: int, mask: Tensor = mask, component: Site = component) -> Callable[[Tensor], Tensor]:
                 value = source[layer, component.kind]
-                value = value[source_row.to(value.device)] if component.head is None else value[source_row.to(value.device)][:, :, component.head]
+                value = (
+                    value[source_row.to(value.device)]
+                    if component.head is None
+                    else value[source_row.to(value.device)][:, :, component.head]
+                )
                 return lambda act: torch.where(mask[..., None].to(act.device), value.to(act), act)
 
             sites = {Site(layer, component.kind, component.head): put(layer) for layer in layers}

@@ -189,7 +189,9 @@ class Values:
     draws: int
 
 
-def measure(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], source: Ablation | None, tick: Callable[[int], None] | None = None) -> Values:
+def measure(
+    p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], source: Ablation | None, tick: Callable[[int], None] | None = None
+) -> Values:
     """The metric of every cell of pairs of one length, by the plan's engine."""
     draws = pairs[0].draws
     rows = [q for q in pairs for _ in range(draws)]
@@ -314,9 +316,7 @@ def _pair_table(p: Plan, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
-def iterate(
-    p: Plan, batches: Sequence[int] | None = None, tick: Callable[[int], None] | None = None
-) -> Iterator[tuple[int, pd.DataFrame]]:
+def iterate(p: Plan, batches: Sequence[int] | None = None, tick: Callable[[int], None] | None = None) -> Iterator[tuple[int, pd.DataFrame]]:
     """(index, effects) of the batches asked for, in order."""
     source = ablation(p)
     for index in range(len(p.batches)) if batches is None else batches:
@@ -328,14 +328,14 @@ def trace(
     pairs: Pairs,
     sites: Sequence[str | Site] = DEFAULT_SITES,
     *,
-    by: Literal["token", "role"] = "token",
+    by: str = "token",
     layers: Sequence[int] | None = None,
     metric: str | Metric = "prob",
-    direction: Direction = "denoise",
+    direction: str = "denoise",
     window: int = 1,
-    method: Method = "exact",
+    method: str = "exact",
     steps: int = 16,
-    engine: Literal["wavefront", "loop"] = "wavefront",
+    engine: str = "wavefront",
     memory: int | None = None,
     check: bool = True,
     progress: bool = False,
@@ -362,7 +362,18 @@ def trace(
         one row a pair and cell.
     """
     p = plan(
-        model, pairs, sites, by=by, layers=layers, metric=metric, direction=direction, window=window, method=method, steps=steps, engine=engine, memory=memory
+        model,
+        pairs,
+        sites,
+        by=by,
+        layers=layers,
+        metric=metric,
+        direction=direction,
+        window=window,
+        method=method,
+        steps=steps,
+        engine=engine,
+        memory=memory,
     )
     checks = self_check(p) if check and method == "exact" else {}
     if progress:
@@ -433,13 +444,17 @@ def self_check(p: Plan, cells: int = 4, seed: int = 0, tolerance: float | None =
         # Left of the first difference, computed all the same.
         left = [Span((i,), "template", i) for i in range(min(pair.first, pair.length - 1))]
         if left:
-            v = measure(replace(exact, components=few, engine="loop"), [replace(pair, first=0)], [rng.sample(left, min(2, len(left)))], None)
+            v = measure(
+                replace(exact, components=few, engine="loop"), [replace(pair, first=0)], [rng.sample(left, min(2, len(left)))], None
+            )
             found["left_of_first_difference"] = _difference(v.patched, v.base.expand_as(v.patched))
     found["tolerance"] = tolerance
     broken = {k: v for k, v in found.items() if isinstance(v, float) and k != "tolerance" and not v <= tolerance}
     if broken:
         names = ", ".join(f"{k} is off by {v:.3g}" for k, v in broken.items())
-        raise SelfCheckError(f"a self-check failed ({names}; allowed {tolerance:g}); the trace would be wrong, please report it with the model's name")
+        raise SelfCheckError(
+            f"a self-check failed ({names}; allowed {tolerance:g}); the trace would be wrong, please report it with the model's name"
+        )
     return found
 
 

@@ -1,0 +1,253 @@
+"""`python -m mech_absa.patch`: the files it leaves, the sentences it refuses with, and what happens when it is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from oracles.tiny_models import tiny_folder
+
+from mech_absa.examples import Example, Polarity
+from mech_absa.patch.__main__ import cli
+from mech_absa.patch.effects import Effects
+from mech_absa.patch.importance import load_sites
+from mech_absa.readers import write_jsonl
+from mech_absa.sites import Site
+
+ROOT = Path(__file__).parents[2]
+FAST = ["--no-figures", "--no-report", "--quiet"]
+
+
+def examples(n: int = 6) -> list[Example]:
+    words = ["good", "bad", "fine", "slow"]
+    made = []
+    for i in range(n):
+        sentence = f"the food was {words[i % 4]} and the wine was {words[(i + 1) % 4]} ."
+        made.append(Example(sentence, "food", list(Polarity)[i % 3], (4, 8), id=f"e{i}"))
+        if i % 2:
+            made.append(Example(sentence, "wine", list(Polarity)[(i + 1) % 3], (sentence.index("wine"), sentence.index("wine") + 4), id=f"e{i}w"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    write_jsonl(examples(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(data) -> list[str]:
+    """Flags of a run that works."""
+    return ["--model", str(tiny_folder("gpt2")), "--data", str(data), "--keep", "all", "--noise-draws", "2", "--template", "{sentence} {aspect} ?"]
+
+
+def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli([*base, "--out", str(out), "--sites", "resid_post", "attn_out", "head", "--no-report"]) == 0
+    printed = capsys.readouterr().out
+    assert "9 pairs kept of 9" in printed and "sites chosen: L" in printed
+    record = json.loads((out / "run.json").read_text())
+    assert record["pairs"]["kept"] == 9 and record["data"]["examples"] == 9
+    assert record["self_checks"]["engine_against_loop"] < 1e-4
+    effects = Effects.load(out)
+    model_layers, heads = effects.about["n_layers"], effects.about["n_heads"]
+    tokens = sum(len(t) for t in effects.pairs["tokens"])
+    assert len(effects) == tokens * model_layers * (2 + heads)  # every token, layer and component, nothing averaged away
+    # The averages are the means of the effects, computed here with pandas alone.
+    table = pd.read_csv(out / "importance.csv")
+    by_pair = effects.frame.groupby(["example_id", "kind", "layer", "head", "role"])["effect"].mean()
+    mean = by_pair.groupby(level=["kind", "layer", "head", "role"]).mean()
+    for _, row in table.iterrows():
+        assert row["aie"] == pytest.approx(mean[row["kind"], row["layer"], row["head"], row["role"]], abs=1e-7)
+        assert row["ci_low"] - 1e-9 <= row["aie"] <= row["ci_high"] + 1e-9
+    sites = load_sites(out / "sites.json")
+    assert all(s.kind == "resid_post" for s in sites)
+    names = {p.name for p in (out / "figures").iterdir()}
+    assert any(n.endswith(".png") for n in names) and any(n.endswith(".pdf") for n in names)
+    assert not (out / ".run").exists()
+
+
+def refused(argv: list[str], capsys) -> str:
+    assert cli(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--limit", "-1"], ["--limit -1", "1 or more"]),
+        (["--sites", "L99.resid_post"], ["L99.resid_post", "layers", "L0 to L"]),
+        (["--sites", "L1.foo"], ["foo", "resid_post"]),
+        (["--sites", "soul"], ["soul", "resid_post"]),
+        (["--layers", "7-9"], ["layer 9", "layers"]),
+        (["--template", "what of {sentence} ?"], ["{aspect}"]),
+        (["--labels", "good", "good", "bad"], ["good", "tokenise alike"]),
+        (["--labels", "good", "bad"], ["--labels", "three"]),
+        (["--metric", "beauty"], ["beauty", "prob"]),
+        (["--corruption", "magic"], ["magic", "counterfactual"]),
+        (["--corruption", "counterfactual"], ["no pair is left", "no counterfactual"]),
+        (["--noise-draws", "0"], ["0 noise draws", "at least 1"]),
+        (["--noise-span", "moon"], ["moon", "sentence"]),
+        (["--direction", "up"], ["up", "denoise"]),
+        (["--window", "0"], ["window of 0", "1 or more"]),
+        (["--window", "3", "--sites", "head"], ["window", "heads"]),
+        (["--method", "guess"], ["guess", "exact"]),
+        (["--engine", "steam"], ["steam", "wavefront"]),
+        (["--by", "moon"], ["moon", "token"]),
+        (["--keep", "some"], ["some", "paper"]),
+        (["--dtype", "int3"], ["int3", "float32"]),
+        (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--memory", "-1"], ["--memory -1"]),
+        (["--level", "2"], ["--level 2"]),
+        (["--adapter", "nowhere"], ["nowhere"]),
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--model", "no/such/folder"], ["no/such/folder", "folder"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_flags_get_one_sentence_and_leave_nothing(flags, words, base, tmp_path, capsys):
+    out = tmp_path / "run"
+    message = refused([*base, "--out", str(out), *flags, *FAST], capsys)
+    for word in words:
+        assert word in message
+    assert not out.exists()
+
+
+def test_flags_that_do_not_exist_exit_with_two(base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli([*base, "--out", str(tmp_path / "run"), "--limits", "3"])
+    assert stop.value.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+GOOD = '{"text": "the food was good", "aspect": "food", "from": 4, "to": 8, "polarity": "positive"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("broken.jsonl", GOOD + '{"text": "the fo', ["broken.jsonl:2", "JSON"]),
+        ("missing.jsonl", GOOD + GOOD.replace('"aspect": "food"', '"aspect": "wine"').replace('"from": 4, "to": 8, ', ""), ["missing.jsonl:2", "wine"]),
+        ("offsets.jsonl", GOOD + GOOD.replace('"to": 8', '"to": 9'), ["offsets.jsonl:2", "4..9"]),
+        ("beyond.jsonl", GOOD.replace('"to": 8', '"to": 800'), ["beyond.jsonl:1", "800"]),
+        ("label.jsonl", GOOD + GOOD.replace("positive", "splendid"), ["label.jsonl:2", "splendid", "positive"]),
+        ("empty.jsonl", "", ["empty.jsonl", "empty"]),
+        (
+            "bomb.xml",
+            '<?xml version="1.0"?>\n<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>\n<sentences><sentence><text>&b;</text></sentence></sentences>\n',
+            ["bomb.xml", "entit"],
+        ),
+    ],
+)
+def test_bad_data_is_named_with_file_and_line(name, content, words, base, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    out = tmp_path / "run"
+    message = refused([*base, "--data", str(path), "--out", str(out), *FAST], capsys)
+    for word in words:
+        assert word in message
+    assert not out.exists()
+
+
+def test_a_model_folder_without_weights(base, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_folder("gpt2") / "config.json").read_text())
+    message = refused([*base, "--model", str(folder), "--out", str(tmp_path / "run"), *FAST], capsys)
+    assert "no weights" in message and "model.safetensors" in message
+
+
+def test_a_folder_that_is_not_empty(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    message = refused([*base, "--out", str(out), *FAST], capsys)
+    assert "not empty" in message
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run; of `run.json` everything but the timings."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    record = json.loads(found["run.json"])
+    for key in ("seconds", "sweep_seconds"):
+        record.pop(key, None)
+    found["run.json"] = json.dumps(record).encode()
+    return found
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(base, tmp_path, capsys):
+    many = tmp_path / "many.jsonl"
+    write_jsonl([replace(e, id=f"{e.id}-{k}", sentence=e.sentence + " ok" * k) for k in range(12) for e in examples()], many)
+    base = [*base, "--data", str(many)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli([*base, "--out", str(whole), *FAST]) == 0
+    flags = [*base, "--out", str(killed), *FAST]
+    process = subprocess.Popen([sys.executable, "-m", "mech_absa.patch", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.glob(".run/*.parquet")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(killed.glob(".run/*.parquet")) and not (killed / "run.json").exists()
+    assert "not empty" in refused(flags, capsys)
+    assert "differs in metric" in refused([*flags, "--resume", "--metric", "logit_diff"], capsys)
+    assert cli([*flags, "--resume"]) == 0
+    assert contents(killed) == contents(whole)
+    # A finished run is left as it is.
+    assert cli([*flags, "--resume"]) == 0
+    assert contents(killed) == contents(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_files_of_one(base, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli([*base, "--out", str(one), *FAST]) == 0
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "mech_absa.patch"]
+    done = subprocess.run([*argv, *base, "--out", str(two), *FAST], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = contents(one), contents(two)
+    assert a.keys() == b.keys()
+    assert a == b
+
+
+def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--labels", "a", "b", "d", "--label-separator", "", "--metric", "logit_diff", "--method", "ig", "--steps", "4", "--control", "40"]
+    assert cli([*base, *flags, "--out", str(out), *FAST]) == 0
+    found = json.loads((out / "run.json").read_text())["estimate_against_exact"]
+    assert found["cells"] == 40 and -1 <= found["spearman"] <= 1
+
+
+def test_half_precision_is_checked_against_float32(base, tmp_path):
+    out = tmp_path / "run"
+    assert cli([*base, "--dtype", "bfloat16", "--control", "20", "--limit", "3", "--out", str(out), *FAST]) == 0
+    found = json.loads((out / "run.json").read_text())["half_precision_control"]
+    assert found["cells"] == 20 and 0 < found["largest_difference"] < 0.2
+
+
+def test_loop_and_wavefront_leave_the_same_effects(base, tmp_path):
+    frames = []
+    for engine in ("loop", "wavefront"):
+        out = tmp_path / engine
+        assert cli([*base, "--engine", engine, "--limit", "3", "--by", "role", "--metric", "logit_diff", "--out", str(out), *FAST]) == 0
+        frames.append(Effects.load(out).frame)
+    assert (frames[0]["effect"] - frames[1]["effect"]).abs().max() < 1e-5
+    assert frames[0]["effect"].abs().max() > 1e-3
+
+
+def test_selected_sites_parse():
+    assert str(Site.parse("L3.resid_post@query.last")) == "L3.resid_post@query.last"

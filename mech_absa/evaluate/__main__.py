@@ -20,16 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from ..errors import ConfigError, MechAbsaError
+from ..cli import command
+from ..errors import ConfigError
 from ..examples import Examples
 from ..models import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder, plain, sha256_file, write_json
 from ..scoring import Applicable
-from .predictions import Decode, Predictions, predict, read_predictions
+from .predictions import Decode, Predictions, asked_with, predict, read_predictions
 from .scores import Scores, aggregate, compare, score
 
 FREE = ("device", "batch_size", "out")
@@ -58,12 +57,12 @@ class Config:
     """A text file of unrelated passages, separated by blank lines, for --side-effects; some are built in."""
     decode: Decode = "label"
     """label scores the label strings; generate writes freely and compares what was written."""
-    template: str = PromptTemplate().text
-    """The question, with {sentence} and {aspect}."""
-    labels: tuple[str, ...] = ("positive", "negative", "neutral")
-    """The label strings for positive, negative and neutral."""
+    template: str | None = None
+    """The question, with {sentence} and {aspect}. Default: what the edits were trained with, or else the paper's."""
+    labels: tuple[str, ...] = ()
+    """The label strings for positive, negative and neutral. Default: as for the question."""
     separator: str = " "
-    """Between the question and the label."""
+    """Between the question and the labels given with --labels."""
     limit: int | None = None
     """At most so many examples of each test file."""
     skip_bad: bool = False
@@ -88,7 +87,7 @@ class Config:
             raise ConfigError("--data names no file; at least one test file is needed")
         if self.predictions and len(self.predictions) != len(self.data):
             raise ConfigError(f"--predictions names {len(self.predictions)} files for {len(self.data)} of --data; one each is needed")
-        if len(self.labels) not in (2, 3):
+        if self.labels and len(self.labels) not in (2, 3):
             raise ConfigError(f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed")
         if self.side_effects and not any(e != "none" for e in self.edit):
             raise ConfigError("--side-effects was given without an edit; name one with --edit")
@@ -132,7 +131,8 @@ def run(config: Config) -> Path:
         _account(d)
     settings = plain(asdict(config)) | {"data_sha256": [d.sha256 for d in data], "train_sha256": [d.sha256 for d in train]}
     folder = RunFolder(out, settings, free=FREE)
-    template, verbalizer = PromptTemplate(config.template), Verbalizer.of(config.labels, config.separator)
+    given = PromptTemplate(config.template) if config.template is not None else None
+    words = Verbalizer.of(config.labels, config.separator) if config.labels else None
     texts = side_effects.read_texts(config.texts) if config.texts else side_effects.PASSAGES
 
     systems: list[tuple[Predictions, ...]] = []
@@ -141,12 +141,17 @@ def run(config: Config) -> Path:
         systems.append(tuple(read_predictions(p, d, name) for p, d in zip(config.predictions, data, strict=True)))
     model = load_model(config.model, device=config.device, dtype=config.dtype) if config.edits or config.compare else None
 
+    edits = [load(e, model) for e in config.edits] if model is not None else []
+    own = {asked_with(e) for e in edits if e is not None} or {asked_with(None)}
+    if (len({t for t, _ in own}) > 1 and given is None) or (len({v for _, v in own}) > 1 and words is None):
+        raise ConfigError("--edit names edits that were trained with different questions or labels; give --template and --labels")
+    template, verbalizer = given or next(iter(own))[0], words or next(iter(own))[1]
+
     def answers(edit: Applicable | None, name: str) -> tuple[Predictions, ...]:
         assert model is not None
         asked: dict[str, Any] = {"template": template, "verbalizer": verbalizer, "decode": config.decode, "batch_size": config.batch_size}
         return tuple(predict(model, d, edit, name=name, **asked) for d in data)
 
-    edits = [load(e, model) for e in config.edits] if model is not None else []
     systems += [answers(edit, name) for edit, name in zip(edits, names(config.edits), strict=True)]
     seen = [e for t in train for e in t] if train else None
     how: dict[str, Any] = {"level": config.level, "draws": config.draws, "seed": config.seed}
@@ -178,6 +183,8 @@ def run(config: Config) -> Path:
             "command": "evaluate",
             "model": None if model is None else {"name": model.name, "sha256": model.sha256, "parameters": model.n_parameters},
             "device": None if model is None else str(model.device),
+            "template": template.text,
+            "labels": [w for _, w in verbalizer.words],
             "data": [_data_record(d) for d in data],
             "train": [_data_record(d) for d in train],
             "predictions": [{"file": str(p), "sha256": sha256_file(p)} for p in config.predictions],
@@ -275,14 +282,7 @@ def show(table, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 and one sentence on stderr."""
-    try:
-        config = tyro.cli(Config, args=argv, prog="python -m mech_absa.evaluate", description=__doc__)
-        out = run(config)
-    except MechAbsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"written to {out}")
-    return 0
+    return command(Config, lambda config: print(f"written to {run(config)}"), "python -m mech_absa.evaluate", argv)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..scoring import Applicable, question, read_labels
 from ..sites import HEAD_KINDS, Site
 from ..stats import Estimate, bootstrap_statistic
-from .predictions import predict
+from .predictions import asked_with, predict
 from .scores import score
 
 Ranking = Sequence[tuple[Site, float]]
@@ -444,6 +444,8 @@ def prune(
     ks = tuple(sorted(set(counts))) if counts is not None else tuple(sorted({round(n * i / 10) for i in range(11)}))
     if not ks or ks[0] < 0 or ks[-1] > n:
         raise ConfigError(f"counts {ks} of {n} sites were asked for; accepted: 0 to {n}")
+    own = asked_with(edit)
+    template, verbalizer = template or own[0], verbalizer or own[1]
     values = None
     if how == "mean":
         prompts = [question(model, e, template) for e in (examples if reference is None else reference)]

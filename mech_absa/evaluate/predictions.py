@@ -129,7 +129,23 @@ class Predictions:
         return head + self.to_pandas().head(10).to_html(index=False)
 
 
+def joined(parts: Sequence[Predictions], data: str) -> Predictions:
+    """What one system answered to several sets of examples, as one."""
+    first = parts[0]
+    scores = None if any(p.scores is None for p in parts) else np.concatenate([p.scores for p in parts if p.scores is not None])
+    return Predictions(
+        tuple(e for p in parts for e in p.examples), tuple(a for p in parts for a in p.answers), first.name, data, first.labels, scores
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- asking a model
+
+
+def asked_with(edit: Applicable | None) -> tuple[PromptTemplate, Verbalizer]:
+    """The question and the labels that an edit was trained with; the paper's where it names none."""
+    record = getattr(edit, "record", None) or {}
+    template = PromptTemplate(record["template"]) if "template" in record else PromptTemplate()
+    return template, Verbalizer.of(record["labels"], record.get("separator", " ")) if "labels" in record else Verbalizer()
 
 
 def predict(
@@ -147,8 +163,8 @@ def predict(
 
     Args:
         edit: None for the model as it is.
-        template: the question; the paper's by default.
-        verbalizer: the label strings; the paper's by default.
+        template: the question; the one that the edit was trained with, or else the paper's, by default.
+        verbalizer: the label strings; likewise.
         decode: `label` scores the label strings; `generate` writes greedily and compares what was written.
         batch_size: prompts a forward pass. The answers do not depend on it.
         name: of the system; `base`, or the edit's own name, by default.
@@ -162,8 +178,9 @@ def predict(
         raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
     if not len(examples):
         raise ConfigError(f"{getattr(examples, 'source', '') or 'the data'} holds no examples to predict; at least one is needed")
-    template = PromptTemplate(template) if isinstance(template, str) else template or PromptTemplate()
-    verbalizer = verbalizer or Verbalizer()
+    own = asked_with(edit)
+    template = PromptTemplate(template) if isinstance(template, str) else template or own[0]
+    verbalizer = verbalizer or own[1]
     for example in examples:
         verbalizer.index(example.polarity)
     name = name or (getattr(edit, "name", None) or type(edit).__name__ if edit is not None else "base")

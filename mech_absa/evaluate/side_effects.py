@@ -42,7 +42,7 @@ from ..models import Model, weights_hash
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
 from ..scoring import Applicable, last_residual, question
-from .predictions import Predictions, predict
+from .predictions import Predictions, asked_with, predict
 from .scores import Comparison, compare
 
 PARAPHRASES = (
@@ -232,7 +232,8 @@ def side_effects(
     """
     if not texts:
         raise ConfigError("no unrelated texts were given to measure locality on; at least one is needed")
-    template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
+    own = asked_with(edit)
+    template, verbalizer = template or own[0], verbalizer or own[1]
     before = weights_hash(model.hooked)
     how: dict[str, Any] = {"verbalizer": verbalizer, "batch_size": batch_size}
     sure: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}

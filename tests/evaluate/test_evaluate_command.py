@@ -97,8 +97,23 @@ def test_bad_input_leaves_one_sentence_and_no_file(run, files, capsys, flags, me
     names = {n: str(files / f"{n}.jsonl") for n in ("test", "other", "train")}
     assert run(*(f.format(**names) for f in flags)) == 2
     said = capsys.readouterr().err.strip()
-    assert message in said and said.startswith("error: ") and "\n" not in said
+    assert message in said and said.startswith("python -m mech_absa.evaluate: ") and "\n" not in said
     assert not (files / "out").exists()
+
+
+def test_edits_are_asked_with_their_own_question(run, files, monkeypatch, model, capsys):
+    own = Push("L2.resid_post", 20.0)
+    own.record = {"template": "{sentence} So the {aspect} is", "labels": ["good", "bad", "fair"], "separator": " "}
+    monkeypatch.setattr(command, "load", lambda name, model: {"none": None, "own": own}.get(name, Push("L1.resid_post")))
+    data = str(files / "test.jsonl")
+    assert run("--data", data, "--edit", "none", "own") == 0
+    record = json.loads((files / "out" / "run.json").read_text())
+    assert record["template"] == own.record["template"] and record["labels"] == own.record["labels"]
+    answers = pd.read_parquet(files / "out" / "predictions.parquet")
+    expected = predict(model, load_examples(data), own)
+    assert answers[answers.system == "own"].logprob_positive.tolist() == pytest.approx(expected.scores[:, 0].tolist(), abs=1e-4)
+    assert run("--data", data, "--edit", "own", "paper", "--out", str(files / "out2")) == 2
+    assert "trained with different questions or labels" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused(run, files, capsys):

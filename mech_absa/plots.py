@@ -318,7 +318,7 @@ def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, 
         asked = unknown[0] if kinds else "none"
         raise ConfigError(f"a heat map of kind {asked!r} was asked for; the map has {choices(present) if present else 'only heads'}")
     table = table[table["kind"].isin(kinds)]
-    rows, layers = _rows_of(table), sorted(table["layer"].unique())
+    rows, layers = _rows_of(table), sorted(int(layer) for layer in table["layer"].unique())
     grids = {k: _grid(table[table["kind"] == k], rows, layers, "aie") for k in kinds}
     limit = _scale(grids.values())
     chosen = list(selection) if selection is not None else []
@@ -377,7 +377,7 @@ def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, high
     table = table[table["kind"].isin(kinds)]
     if table.empty:
         raise ConfigError("the map has no kind with one state a layer; heads(map) draws heads")
-    roles, layers = _rows_of(table), sorted(table["layer"].unique())
+    roles, layers = _rows_of(table), sorted(int(layer) for layer in table["layer"].unique())
     if isinstance(highlight, int):
         peak = table.assign(size=table["aie"].abs()).groupby("role", observed=True)["size"].max().reindex(roles)
         peak = peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable")
@@ -446,7 +446,7 @@ def heads(importance: ImportanceMap, *, kind: str | None = None, roles: Sequence
             f"heads at {choices(roles) if not isinstance(roles, int) else roles} were asked for; the map has {choices(everywhere)}"
         )
     table = table[table[by].isin(places)]
-    layers, numbers = sorted(table["layer"].unique()), sorted(table["head"].unique())
+    layers, numbers = sorted(int(layer) for layer in table["layer"].unique()), sorted(table["head"].unique())
 
     def grid(place: Any, column: str) -> np.ndarray:
         wide = table[table[by] == place].pivot_table(index="head", columns="layer", values=column, aggfunc="mean")

@@ -15,7 +15,7 @@ Ablations have no corrupted run; their source is made from clean states, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -326,6 +326,12 @@ def check_request(model: Model, pairs: Pairs, direction: str, window: int, sites
             "a window over layers makes no sense for heads, whose numbers mean nothing across layers; leave heads out or use --window 1"
         )
     return "noise" if isinstance(pairs.corruption, ABLATIONS) else direction  # type: ignore[return-value]
+
+
+def comparable(metric: Metric, continuations: Sequence[Continuation]) -> Metric:
+    """The metric, reading log-probabilities where any label has several tokens: beside those, a bare logit says nothing."""
+    mixed = metric.need == "labels" and any(c.reads > 1 for c in continuations)
+    return replace(metric, need="normaliser") if mixed else metric
 
 
 def reads_of(pairs: Pairs, metric: Metric) -> tuple[Continuation, ...]:

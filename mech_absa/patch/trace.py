@@ -28,7 +28,7 @@ from ..prompts import Continuation
 from ..sites import ROLES, Site
 from . import gradients, loop, wavefront
 from .effects import COLUMNS, PAIR_COLUMNS, Effects
-from .sweep import SPANS, Ablation, Answers, Job, Span, States, check_request, components, make_ablation, reads_of
+from .sweep import SPANS, Ablation, Answers, Job, Span, States, check_request, comparable, components, make_ablation, reads_of
 
 Method = Literal["exact", "atp", "atpstar", "ig"]
 METHODS = ("exact", "atp", "atpstar", "ig")
@@ -143,7 +143,7 @@ def plan(
     way = check_request(model, pairs, direction, window, chosen)
     why = wavefront.refusal(model, list(chosen)) if engine == "wavefront" else None
     made = Plan(
-        model, pairs, chosen, by, get_metric(metric), way, window, method, steps,  # type: ignore[arg-type]
+        model, pairs, chosen, by, comparable(get_metric(metric), pairs.continuations), way, window, method, steps,  # type: ignore[arg-type]
         "loop" if why is not None else engine, why, default_memory(model) if memory is None else memory,
     )  # fmt: skip
     if method != "exact":

@@ -13,9 +13,11 @@ from mech_absa.hooks import intervene, live_hooks
 from mech_absa.models import weights_hash
 from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Resample, ZeroAblation
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.sweep import token_spans
+from mech_absa.patch.trace import measure, plan
 from mech_absa.sites import Site
 
-from .helpers import BLOCK, LONG, ONE_TOKEN, furthest, jobs, pairs_of, the_job, tiny
+from .helpers import BLOCK, EXAMPLES, LONG, ONE_TOKEN, furthest, jobs, pairs_of, the_job, tiny
 
 COMBINATIONS = {  # name: corruption, labels, kinds, direction, window, metric, spans, bytes in flight
     "noise restored": (GaussianNoise(draws=2), ONE_TOKEN, BLOCK, "denoise", 1, "logit_diff", "token", 1 << 20),
@@ -88,6 +90,20 @@ def test_both_engines_count_every_cell_once():
         told: list[int] = []
         engine.sweep(model, job, tick=told.append)
         assert sum(told) == len(job.components) * job.n_spans * job.rows
+
+
+@pytest.mark.parametrize("metric", ["logit_diff", "prob_label"])
+def test_labels_of_one_token_and_of_two_are_compared_as_log_probabilities(metric):
+    """A bare logit beside a summed log-probability would be a difference of unlike things."""
+    model = tiny("gpt2")
+    pairs = pairs_of(model, Counterfactual(), ("staff", "the staff", "was"), EXAMPLES[:2])
+    for engine in ("loop", "wavefront"):
+        made = plan(model, pairs, ["mlp_out"], metric=metric, engine=engine)
+        got = measure(made, list(pairs), [token_spans(p) for p in pairs], None)
+        for b, p in enumerate(pairs):
+            for scores, found in ((p.clean_scores, got.clean), (p.corrupted_scores[0], got.corrupted)):
+                odds = scores[p.gold] - (scores[p.foil] if metric == "logit_diff" else scores.logsumexp(0))
+                assert float(found[b]) == pytest.approx(float(odds if metric == "logit_diff" else odds.exp()), abs=1e-10)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -342,7 +341,7 @@ def weights_hash(module: torch.nn.Module) -> str:
     h = hashlib.sha256()
     for name, p in sorted(module.named_parameters()):
         h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -458,6 +457,10 @@ def _device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"unknown device {device!r}; accepted: auto, cpu, cuda, cuda:1, mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:1, mps")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps' was asked for; this machine has none")
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen
@@ -658,26 +661,26 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
 # ---- a whole run, with what was asked for kept ------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class LayerStates:
-    """Activations of one block over a batch of equally long runs; None where they were not asked for.
+class LayerStates(dict[str, Tensor]):
+    """Activations of one block over a batch of equally long runs, by name and as attributes; only what was asked for is there.
 
-    `mid` is the stream the MLP reads in a serial block; `projected` is the attention's sum before any post-norm.
+    | name | shape |
+    |---|---|
+    | resid_pre, resid_mid, resid_post, attn_out, mlp_out | batch pos d_model |
+    | q, z; k, v | batch pos head d_head; batch pos kv d_head. q and k after rotation |
+    | projected | batch pos d_model: the attention's sum before any post-norm |
+
+    `resid_mid` of a parallel block is resid_pre + attn_out, which no MLP reads.
     """
 
-    resid_pre: Float[Tensor, "batch pos d_model"] | None = None
-    q: Float[Tensor, "batch pos head d_head"] | None = None
-    k: Float[Tensor, "batch pos kv d_head"] | None = None
-    v: Float[Tensor, "batch pos kv d_head"] | None = None
-    z: Float[Tensor, "batch pos head d_head"] | None = None
-    projected: Float[Tensor, "batch pos d_model"] | None = None
-    attn_out: Float[Tensor, "batch pos d_model"] | None = None
-    resid_mid: Float[Tensor, "batch pos d_model"] | None = None
-    mlp_out: Float[Tensor, "batch pos d_model"] | None = None
-    resid_post: Float[Tensor, "batch pos d_model"] | None = None
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name!r} was not kept; there are {', '.join(self) or 'no states'}") from None
 
 
-def run(model: Model, x: Resid, keep: frozenset[str] | set[str] = frozenset()) -> tuple[Resid, list[LayerStates]]:
+def run(model: Model, x: Resid, keep: Set[str] = frozenset()) -> tuple[Resid, list[LayerStates]]:
     """All blocks over whole prompts of equal length, keeping the named states of every block.
 
     Args:
@@ -707,7 +710,7 @@ def run(model: Model, x: Resid, keep: frozenset[str] | set[str] = frozenset()) -
             for name, y in dict(projected=projected, attn_out=attn_out, resid_mid=mid, mlp_out=mlp_out, resid_post=post).items()
             if name in keep or name == "resid_post"
         }
-        states.append(LayerStates(**{name: y for name, y in made.items() if name in keep}))
+        states.append(LayerStates({name: y for name, y in made.items() if name in keep}))
         x = made["resid_post"]
     return x, states
 

@@ -94,9 +94,8 @@ class Site:
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise SiteError(f"{text!r} is no site; sites look like L5.resid_post, L5.head3 or L5.attn_out@query.last")
-        at: str | int | None = match["at"]
-        if at is not None and re.fullmatch(r"-?\d+", at):
-            at = int(at)
+        text_at: str | None = match["at"]
+        at = int(text_at) if text_at is not None and re.fullmatch(r"-?\d+", text_at) else text_at
         return cls(int(match["layer"]), match["kind"], None if match["head"] is None else int(match["head"]), at)
 
     @property
@@ -109,7 +108,9 @@ class Site:
         """The same place without the token."""
         return replace(self, at=None)
 
-    def check(self, n_layers: int, n_heads: int, n_kv_heads: int | None = None, kinds: Iterable[str] = KINDS, model: str = "the model") -> Site:
+    def check(
+        self, n_layers: int, n_heads: int, n_kv_heads: int | None = None, kinds: Iterable[str] = KINDS, model: str = "the model"
+    ) -> Site:
         """Itself, when a model of this shape has it.
 
         Raises:

@@ -19,12 +19,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mech_absa"
 
 FLOORS = {
     "errors": 0, "axes": 0,
-    "examples": 1, "readers": 1, "generate": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1, "progress": 1,
+    "examples": 1, "readers": 1, "generate": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1, "progress": 1, "cli": 1,
     "prompts": 2, "models": 2, "hooks": 2,
     "scoring": 3, "pairs": 3, "edits": 3,
     "patch": 4, "train": 4, "evaluate": 4,
     "plots": 5, "report": 5, "": 5,
-    "cli": 6, "__main__": 6,
+    "__main__": 6,
 }  # fmt: skip
 """Room -> floor. A folder is one room; `""` is the package's own `__init__.py`; every `__main__.py` is a command, on the top floor."""
 

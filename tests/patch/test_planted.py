@@ -101,7 +101,7 @@ def test_a_window_reaches_as_far_as_it_says(engine, absa, window):
             expected[layer] = truth[[m for m in reach if 0 <= m < 3]].max(0)
         found, job = effects(engine, absa, kind, window=window)
         assert np.abs(as_map(found, job, truth) - expected).max() < 1e-9, kind
-        assert not np.array_equal(expected, truth)
+        assert kind == "mlp_out" or not np.array_equal(expected, truth)
 
 
 @engines

@@ -84,7 +84,7 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
 def _load(model: Model) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model.source, dtype=model.dtype)
+    return AutoModelForCausalLM.from_pretrained(str(model.source), dtype=model.dtype)
 
 
 def _twin(hf: Any) -> Any:
@@ -166,11 +166,15 @@ _LLAMA = {
     "W_in": "mlp.up_proj", "W_gate": "mlp.gate_proj", "W_out": "mlp.down_proj",
 }  # fmt: skip
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
-    "LlamaForCausalLM": ("model.layers", _LLAMA), "MistralForCausalLM": ("model.layers", _LLAMA),
-    "Qwen2ForCausalLM": ("model.layers", _LLAMA), "Gemma2ForCausalLM": ("model.layers", _LLAMA), "GPT2LMHeadModel": ("transformer.h", {"W_O": "attn.c_proj"}),
-    "GPTNeoXForCausalLM": ("gpt_neox.layers", {"W_O": "attention.dense"}), "GPTJForCausalLM": ("transformer.h", {"W_O": "attn.out_proj"}),
+    "LlamaForCausalLM": ("model.layers", _LLAMA),
+    "MistralForCausalLM": ("model.layers", _LLAMA),
+    "Qwen2ForCausalLM": ("model.layers", _LLAMA),
+    "Gemma2ForCausalLM": ("model.layers", _LLAMA),
+    "GPT2LMHeadModel": ("transformer.h", {"W_O": "attn.c_proj"}),
+    "GPTNeoXForCausalLM": ("gpt_neox.layers", {"W_O": "attention.dense"}),
+    "GPTJForCausalLM": ("transformer.h", {"W_O": "attn.out_proj"}),
     "BloomForCausalLM": ("transformer.h", {"W_O": "self_attention.dense"}),
-}  # fmt: skip
+}
 """Architecture -> where its layers are, and the modules whose inputs and outputs are those of our matrices."""
 
 

@@ -11,19 +11,16 @@ Where to edit comes from the `sites.json` of a traced run, or from `--layers` an
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import tyro
-
+from ..cli import command
 from ..edits.base import Shape
 from ..edits.store import save_edit
-from ..errors import ConfigError, MechAbsaError, SiteError, choices
+from ..errors import ConfigError, SiteError, choices
 from ..examples import Example, Examples, class_counts, leakage
 from ..models import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
@@ -32,10 +29,11 @@ from ..records import RunFolder
 from ..sites import Site
 from . import presets
 from .fit import fit
+from .memory import peak
 from .prefix import PrefixCache
 from .presets import Loss, Preset, Schedule
 
-FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every")
+FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every", "quiet")
 """Settings that do not change a result."""
 
 REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "head_gate")
@@ -110,6 +108,8 @@ class Config:
     """A new or empty folder."""
     resume: bool = False
     """Take up the killed run that --out holds."""
+    quiet: bool = False
+    """Print nothing but errors."""
 
     def __post_init__(self):
         if not self.data:
@@ -182,7 +182,7 @@ def run(config: Config) -> Path:
     folder = RunFolder(config.out, said, resume=config.resume, free=FREE) if main_process else None
     if folder is not None and folder.finished:
         return folder.path
-    for note in notes if main_process else ():
+    for note in notes if main_process and not config.quiet else ():
         print(f"warning: {note}", file=sys.stderr)
     edit = fit(
         model,
@@ -195,7 +195,7 @@ def run(config: Config) -> Path:
         cache=PrefixCache(model, int(config.cache_gib * 2**30)),
         checkpoint=None if folder is None else folder.part("state.safetensors"),
         checkpoint_every=config.checkpoint_every,
-        progress=main_process and sys.stderr.isatty(),
+        progress=main_process and not config.quiet,
         on_step=None if folder is None else lambda state: folder.open(),  # not before: what fit refuses leaves no trace
     )
     if folder is None:
@@ -210,20 +210,14 @@ def run(config: Config) -> Path:
             "preset": preset,
             "warnings": notes,
             "edit": {"parameters": edit.n_parameters, "share": edit.share, "layers": edit.layers, **edit.record},
-            "peak_memory_bytes": peak_memory(model),
+            "peak_memory_bytes": peak(model.device),
         }
     )
     if edit.record["stopped"] and edit.record["stopped"].startswith("the loss"):
         raise ConfigError(f"{edit.record['stopped']}, in {folder.path}; lower the learning rates or clip the gradient")
+    if not config.quiet:
+        print(f"{edit!r}\nwritten to {folder.path}")
     return folder.path
-
-
-def peak_memory(model: Model) -> int:
-    """Bytes: of the accelerator where the model is on one, otherwise the largest resident size of this process so far."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def _process(device: str) -> tuple[bool, str]:
@@ -267,17 +261,10 @@ def _notes(train: Sequence[Example], others: Sequence[Examples]) -> list[str]:
     return notes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 and one sentence on stderr."""
-    try:
-        config = tyro.cli(Config, args=argv, prog="python -m mech_absa.train", description=__doc__)
-        out = run(config)
-    except MechAbsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"written to {out}")
-    return 0
+def cli(argv: Sequence[str] | None = None) -> int:
+    """The command: its exit code."""
+    return command(Config, run, "python -m mech_absa.train", argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(cli())

@@ -31,15 +31,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..axes import Resid
+from ..axes import LabelScores, Resid
 from ..edits.edit import Edit
 from ..errors import ConfigError, RunFolderError
 from ..examples import Example, class_counts, content_hash, split_by_sentence
 from ..metrics import Need
 from ..models import Model
+from ..progress import bar
 from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from ..records import atomic, fingerprint, plain, versions
-from ..scoring import extend, label_scores, question, read_labels
+from ..scoring import extend, question, read_labels
 from ..sites import Site
 from .prefix import PrefixCache
 from .presets import Preset
@@ -99,11 +100,11 @@ class Task:
             made.append(Question(prompt, runs, gold, self.answers[gold]))
         return made
 
-    def last(self, edit: Edit, tokens: Tokens) -> Resid:
+    def last(self, edit: Edit | None, tokens: Tokens) -> Resid:
         """The residual stream after the last block, from the kept stream below the edit on."""
-        start = edit.layers[0]
+        start = edit.layers[0] if edit is not None else 0
         x = self.cache.get(start, tokens)
-        with edit.applied(self.model, tokens):
+        with edit.applied(self.model, tokens) if edit is not None else contextlib.nullcontext():
             return self.model.hooked.forward(x, start_at_layer=start, stop_at_layer=self.model.n_layers)
 
     def loss(self, edit: Edit, batch: Sequence[Question]) -> Tensor:
@@ -128,9 +129,24 @@ class Task:
         return F.cross_entropy(torch.cat(parts, 1)[:, order], gold, reduction="sum")
 
     @torch.no_grad()
+    def scores(self, edit: Edit | None, questions: Sequence[Question], batch_size: int = 32) -> LabelScores:
+        """What `scoring.label_scores` gives, with the streams below the edit kept for the next edit."""
+        if edit is not None:
+            self.cache.fill(edit.layers[0], [extend(q.prompt, c) for q in questions for c in self.continuations])
+        made = torch.zeros(len(questions), len(self.verbalizer.words), dtype=torch.float64)
+        order = sorted(range(len(questions)), key=lambda i: questions[i].prompt.lengths[0])
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            prompts = Tokens.stack([questions[i].prompt for i in rows])
+            for continuation in self.continuations:
+                tokens = extend(prompts, continuation)
+                part = read_labels(self.model, self.last(edit, tokens), tokens.lengths, continuation)
+                made[torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])] = part.to("cpu", torch.float64)
+        return made
+
     def quality(self, edit: Edit, questions: Sequence[Question], batch_size: int) -> tuple[float, float]:
         """(mean cross-entropy over the labels, accuracy), whatever the loss is."""
-        scores = label_scores(self.model, [q.prompt for q in questions], self.continuations, edit=edit, batch_size=batch_size)
+        scores = self.scores(edit, questions, batch_size)
         gold = torch.tensor([q.gold for q in questions])
         return float(F.cross_entropy(scores, gold)), float((scores.argmax(-1) == gold).double().mean())
 
@@ -246,7 +262,7 @@ def fit(
     started = time.perf_counter() - state.seconds
     good = _copy(edit)
 
-    with _bar(steps, progress and team.rank == 0) as advance:
+    with bar("training", steps, quiet=not progress or team.rank > 0) as advance:
         advance(state.step)
         while state.epoch < preset.epochs and not state.stopped:
             order = batches([q.length for q in questions], micro, seed, state.epoch)
@@ -416,18 +432,6 @@ def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed * 1_000_003 + step) & (2**63 - 1))
         yield
-
-
-@contextlib.contextmanager
-def _bar(steps: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda n: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("training", total=steps)
-        yield lambda n: bar.advance(task, n)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------------------

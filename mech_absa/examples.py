@@ -86,7 +86,9 @@ class Example:
 
     def __post_init__(self):
         if not self.aspect.strip():
-            raise DataError("the aspect is empty; an aspect term of at least one character is needed", self.source or None, self.line or None)
+            raise DataError(
+                "the aspect is empty; an aspect term of at least one character is needed", self.source or None, self.line or None
+            )
         for name, span in (("aspect", self.span), ("opinion", self.opinion)):
             if span is None:
                 continue
@@ -121,7 +123,9 @@ class Example:
         else:
             a, b = self.span
             marked = f"{escape(s[:a])}<b><u>{escape(s[a:b])}</u></b>{escape(s[b:])}"
-        return f"<div>{marked} &rarr; <code>{escape(self.aspect)}</code>: <b>{self.polarity.value}</b> <small>{escape(self.id)}</small></div>"
+        return (
+            f"<div>{marked} &rarr; <code>{escape(self.aspect)}</code>: <b>{self.polarity.value}</b> <small>{escape(self.id)}</small></div>"
+        )
 
 
 def normal(text: str) -> str:
@@ -182,7 +186,9 @@ class Examples(Sequence[Example]):
         import pandas as pd
 
         columns = ["id", "sentence", "aspect", "polarity", "span", "opinion", "domain", "source", "line"]
-        return pd.DataFrame([{c: getattr(e, c) if c != "polarity" else e.polarity.value for c in columns} for e in self.items], columns=columns)
+        return pd.DataFrame(
+            [{c: getattr(e, c) if c != "polarity" else e.polarity.value for c in columns} for e in self.items], columns=columns
+        )
 
     def _repr_html_(self) -> str:
         from html import escape

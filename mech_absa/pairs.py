@@ -119,6 +119,7 @@ class Pair:
         corruption: how the corrupted run is made.
         sigma: standard deviation of the noise; 0 without noise.
         first: first position at which the two runs can differ.
+        other: the counterfactual example that the corrupted run asks about, where there is one.
         clean_scores: log-probabilities of the labels, `[label]`.
         corrupted_scores: the same, `[draw label]`; None for ablations, which have no corrupted run.
 
@@ -134,6 +135,7 @@ class Pair:
     corruption: Corruption
     sigma: float = 0.0
     first: int = 0
+    other: Example | None = None
     clean_scores: Float[Tensor, " label"] | None = None
     corrupted_scores: Float[Tensor, "draw label"] | None = None
 
@@ -324,28 +326,27 @@ def make_pairs(
         sigma = corruption.scale * aspect_embedding_std(model, prompts)
 
     dropped: Counter[str] = Counter()
-    candidates: list[Pair] = []
-    for example, clean in zip(examples, prompts, strict=True):
-        try:
-            candidates.append(_pair(model, example, clean, corruption, sigma, template, verbalizer))
-        except AlignmentError:
-            dropped["counterfactual does not line up"] += 1
-        except _NoCounterfactual:
-            dropped["no counterfactual"] += 1
-
     kept: list[Pair] = []
-    considered = sum(dropped.values())
-    start = 0
-    while start < len(candidates) and (limit is None or len(kept) < limit):
-        # With a limit, no more are scored at a time than are still wanted.
+    considered = at = 0
+    while at < len(prompts) and (limit is None or len(kept) < limit):
+        # With a limit, no more are made and scored at a time than are still wanted.
         step = 4 * batch_size if limit is None else min(4 * batch_size, max(8, limit - len(kept)))
-        scored = _scored(model, candidates[start : start + step], continuations, batch_size)
-        start += step
-        for pair in scored:
+        made = []
+        for example, clean in zip(examples[at : at + step], prompts[at : at + step], strict=True):
+            try:
+                made.append(_pair(model, example, clean, corruption, sigma, template, verbalizer))
+            except AlignmentError:
+                made.append("counterfactual does not line up")
+            except _NoCounterfactual:
+                made.append("no counterfactual")
+        at += step
+        scored = iter(_scored(model, [p for p in made if isinstance(p, Pair)], continuations, batch_size))
+        for pair in made:
             if limit is not None and len(kept) == limit:
                 break
             considered += 1
-            if (reason := _reason_to_drop(pair, keep)) is None:
+            reason = pair if isinstance(pair, str) else _reason_to_drop(pair := next(scored), keep)
+            if reason is None:
                 kept.append(pair)
             else:
                 dropped[reason] += 1
@@ -374,7 +375,7 @@ def _pair(
     for other in example.counterfactuals:
         corrupted = question(model, other, template)
         try:
-            pair = Pair(example, clean, corrupted, gold, verbalizer.index(other.polarity), corruption)
+            pair = Pair(example, clean, corrupted, gold, verbalizer.index(other.polarity), corruption, other=other)
         except AlignmentError as error:
             problem = error
             continue

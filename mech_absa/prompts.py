@@ -171,7 +171,9 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def _ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     if not getattr(tokenizer, "is_fast", False):
-        raise PromptError(f"the tokenizer {tokenizer.name_or_path!r} gives no character offsets; a fast tokenizer (tokenizer.json) is needed")
+        raise PromptError(
+            f"the tokenizer {tokenizer.name_or_path!r} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"
+        )
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]]
 
@@ -282,7 +284,9 @@ class Verbalizer:
         try:
             return self.polarities.index(polarity)
         except ValueError:
-            raise PromptError(f"no label for {polarity.value}; labels were given for {', '.join(p.value for p in self.polarities)}") from None
+            raise PromptError(
+                f"no label for {polarity.value}; labels were given for {', '.join(p.value for p in self.polarities)}"
+            ) from None
 
     def label_ids(self, tokenizer: Any, template: PromptTemplate | None = None) -> list[tuple[int, ...]]:
         """Token ids of each label, as they follow a prompt.

@@ -178,7 +178,14 @@ class RunFolder:
         """Write `run.json`, the last file of a run, and drop the parts."""
         write_json(
             self.path / "run.json",
-            {"schema": SCHEMA, "key": self.key, "config": self.config, "versions": versions(), **record, "seconds": round(time.time() - self.started, 3)},
+            {
+                "schema": SCHEMA,
+                "key": self.key,
+                "config": self.config,
+                "versions": versions(),
+                **record,
+                "seconds": round(time.time() - self.started, 3),
+            },
         )
         shutil.rmtree(self.state, ignore_errors=True)
         return self.path / "run.json"

@@ -38,7 +38,9 @@ def question(model: Model, example: Example, template: PromptTemplate | None = N
     """
     tokens = encode((template or PromptTemplate())(example), model.tokenizer, model.bos)
     if tokens.lengths[0] > model.n_ctx:
-        raise PromptError(f"the prompt of {example.id or example.sentence[:40]!r} has {tokens.lengths[0]} tokens; {model.name} reads {model.n_ctx}")
+        raise PromptError(
+            f"the prompt of {example.id or example.sentence[:40]!r} has {tokens.lengths[0]} tokens; {model.name} reads {model.n_ctx}"
+        )
     return tokens
 
 

@@ -28,6 +28,8 @@ FLOORS = {
 }  # fmt: skip
 """Room -> floor. A folder is one room; `""` is the package's own `__init__.py`; every `__main__.py` is a command, on the top floor."""
 
+COMMANDS = {("evaluate", "card"), ("train", "matrix")}
+"""Modules that are commands without being called `__main__`."""
 NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "models"), ("plots", "hooks")}
 """(room, what it must not import) although the floors alone would allow it."""
 ONLY_LAZILY = {("evaluate", "edits")}
@@ -50,13 +52,13 @@ def modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root).with_suffix("").parts
         room = inner[0] if inner != ("__init__",) else ""
-        if inner[-1] == "__main__":
+        if inner[-1] == "__main__" or inner in COMMANDS:
             room = ".".join(inner)
         yield "/".join(inner) + ".py", room, ast.parse(path.read_text(encoding="utf-8"))
 
 
 def floor(room: str) -> int | None:
-    return FLOORS["__main__"] if room.endswith("__main__") else FLOORS.get(room)
+    return FLOORS["__main__"] if room.endswith("__main__") or tuple(room.split(".")) in COMMANDS else FLOORS.get(room)
 
 
 def imports(tree: ast.Module, path: str, rooms: set[str]) -> Iterator[tuple[str, int, bool]]:

@@ -117,7 +117,7 @@ def test_first_is_the_first_noised_token():
     for span, role in (("all", None), ("sentence", "before"), ("aspect", "aspect.first"), ("query", "query.first")):
         p = pairs_of(model, GaussianNoise(draws=1, span=span), examples=EXAMPLES[:1])[0]
         assert p.first == (0 if role in (None, "before") else p.clean.roles[0].tolist().index(ROLES.index(role)))
-    quiet = pairs_of(model, GaussianNoise(scale=0), examples=EXAMPLES[:1])[0]
+    quiet = pairs_of(model, GaussianNoise(scale=0.0), examples=EXAMPLES[:1])[0]
     assert quiet.first == quiet.length and quiet.noise_positions() == []
 
 
@@ -131,7 +131,7 @@ def test_draw_sd_is_that_of_the_gold_probability():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GaussianNoise(scale=-1), "a noise scale of -1 was given"),
+        (lambda: GaussianNoise(scale=-1.0), "a noise scale of -1 was given"),
         (lambda: GaussianNoise(draws=0), "0 noise draws were asked for"),
         (lambda: pair(Counterfactual()).noise(3), "made by Counterfactual has no noise"),
     ],

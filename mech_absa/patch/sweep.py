@@ -292,10 +292,10 @@ def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable
                 means[key] = (table.sum(0) / counts.sum()).expand_as(table)
         return Ablation(corruption, means)
     if isinstance(corruption, Resample):
-        chosen = dict(zip((id(p) for p in pairs.items), partners(pairs.items, corruption.seed), strict=True))
+        chosen = dict(zip((p.id for p in pairs.items), partners(pairs.items, corruption.seed), strict=True))
 
         def partner_states(p: Pair) -> States:
-            other = pairs.items[chosen[id(p)]]
+            other = pairs.items[chosen[p.id]]
             where = same_role_positions(p.clean, other.clean)
             mine, theirs = states_of([p]), states_of([other])
             index = torch.tensor(where)

@@ -145,13 +145,15 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
     start = 0
     while start < len(rows):
         stop = rows.fill(start, cap)
+        out_of_memory = False
         try:
             chunk = rows[start:stop]
-            last = walk(chunk)
-            patched[chunk.component, chunk.span, chunk.row] = read(last, pair_of_row[chunk.row]).cpu()
+            patched[chunk.component, chunk.span, chunk.row] = read(walk(chunk), pair_of_row[chunk.row]).cpu()
         except Exception as error:
             if not should_reduce_batch_size(error) or stop - start == 1:
                 raise
+            out_of_memory = True
+        if out_of_memory:  # out here, where the failed attempt's tensors are gone
             cap = int((job.runs.length - rows.first[start:stop]).sum()) // 2  # half of what was tried, which may be far below the budget
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

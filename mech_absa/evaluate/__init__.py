@@ -1,6 +1,12 @@
-"""How good a system is, and what an edit does besides: scores, side effects, faithfulness of a ranking.
+"""How good a system is, and what an edit does besides.
 
-predict, evaluate, score, compare, aggregate, read_predictions       quality (predictions.py, scores.py)
+| module | question |
+|---|---|
+| `predictions` | what does a model, with an edit or without, or any other system answer? |
+| `scores` | how good are the answers, how sure is that, and which of two systems is better? |
+| `side_effects` | what else does an edit change? |
+| `faithfulness` | does a ranking of sites name what the answer is made of? |
+| `card` | what can the bundled model do? |
 """
 
 import sys

@@ -62,6 +62,9 @@ How = Literal["mean", "zero"]
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of sites at which the benchmark runs its circuits."""
 
+RANDOM = "random order"
+"""The method's name of the control, in tables."""
+
 FEW = 32
 """Up to so many sites every k is run."""
 
@@ -137,14 +140,17 @@ class FaithfulnessCurve:
         return [k / len(self.sites) for k in self.counts]
 
     def to_pandas(self):
-        """One row a count: `k, share, added, metric, f, f_low, f_high, random` (the mean over the random orders)."""
+        """One row a count, for the ranking and for the mean of the random orders: `method, k, share, added, metric, faithfulness` and its
+        ends, as `plots.faithfulness` takes it."""
         import pandas as pd
 
-        added = ["" if k == 0 else str(self.sites[k - 1]) for k in self.counts]
-        columns: dict[str, Any] = {"k": self.counts, "share": self.shares, "added": added, "metric": self.metric_mean}
-        columns |= {"f": [e.value for e in self.faithfulness], "f_low": [e.low for e in self.faithfulness]}
-        columns |= {"f_high": [e.high for e in self.faithfulness], "random": self.random.mean(0) if len(self.random) else np.nan}
-        return pd.DataFrame(columns)
+        f = self.faithfulness
+        own: dict[str, Any] = {"method": "ranking", "k": self.counts, "share": self.shares}
+        own |= {"added": ["" if k == 0 else str(self.sites[k - 1]) for k in self.counts], "metric": self.metric_mean}
+        own |= {"faithfulness": [e.value for e in f], "faithfulness_low": [e.low for e in f], "faithfulness_high": [e.high for e in f]}
+        chance = {"method": RANDOM, "k": self.counts, "share": self.shares}
+        by_chance = [chance | {"faithfulness": self.random.mean(0)}] if len(self.random) else []
+        return pd.concat([pd.DataFrame(part) for part in (own, *by_chance)], ignore_index=True)
 
     def _repr_html_(self) -> str:
         chance = f"; random orders {self.random_cpr.mean():.3f} and {self.random_cmd.mean():.3f}" if len(self.random) else ""
@@ -390,17 +396,17 @@ class PruningCurve:
     majority: float
 
     def to_pandas(self):
-        """One row a count."""
+        """One row a count, for the ranking and for the mean of the random orders: `method, count, removed` (the share of the sites),
+        `accuracy, macro_f1` with their ends, `majority`, as `plots.pruning` takes it."""
         import pandas as pd
 
-        columns: dict[str, Any] = {"removed": self.counts, "share": [k / len(self.removed) for k in self.counts]}
+        steps: dict[str, Any] = {"count": self.counts, "removed": [k / len(self.removed) for k in self.counts], "majority": self.majority}
+        own = {"method": "least important first"} | steps
         for name, estimates in (("accuracy", self.accuracy), ("macro_f1", self.macro_f1)):
-            columns |= {
-                name: [e.value for e in estimates],
-                f"{name}_low": [e.low for e in estimates],
-                f"{name}_high": [e.high for e in estimates],
-            }
-        return pd.DataFrame(columns | {"random": self.random.mean(0) if len(self.random) else np.nan, "majority": self.majority})
+            own |= {name: [e.value for e in estimates]}
+            own |= {f"{name}_low": [e.low for e in estimates], f"{name}_high": [e.high for e in estimates]}
+        chance = [{"method": RANDOM, "accuracy": self.random.mean(0)} | steps] if len(self.random) else []
+        return pd.concat([pd.DataFrame(part) for part in (own, *chance)], ignore_index=True)
 
     def _repr_html_(self) -> str:
         return self.to_pandas().to_html(index=False, float_format="{:.3f}".format)

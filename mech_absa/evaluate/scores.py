@@ -8,6 +8,7 @@ partly in the train file, no interval on one accuracy. So a `Scores` always hold
 - the majority baseline: what answering the most frequent class of these rows would score;
 - the same without the test rows that stand in the training data, where that is given;
 - the same for the sentences that carry several polarities, where only the aspect can decide;
+- the same with every question counted once, where some are asked twice;
 - calibration: the mean probability of the gold label, the cross-entropy over the labels, and how much of the probability the labels
   have at all.
 
@@ -123,6 +124,7 @@ class Scores:
         unseen: without the rows whose question stands in the training data; None where that was not given, or leaves no row.
         leaked: how many such rows there are; None where the training data was not given.
         mixed: the rows of sentences that carry several polarities; None where there are none.
+        distinct: every question (sentence and aspect) once, the first time it is asked; None where none is asked twice.
         predictions: the answers scored.
     """
 
@@ -132,6 +134,7 @@ class Scores:
     unseen: Quality | None
     leaked: int | None
     mixed: Quality | None
+    distinct: Quality | None
     predictions: Predictions = field(repr=False)
 
     @property
@@ -145,11 +148,11 @@ class Scores:
     @property
     def subsets(self) -> dict[str, Quality]:
         """Name -> the scores of these rows, those that exist."""
-        found = {"all": self.all, "unseen": self.unseen, "mixed": self.mixed}
+        found = {"all": self.all, "unseen": self.unseen, "mixed": self.mixed, "distinct": self.distinct}
         return {name: quality for name, quality in found.items() if quality is not None}
 
     def to_pandas(self):
-        """One row a subset (`all`, `unseen`, `mixed`), every number a column."""
+        """One row a subset (`all`, `unseen`, `mixed`, `distinct`), every number a column."""
         import pandas as pd
 
         head = {"system": self.name, "data": self.data}
@@ -228,6 +231,9 @@ def score(
         return quality(predictions.take(rows), level=level, draws=draws, seed=seed) if len(rows) else None
 
     seen = None if train is None else set(leakage(train, predictions.examples).rows)
+    first: dict[tuple[str, str], int] = {}
+    for i, e in enumerate(predictions.examples):
+        first.setdefault(e.key, i)
     return Scores(
         predictions.name,
         predictions.data,
@@ -235,6 +241,7 @@ def score(
         None if seen is None else of([i for i in range(len(predictions)) if i not in seen]),
         None if seen is None else len(seen),
         of(mixed_polarity(predictions.examples)),
+        of(list(first.values())) if len(first) < len(predictions) else None,
         predictions,
     )
 

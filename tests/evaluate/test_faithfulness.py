@@ -69,6 +69,10 @@ def test_the_curve_is_a_step_at_the_size_of_the_circuit(make):
     # Random orders: everything that they hold before the last of the circuit's sites is nothing.
     assert np.allclose(keep.random[:, -1], 1) and (keep.random_cpr < keep.cpr.value).all()
     assert ((keep.random > 1e-4).sum(1) + size <= n + 1).all() and set(np.unique(keep.random.round(4))) == {0.0, 1.0}
+    table = keep.to_pandas()
+    own, chance = (table[table.method == m] for m in ("ranking", "random order"))
+    assert own.added.iloc[1] == str(circuit[0]) and own.share.iloc[-1] == 1 and own.faithfulness.iloc[size] == pytest.approx(1, abs=1e-5)
+    assert chance.faithfulness.tolist() == keep.random.mean(0).tolist() and "CPR" in keep._repr_html_()
     assert live_hooks(model.hooked) == []
 
 
@@ -210,7 +214,10 @@ def test_pruning_keeps_the_answers_until_it_touches_what_matters(model, examples
         assert estimate.value == predict(model, own, Ablation(sites[:k], means)).correct.mean()
     # All heads and MLPs at their means: the answer depends on the last token alone, and it is the same everywhere.
     assert len(set(predict(model, own, Ablation(sites, means)).answers)) == 1
-    assert curve.to_pandas()["removed"].tolist() == [0, 1, 3, len(sites)] and "random" in curve._repr_html_()
+    table = curve.to_pandas()
+    ranked, chance = (table[table.method == m] for m in ("least important first", "random order"))
+    assert ranked["count"].tolist() == [0, 1, 3, len(sites)] and ranked.removed.iloc[-1] == 1 and table.majority.notna().all()
+    assert chance.accuracy.tolist() == curve.random.mean(0).tolist() and "removed" in curve._repr_html_()
     zero = prune(model, own, ranking, how="zero", counts=(2,), randoms=0, draws=10)
     assert zero.accuracy[0].value == predict(model, own, Ablation(sites[:2])).correct.mean()
     assert live_hooks(model.hooked) == []

@@ -112,6 +112,13 @@ def test_leaked_and_mixed_rows_are_scored_apart(examples):
     assert "unseen" in s._repr_html_()
 
 
+def test_questions_asked_twice_count_once(examples):
+    asked = [examples[5], examples[6], examples[5], examples[5], examples[7]]
+    s = score(Predictions(tuple(asked), (NEG, NEG, POS, POS, POS), "s"), draws=20)
+    assert s.accuracy == 2 / 5 and s.distinct.n == 3 and s.distinct.accuracy.value == pytest.approx(2 / 3)
+    assert score(Predictions(tuple(examples), (POS,) * 8, "s"), draws=20).distinct is None
+
+
 def test_two_systems_on_the_same_rows():
     gold = [POS] * 12
     a = rows(gold, [POS] * 9 + [NEG] * 3, sentences=[i // 2 for i in range(12)], name="a")

@@ -34,7 +34,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from .errors import ConfigError, DataError, choices
 from .records import atomic
@@ -60,6 +60,9 @@ DIVERGING = LinearSegmentedColormap.from_list(
 )
 """Blue - white - red, white at the centre."""
 DIVERGING.set_bad(MISSING)
+SEQUENTIAL = LinearSegmentedColormap.from_list("score", ["#f3f7fb", "#b9d3e8", "#6ba3cd", "#2166ac", "#0a3b70"])
+"""Light to dark blue, for scores."""
+SEQUENTIAL.set_bad(MISSING)
 
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5,
@@ -571,3 +574,322 @@ def example_map(effects: Effects, example_id: str | None = None, kind: str | Non
             + f"model {effects.about.get('model')}, {method_words(effects.about)}\n{corruption_words(effects.about)}\n{direction_words(effects.about)}",
         )
     return figure
+
+
+# ---- how good: curves over a choice -------------------------------------------------------------------------------------------
+
+
+def _need(table: pd.DataFrame, *columns: str) -> None:
+    if missing := [c for c in columns if c not in table]:
+        raise ConfigError(
+            f"the table for this figure has no column {missing[0]!r}; it needs {', '.join(columns)} and has {', '.join(map(str, table.columns))}"
+        )
+    if table.empty:
+        raise ConfigError("the table for this figure has no rows")
+
+
+def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of every value of a column, in the order they first appear; one unnamed group where there is no such column."""
+    return [(str(k), g) for k, g in table.groupby(column, sort=False)] if column in table else [("", table)]
+
+
+def _ends(rows: pd.DataFrame, value: str) -> np.ndarray | None:
+    """Distances from a value down and up to its interval `[2 row]`; None where the table has no interval."""
+    low, high = f"{value}_low", f"{value}_high"
+    if low not in rows or high not in rows:
+        return None
+    y = rows[value].to_numpy(float)
+    return np.nan_to_num(np.clip(np.stack([y - rows[low].to_numpy(float), rows[high].to_numpy(float) - y]), 0, None))
+
+
+def _curve(ax: Axes, x: np.ndarray, rows: pd.DataFrame, value: str, i: int, label: str, factor: float = 1.0, band: bool = False) -> None:
+    y, ends = rows[value].to_numpy(float) * factor, _ends(rows, value)
+    look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": label or None, "marker": MARKERS[i % len(MARKERS)]}
+    if ends is not None and band:
+        ax.fill_between(x, y - ends[0] * factor, y + ends[1] * factor, color=look["color"], alpha=0.16, linewidth=0)
+    elif ends is not None:
+        ax.errorbar(x, y, yerr=ends * factor, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.5, alpha=0.8)
+    ax.plot(x, y, linestyle=("-", "--", "-.", ":")[i // len(CYCLE) % 4], **look)
+
+
+def _finish(figure: Figure, ax: Axes, own: bool, title: str, note: str, ncols: int = 3) -> Figure:
+    """A legend where lines have names; a headline on a figure of its own, a plain title on borrowed axes."""
+    names = ax.get_legend_handles_labels()[1]
+    if own:
+        if names:
+            figure.legend(loc="outside lower left", ncols=min(ncols, len(names)), borderaxespad=0.3, columnspacing=1.2, handlelength=1.8)
+        _headline(figure, title, note)
+    else:
+        ax.set_title(title)
+        if names:
+            ax.legend(ncols=1)
+    return figure
+
+
+def layer_ranges(
+    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Which layers to edit", note: str = ""
+) -> Figure:
+    """Score against the edited range of layers, a line a data set or method (Li et al. 2025, Figure 4).
+
+    Args:
+        table: columns `layers` (such as `10-15`, in the order of the axis) and `accuracy` (0 to 1); optional `accuracy_low`,
+            `accuracy_high`, and `data` or `method` to tell lines apart.
+        metric: the column drawn.
+        note: for under the title: model, n, what the interval is.
+    """
+    _need(table, "layers", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.5, 2.2)
+        names = [str(x) for x in dict.fromkeys(table["layers"])]
+        for i, (name, rows) in enumerate(_groups(table, "data" if "data" in table else "method")):
+            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100)
+        on.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
+        on.set_xlabel("edited layers")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+        return _finish(figure, on, ax is None, title, note)
+
+
+def position_bars(
+    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Which token to edit", note: str = ""
+) -> Figure:
+    """Score by the position that is edited, a group of bars a data set (Li et al. 2025, Figure 5).
+
+    Args:
+        table: columns `position` and `accuracy` (0 to 1); optional `accuracy_low`, `accuracy_high`, `data`.
+        metric: the column drawn. The axis is cut off below the lowest bar and says so.
+    """
+    _need(table, "position", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.5, 2.2)
+        groups = _groups(table, "data")
+        names = [str(x) for x in dict.fromkeys(table["position"])]
+        width = 0.8 / len(names)
+        lowest = 100 * float(np.nanmin(table[f"{metric}_low"] if f"{metric}_low" in table else table[metric]))
+        floor = max(0.0, 10 * math.floor((lowest - 5) / 10))
+        for j, name in enumerate(names):
+            rows = pd.concat([g[g["position"].astype(str) == name].head(1).assign(_x=i) for i, (_, g) in enumerate(groups)])
+            y, ends = 100 * rows[metric].to_numpy(float), _ends(rows, metric)
+            x = rows["_x"].to_numpy(float) + (j - (len(names) - 1) / 2) * width
+            on.bar(
+                x, y - floor, width * 0.94, bottom=floor, color=CYCLE[j % len(CYCLE)], label=name, edgecolor="white", linewidth=0.3,
+                yerr=None if ends is None else 100 * ends, error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": INK},
+            )  # fmt: skip
+        on.set_xticks(range(len(groups)), [name for name, _ in groups])
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)" + (f", from {floor:.0f}" if floor else ""))
+        return _finish(figure, on, ax is None, title, note)
+
+
+def parameters(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Accuracy against trainable parameters",
+    note: str = "",
+) -> Figure:
+    """Score against trainable parameters on a logarithmic axis: every seed a faint point, the mean of a method a marker with its spread.
+
+    Args:
+        table: columns `method`, `parameters` and `accuracy` (0 to 1), one row a seed.
+        metric: the column drawn.
+    """
+    _need(table, "method", "parameters", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.5, 2.4)
+        points = []
+        for i, (name, rows) in enumerate(_groups(table, "method")):
+            x, y = float(rows["parameters"].mean()), 100 * rows[metric].to_numpy(float)
+            colour, marker = CYCLE[i % len(CYCLE)], MARKERS[i // len(CYCLE) % len(MARKERS)]
+            on.scatter(rows["parameters"], y, s=6, color=colour, alpha=0.35, linewidths=0)
+            spread = float(np.std(y, ddof=1)) if len(y) > 1 else None
+            on.errorbar(
+                [x],
+                [y.mean()],
+                yerr=None if spread is None else [spread],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                elinewidth=0.9,
+                capsize=2,
+            )
+            points.append((x, float(y.mean()), name, colour))
+        on.set_xscale("log")
+        on.margins(x=0.12, y=0.12)
+        _label_points(on, points)
+        on.set_xlabel("trainable parameters")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+        seeds = table.groupby("method")[metric].size().max()
+        return _finish(
+            figure,
+            on,
+            ax is None,
+            title,
+            "\n".join(x for x in (note, "bars: sd over seeds; faint points: single seeds" if seeds > 1 else "") if x),
+        )
+
+
+def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside points, pushed up where they would stand on one another."""
+    low, high = ax.get_ylim()
+    gap = 0.06 * (high - low)
+    taken: list[tuple[float, float]] = []
+    for x, y, name, colour in sorted(points, key=lambda p: p[1]):
+        at = y
+        for other_x, other in taken:
+            if abs(math.log10(x / other_x)) < 1.2 and at < other + gap:
+                at = other + gap
+        taken.append((x, at))
+        ax.text(x * 1.12, at, name, fontsize=6, color=colour, va="center", clip_on=False)
+
+
+def domains(
+    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Trained here, tested there", note: str = ""
+) -> Figure:
+    """Score for every pair of training and test domain, the number in its cell; in-domain cells are framed.
+
+    Args:
+        table: columns `train`, `test` and `accuracy` (0 to 1).
+        metric: the column drawn; several rows of one pair are averaged.
+    """
+    _need(table, "train", "test", metric)
+    with style():
+        rows, columns = list(dict.fromkeys(table["train"])), list(dict.fromkeys(table["test"]))
+        figure, on = _single(ax, COLUMN + 0.2, 0.7 + 0.42 * len(rows))
+        values = 100 * table.pivot_table(index="train", columns="test", values=metric, aggfunc="mean").reindex(
+            index=rows, columns=columns
+        ).to_numpy(float)
+        mesh = on.pcolormesh(np.ma.masked_invalid(values), cmap=SEQUENTIAL, edgecolors="white", linewidth=1)
+        on.set_ylim(len(rows), 0)
+        on.spines[:].set_visible(False)
+        on.tick_params(length=0)
+        on.set_xticks(np.arange(len(columns)) + 0.5, [str(c) for c in columns])
+        on.set_yticks(np.arange(len(rows)) + 0.5, [str(r) for r in rows])
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for i, j in np.ndindex(values.shape):
+            text = "–" if np.isnan(values[i, j]) else f"{values[i, j]:.1f}"
+            on.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color="white" if values[i, j] > middle else INK)
+        _outline(on, np.array([[r == c for c in columns] for r in rows]))
+        on.set_xlabel("tested on")
+        on.set_ylabel("trained on")
+        _bar(figure, mesh, [on], f"{metric.replace('_', ' ')} (%)")
+        return _finish(figure, on, ax is None, title, note)
+
+
+# ---- how true: checks of the method -------------------------------------------------------------------------------------------
+
+
+def faithfulness(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "Faithfulness of the ranking", note: str = "") -> Figure:
+    """Share of the model's behaviour that a circuit of the best-ranked components keeps, against its size; a line a ranking.
+
+    Args:
+        table: columns `share` (of components kept, 0 to 1) and `faithfulness`; optional `faithfulness_low`, `faithfulness_high`, `method`.
+    """
+    _need(table, "share", "faithfulness")
+    with style():
+        figure, on = _single(ax, COLUMN + 0.3, 2.2)
+        on.axhline(1, color=SOFT, linewidth=0.6, linestyle=":")
+        on.axhline(0, color=SOFT, linewidth=0.6)
+        for i, (name, rows) in enumerate(_groups(table, "method")):
+            rows = rows.sort_values("share")
+            _curve(on, 100 * rows["share"].to_numpy(float), rows, "faithfulness", i, name, band=True)
+        if float(table["share"][table["share"] > 0].min()) < 0.02:
+            on.set_xscale("symlog", linthresh=100 * float(table["share"][table["share"] > 0].min()))
+            on.xaxis.set_major_formatter("{x:g}")
+        on.set_xlabel("components kept (%)")
+        on.set_ylabel("faithfulness (1: the whole model)")
+        return _finish(figure, on, ax is None, title, note)
+
+
+def pruning(
+    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Least important removed first", note: str = ""
+) -> Figure:
+    """Score against the share of components removed, a line a ranking.
+
+    Args:
+        table: columns `removed` (0 to 1) and `accuracy` (0 to 1); optional `accuracy_low`, `accuracy_high`, `method`, and `majority`.
+    """
+    _need(table, "removed", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.3, 2.2)
+        for i, (name, rows) in enumerate(_groups(table, "method")):
+            rows = rows.sort_values("removed")
+            _curve(on, 100 * rows["removed"].to_numpy(float), rows, metric, i, name, 100, band=True)
+        if "majority" in table:
+            on.axhline(100 * float(table["majority"].iloc[0]), color=SOFT, linewidth=0.8, linestyle=":", label="most frequent class")
+        on.set_xlabel("components removed (%)")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+        return _finish(figure, on, ax is None, title, note)
+
+
+def ranks(
+    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Rank of the edit", note: str = ""
+) -> Figure:
+    """Score against the rank of an edit (axis in powers of two), a line a method, class or group.
+
+    Args:
+        table: columns `rank` and `accuracy` (0 to 1); optional `accuracy_low`, `accuracy_high`, and `method`.
+    """
+    _need(table, "rank", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.3, 2.2)
+        for i, (name, rows) in enumerate(_groups(table, "method")):
+            rows = rows.sort_values("rank")
+            _curve(on, rows["rank"].to_numpy(float), rows, metric, i, name, 100)
+        on.set_xscale("log", base=2)
+        on.set_xticks(sorted(table["rank"].unique()), [str(r) for r in sorted(table["rank"].unique())])
+        on.set_xlabel("rank")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+        return _finish(figure, on, ax is None, title, note)
+
+
+def agreement(
+    exact: ImportanceMap,
+    estimate: ImportanceMap,
+    ax: Axes | None = None,
+    *,
+    rho: Any = None,
+    title: str = "An estimate against the exact effects",
+    note: str | None = None,
+) -> Figure:
+    """AIE of one map against another's over the cells they share, with Spearman's rho.
+
+    Args:
+        exact, estimate: maps of the same model.
+        rho: an `Estimate` (value, low, high) to print; computed where it is not given.
+        note: default the facts of the exact map.
+    """
+    from .stats import spearman_interval
+
+    both = exact.table.merge(estimate.table, on=["kind", "layer", "head", _by(exact.table)], suffixes=("_exact", "_estimate"))
+    both = both.dropna(subset=["aie_exact", "aie_estimate"])
+    if len(both) < 3:
+        raise ConfigError(f"the two maps share {len(both)} cells; at least 3 are needed to compare them")
+    rho = spearman_interval(both["aie_exact"].to_numpy(), both["aie_estimate"].to_numpy()) if rho is None else rho
+    with style():
+        figure, on = _single(ax, COLUMN + 0.3, 2.7)
+        ends = np.array([both[["aie_exact", "aie_estimate"]].min().min(), both[["aie_exact", "aie_estimate"]].max().max()])
+        on.plot(ends, ends, color=SOFT, linewidth=0.7, linestyle=":", label="equal")
+        for i, (kind, rows) in enumerate(both.groupby("kind", sort=False)):
+            on.scatter(
+                rows["aie_exact"], rows["aie_estimate"], s=9, alpha=0.7, color=CYCLE[i % len(CYCLE)], marker=MARKERS[i % len(MARKERS)], linewidths=0,
+                label=str(kind),
+            )  # fmt: skip
+        on.text(
+            0.03,
+            0.97,
+            f"ρ = {rho.value:.3f}\n[{rho.low:.3f}, {rho.high:.3f}]\n{len(both)} cells",
+            transform=on.transAxes,
+            va="top",
+            fontsize=6.5,
+        )
+        unit = exact.about.get("unit") or "metric"
+        on.set_xlabel("\n".join(textwrap.wrap(f"AIE, {method_words(exact.about)} ({unit})", 44)))
+        on.set_ylabel(f"AIE, {method_words(estimate.about)}")
+        return _finish(
+            figure,
+            on,
+            ax is None,
+            title,
+            facts(exact.about).replace("  ·  denoise", "\ndenoise").replace("  ·  noise", "\nnoise") if note is None else note,
+            4,
+        )

@@ -34,19 +34,20 @@ def nice(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def ticks(low: float, high: float, n: int = 5) -> list[float]:
-    """About `n` round numbers inside [low, high]."""
+def ticks(low: float, high: float, n: int = 5, whole: bool = False) -> list[float]:
+    """About `n` round numbers inside [low, high]; `whole` ones only, where that is asked for."""
     if not high > low:
         return [low]
     raw = (high - low) / n
     step = 10 ** math.floor(math.log10(raw))
-    step *= next(m for m in (1, 2, 5, 10) if raw <= m * step)
+    step *= next(m for m in (1, 2, 5, 10) if raw <= m * step * (1 + 1e-9))
+    step = max(step, 1.0) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_label: str, width: int = 520, height: int = 230, zero: bool = True, title: str = ""
+    lines: Sequence[Line], x_label: str, y_label: str, width: int = 400, height: int = 215, zero: bool = True, title: str = ""
 ) -> Markup:
     """Curves with intervals over one x axis."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None and math.isfinite(y)]
@@ -70,7 +71,7 @@ def line_chart(
     for y in ticks(y0, y1):
         out.append(f'<line class="{"zero" if y == 0 else "rule"}" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         out.append(f'<text class="tick" x="{left - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{nice(y)}</text>')
-    for x in ticks(x0, x1, 8):
+    for x in ticks(x0, x1, 7, whole=all(float(x).is_integer() for x in xs)):
         out.append(f'<text class="tick" x="{px(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{nice(x)}</text>')
     out.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 3}" text-anchor="middle">{escape(x_label)}</text>')
     middle = top + (height - top - bottom) / 2
@@ -142,7 +143,8 @@ def interval_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
         mark = marks[i] if i < len(marks) else None
         if mark is not None and math.isfinite(mark):
             out.append(
-                f'<line class="mark" x1="{px(mark):.1f}" x2="{px(mark):.1f}" y1="{at - 6:.1f}" y2="{at + 6:.1f}"><title>most frequent class: {nice(mark)} %</title></line>'
+                f'<line class="mark" x1="{px(mark):.1f}" x2="{px(mark):.1f}" y1="{at - 6:.1f}" y2="{at + 6:.1f}">'
+                f"<title>most frequent class: {nice(mark)} %</title></line>"
             )
         if not math.isfinite(y):
             continue

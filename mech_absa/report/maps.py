@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 import math
 import random
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,26 @@ def quantised(values: Float[np.ndarray, "row layer"]) -> tuple[float, str]:
     whole = np.full(values.shape, NOTHING, dtype=np.int8)
     whole[known] = np.clip(np.rint(values[known] / scale), -127, 127).astype(np.int8) if scale else 0
     return scale, base64.b64encode(whole.tobytes()).decode("ascii")
+
+
+def spaced(tokens: Sequence[str], text: str) -> list[str]:
+    """Tokens with the blanks that stand before them in the prompt.
+
+    A tokenizer of words and their blanks, asked for the text of one token, may leave the blank out (sentencepiece does), and a prompt read
+    from such pieces runs together. Tokens that are not found where they should be (bytes of a character, BOS) stay as they are.
+    """
+    made, at = [], 0
+    for token in tokens:
+        bare = token.strip()
+        if not bare and text.startswith(token, at):
+            at += len(token)
+        start = text.find(bare, at, at + len(bare) + 4) if bare else -1
+        if start < 0 or text[at:start].strip():
+            made.append(token)
+            continue
+        made.append(text[at:start] + bare)
+        at = start + len(bare)
+    return made
 
 
 def average(run: Run) -> dict[str, Any]:
@@ -82,6 +104,7 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
         seed: of the sample.
     """
     pairs, frame = run.tables["pairs.parquet"], run.tables["effects.parquet"]
+    template = str(run.notes["about.json"].get("template") or "")
     kinds = [str(k) for k in frame["kind"].drop_duplicates()]
     layers = sorted(int(x) for x in frame["layer"].unique())
     by_role = bool((frame["position"] < 0).all())
@@ -103,6 +126,8 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     for i in rows:
         pair = pairs.iloc[i]
         roles = [ROLES.index(r) for r in pair["roles"]]
+        parts = {"{sentence}": str(pair["sentence"]), "{aspect}": str(pair["aspect"])}
+        asked = re.sub(r"\{sentence\}|\{aspect\}", lambda m: parts[m[0]], template)  # noqa: B023 - called at once
         places = sorted(set(roles)) if by_role else list(range(len(roles)))
         mine = where.get(pair["example_id"], np.array([], dtype=int))
         place = np.searchsorted(places, role_of[mine]) if by_role else position[mine]
@@ -129,7 +154,7 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
         made.append(
             {
                 "id": str(pair["example_id"]), "s": str(pair["sentence"]), "a": str(pair["aspect"]), "g": str(pair["polarity"]),
-                "t": [words.setdefault(str(t), len(words)) for t in pair["tokens"]], "r": roles,
+                "t": [words.setdefault(t, len(words)) for t in spaced([str(t) for t in pair["tokens"]], asked)], "r": roles,
                 "pc": _numbers(pair.get("p_clean")), "px": _numbers(pair.get("p_corrupted")),
                 "x": None if pair.get("corrupted_tokens") is None else [words.setdefault(str(t), len(words)) for t in pair["corrupted_tokens"]],
                 "c": digits(pair.get("clean")), "d": digits(pair.get("corrupted")), "b": best, "m": maps,

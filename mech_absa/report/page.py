@@ -23,7 +23,6 @@ from ..errors import ConfigError
 from ..plots import ROLE_STYLES, corruption_words, direction_words, method_words
 from ..records import plain, write_text
 from ..sites import HEAD_KINDS, ROLES
-from ..stats import spearman_interval
 from . import maps
 from .charts import Line, interval_chart, legend, line_chart, nice
 from .runs import WORDS, Run, read_runs
@@ -186,6 +185,7 @@ def trace_view(run: Run, budget: int) -> dict[str, Any]:
         else about.get("adapter")
     )
     window = int(about.get("window") or 1)
+    noise = f"sd {number(float(account.get('sigma') or 0))}; P(gold) varies by {number(float(account.get('draw_sd') or 0))} (sd) over draws"
     total = run.tables["pairs.parquet"]
     effect = (total["clean"] - total["corrupted"]).mean()
     facts = [
@@ -196,7 +196,7 @@ def trace_view(run: Run, budget: int) -> dict[str, Any]:
         ("States", "all tokens of a role together" if about.get("by") == "role" else "one token at a time"),
         ("Cells", f"{len(run.tables['effects.parquet']):,} effects of {kept:,} pairs"),
         ("Average total effect", number(float(effect)) if pd.notna(effect) else None),
-        ("Noise", f"sd {number(float(account['sigma']))}; P(gold) varies by {number(float(account.get('draw_sd') or 0))} (sd) over draws" if account.get("sigma") else None),
+        ("Noise", noise if account.get("sigma") else None),
         ("Device", record.get("device")), ("Time", f"{number(record.get('seconds'), 3)} s" if record.get("seconds") is not None else None),
     ]  # fmt: skip
     dropped = account.get("dropped") or {}
@@ -209,8 +209,8 @@ def trace_view(run: Run, budget: int) -> dict[str, Any]:
         "heads": any(k in HEAD_KINDS for k in single["kinds"]), "level": about.get("level", 0.95), "denoise": about.get("direction") == "denoise",
         "unit": about.get("unit", ""),
         "data": {
-            "kind": "trace", "unit": about.get("unit", ""), "metric": about.get("metric", ""), "direction": about.get("direction", ""), "average": maps.average(run),
-            "examples": single,
+            "kind": "trace", "unit": about.get("unit", ""), "metric": about.get("metric", ""), "direction": about.get("direction", ""),
+            "average": maps.average(run), "examples": single,
         },
     }  # fmt: skip
 
@@ -269,7 +269,7 @@ def curves(table: pd.DataFrame, unit: str, highlight: int = 6) -> list[dict[str,
 def train_view(run: Run, budget: int) -> dict[str, Any]:
     """What the template says of an edit and its training."""
     record, edit = run.record, run.notes["edit.json"]
-    trained = {**(edit.get("record") or {}), **{k: v for k, v in (record.get("edit") or {}).items()}}
+    trained = {**(edit.get("record") or {}), **(record.get("edit") or {})}
     preset = record.get("preset") or {}
     model = _model(record, {"model": (edit.get("base") or {}).get("name")})
     share = edit.get("share")
@@ -337,12 +337,15 @@ def history_charts(histories: Sequence[tuple[str, pd.DataFrame]]) -> list[dict[s
 # ---- an evaluation --------------------------------------------------------------------------------------------------------------
 
 
+DECODING = {"label": "the label string with the largest log-probability", "generate": "greedy free text, exact match"}
+
+
 def evaluate_view(run: Run, budget: int) -> dict[str, Any]:
     """What the template says of scores and side effects."""
     record, scores = run.record, run.tables["scores.csv"]
     facts = [
         ("Model", _model(record, run.config)), ("Systems", ", ".join(map(str, scores["system"].drop_duplicates()))),
-        ("Decoding", {"label": "the label string with the largest log-probability", "generate": "greedy free text, exact match"}.get(str(run.config.get("decode")))),
+        ("Decoding", DECODING.get(str(run.config.get("decode")))),
         ("Device", record.get("device")), ("Time", f"{number(record.get('seconds'), 3)} s" if record.get("seconds") is not None else None),
     ]  # fmt: skip
     table = score_rows(scores)
@@ -473,8 +476,9 @@ def _trace_table(traces: Sequence[Run]) -> list[dict[str, Any]]:
         sites = r.notes.get("sites.json") or {}
         found.append(
             {
-                "name": r.name, "model": about.get("model"), "corruption": corruption_words(about), "direction": direction_words(about), "method": method_words(about),
-                "metric": about.get("metric"), "n": len(pairs), "total": maps.digits((pairs["clean"] - pairs["corrupted"]).mean()),
+                "name": r.name, "model": about.get("model"), "corruption": corruption_words(about), "direction": direction_words(about),
+                "method": method_words(about), "metric": about.get("metric"), "n": len(pairs),
+                "total": maps.digits((pairs["clean"] - pairs["corrupted"]).mean()),
                 "best": best[0] if best else None, "sites": ", ".join(map(str, sites.get("sites", []))),
             }
         )  # fmt: skip
@@ -483,6 +487,8 @@ def _trace_table(traces: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _agreement(traces: Sequence[Run]) -> list[dict[str, Any]]:
     """Rank correlation of the averages of every two traces over the cells they share."""
+    from ..stats import spearman_interval
+
     found = []
     for i, a in enumerate(traces):
         for b in traces[i + 1 :]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 from mech_absa.patch.effects import Effects
 from mech_absa.records import SCHEMA, write_json
 
-WORDS = "The pasta was really very good but our waiter seemed rather rude and slow that night".split()
+SENTENCE = "The pasta was really very good but our waiter seemed rather rude and slow that night"
 ABOUT = {
     "model": "made-up-12l", "n_layers": 12, "n_heads": 4, "dtype": "float32", "corruption": "GaussianNoise",
     "corruption_settings": {"scale": 3.0, "draws": 10, "span": "all", "seed": 0}, "direction": "denoise", "metric": "prob",
@@ -33,7 +32,13 @@ def prompt(aspect: str, sentence: list[str]) -> tuple[list[str], list[str]]:
 
 
 def made_effects(
-    n: int = 12, layers: int = 12, kinds: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out"), heads: int = 4, seed: int = 0, text: str = "", by: str = "token"
+    n: int = 12,
+    layers: int = 12,
+    kinds: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out"),
+    heads: int = 4,
+    seed: int = 0,
+    text: str = "",
+    by: str = "token",
 ) -> Effects:
     """Effects with a bump at the aspect in early layers, at the question in the middle and at the answer late; noise elsewhere.
 
@@ -41,10 +46,11 @@ def made_effects(
         text: put into the first sentence as a word of its own.
     """
     rng = np.random.default_rng(seed)
+    words_all = SENTENCE.split()
     frames, pairs = [], []
     centre = {"aspect.last": 0.2, "query.last": 0.5, "answer": 0.9}
     for i in range(n):
-        words = list(rng.permutation(WORDS)) if i else [*WORDS, text] if text else list(WORDS)
+        words = list(rng.permutation(words_all)) if i else [*words_all, *([text] if text else [])]
         aspect = ("pasta", "waiter")[i % 2]
         tokens, roles = prompt(aspect, words)
         clean, corrupted = rng.uniform(0.7, 0.99), rng.uniform(0.05, 0.4)
@@ -82,3 +88,141 @@ def made_effects(
              "dropped": {"clean run wrong": n - n // 3, "corrupted run right": n // 3}, "sigma": 0.125, "draw_sd": 0.03,
              "classes_kept": {"positive": n}, "mixed_polarity": 0}  # fmt: skip
     return Effects(frame[list(COLUMNS)], pd.DataFrame(pairs, columns=list(PAIR_COLUMNS)), about)
+
+
+def importance_of(effects: Effects) -> pd.DataFrame:
+    """Averages by role with a normal interval: quick, for pages and figures whose statistics are tested elsewhere."""
+    values, cells = effects.matrix("role")
+    n = (~np.isnan(values)).sum(0)
+    mean, error = np.nanmean(values, axis=0), np.nanstd(values, axis=0) / np.sqrt(np.maximum(n, 1))
+    return cells.assign(aie=mean, ci_low=mean - 2 * error, ci_high=mean + 2 * error, p=0.01, p_adjusted=0.04, n=n)
+
+
+def trace_folder(folder: Path, effects: Effects, sites: tuple[str, ...] = ("L5.resid_post@query.last", "L6.resid_post@query.last")) -> Path:
+    """What the patch command leaves."""
+    effects.save(folder)
+    importance_of(effects).to_csv(folder / "importance.csv", index=False)
+    rule = (
+        "the 2 neighbouring layers and the role with the largest mean resid_post effect whose interval lies above that of the control role"
+    )
+    write_json(
+        folder / "sites.json",
+        {
+            "sites": list(sites),
+            "rule": rule,
+            "aie": 0.626,
+            "ci_low": 0.576,
+            "ci_high": 0.672,
+            "control_high": 0.004,
+            "n": len(effects.pairs),
+            "clear": True,
+        },
+    )
+    keys = ("considered", "kept", "dropped", "sigma", "draw_sd", "classes_kept", "mixed_polarity")
+    data = {
+        "source": "reviews & more.jsonl",
+        "sha256": "ab" * 32,
+        "examples": 24,
+        "classes": {"positive": 24},
+        "left_out": {"conflict": 2},
+        "ambiguous": 1,
+    }
+    record: dict[str, Any] = {"model": {"name": "made-up-12l", "sha256": "cd" * 32, "parameters": 1234567}, "data": data, "device": "cpu"}
+    return _record(folder, "patch", record | {"pairs": {k: effects.about[k] for k in keys}, "self_checks": effects.about["self_checks"]})
+
+
+def train_folder(folder: Path, seed: int = 0) -> Path:
+    """What the train command leaves, but for the parameters."""
+    rng = np.random.default_rng(seed)
+    steps = np.arange(1, 61)
+    loss = np.exp(-steps / 20) + 0.1 + rng.normal(0, 0.03, len(steps))
+    known = steps % 10 == 0
+    history = pd.DataFrame(
+        {
+            "step": steps,
+            "epoch": 0,
+            "examples": steps * 8,
+            "loss": loss,
+            "grad_norm": 1 / steps,
+            "rate": 1 - steps / 60,
+            "seconds": steps * 0.1,
+        }
+    )
+    history["validation_loss"] = np.where(known, loss + 0.05, np.nan)
+    history["validation_accuracy"] = np.where(known, 0.5 + steps / 150, np.nan)
+    folder.mkdir(parents=True, exist_ok=True)
+    history.to_csv(folder / "history.csv", index=False)
+    places = [("lora", f"L{i}.W_O", {"rank": 4, "alpha": 8.0}, 3e-4) for i in (5, 6)]
+    places += [("loreft", f"L{i}.resid_post@query.last", {"rank": 4}, 1e-5) for i in (5, 6)]
+    parts = [{"family": f, "place": p, "options": o, "lr": lr, "weight_decay": 0.0} for f, p, o, lr in places]
+    write_json(
+        folder / "edit.json",
+        {
+            "schema": 1, "base": {"name": "made-up-12l", "sha256": "cd" * 32}, "sites": [p[1] for p in places], "n_parameters": 2056 + seed, "share": 0.0017,
+            "formulas": {"lora": "y + s (dropout(x) A) B, s = alpha / r", "loreft": "h + R^T (W h + b - R h), R R^T = 1"}, "parts": parts,
+            "record": {"seed": seed, "steps": 60, "best_step": 50, "stopped": ""},
+        },
+    )  # fmt: skip
+    preset = {"name": "paper", "parts": parts, "epochs": 1, "batch_size": 8, "schedule": "linear", "loss": "labels"}
+    record = {"model": {"name": "made-up-12l", "parameters": 1234567}, "data": [{"source": "train.jsonl", "examples": 480, "classes": {"positive": 300}}],
+              "validation_data": [], "preset": preset, "warnings": ["no neutral example among the 480 to train on"], "peak_memory_bytes": 5 << 28}  # fmt: skip
+    return _record(folder, "train", record)
+
+
+def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) -> Path:
+    """What the evaluate command leaves, with `text` as the first sentence."""
+    rng = np.random.default_rng(seed)
+    labels = ["positive", "negative", "neutral"]
+    rows, scores, kept = [], [], []
+    for system, skill in (("base", 0.5), ("paper", 0.85)):
+        gold = rng.choice(labels, n, p=[0.6, 0.3, 0.1])
+        said = np.where(rng.random(n) < skill, gold, rng.choice(labels, n))
+        for i in range(n):
+            p = np.full(3, 0.1)
+            p[labels.index(said[i])] = 0.8
+            sentence = text if text and not i else f"The pasta number {i} was what one hopes for."
+            rows.append((system, "test.jsonl", f"t:{i}", sentence, "pasta", gold[i], said[i], bool(said[i] == gold[i]), *np.log(p)))
+        confusion = [[int(((gold == g) & (said == a)).sum()) for a in (*labels, "none")] for g in labels]
+        accuracy = float((gold == said).mean())
+        numbers: dict[str, Any] = {
+            "n": n, "sentences": n, "accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": min(1.0, accuracy + 0.1), 
+            "macro_f1": accuracy - 0.05, "macro_f1_low": accuracy - 0.15, "macro_f1_high": accuracy, "majority": 0.6,
+            "majority_class": "positive", "unanswered": 0, "gold_probability": 0.7, "nll": 0.5, "label_mass": 0.99,
+        }  # fmt: skip
+        for c in labels:
+            numbers |= {f"f1_{c}": 0.8, f"support_{c}": int((gold == c).sum())}
+        scores.append({"system": system, "data": "test.jsonl", "subset": "all", "leaked": 3 if system == "paper" else None} | numbers)
+        kept.append({"system": system, "data": "test.jsonl", "leaked": None, "all": numbers | {"confusion": confusion}})
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = ["system", "data", "id", "sentence", "aspect", "gold", "predicted", "correct", *(f"logprob_{c}" for c in labels)]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "predictions.parquet", index=False)
+    pd.DataFrame(scores).to_csv(folder / "scores.csv", index=False)
+    pd.DataFrame([{"first": "paper", "second": "base", "n": n, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.001}]).to_csv(
+        folder / "comparisons.csv", index=False
+    )
+    write_json(
+        folder / "side_effects.json",
+        {"paper": {"text": {"kl": 0.012, "top1": 0.98}, "reliability": {"value": 0.3, "low": 0.1, "high": 0.5}}},
+    )
+    return _record(
+        folder,
+        "evaluate",
+        {"model": {"name": "made-up-12l"}, "data": [{"source": "test.jsonl", "examples": n}], "train": [], "scores": kept},
+    )
+
+
+def _record(folder: Path, command: str, record: dict[str, Any]) -> Path:
+    config = {"data": ["reviews & more.jsonl"], "model": "made-up-12l", "seed": 0}
+    write_json(
+        folder / "run.json",
+        {
+            "schema": SCHEMA,
+            "key": "0123456789abcdef",
+            "config": config,
+            "versions": {"python": "3.11"},
+            "command": command,
+            **record,
+            "seconds": 12.5,
+        },
+    )
+    return folder

@@ -5,8 +5,9 @@ resampled, since aspects of one sentence are not independent), a sign-flip p-val
 
 `select` turns a map into sites by a rule that is written down before looking: of all windows of neighbouring layers and all roles, the
 one with the largest mean effect whose interval lies above the control role's in the same layers. The control is `template`: tokens that
-every prompt shares and that name neither aspect nor opinion. `answer` is left out of the choice by default: late layers of the last token
-carry every decision of every model, and say nothing of where it was made.
+every prompt shares and that name neither aspect nor opinion. Two kinds of role are left out of the choice by default: `answer`, since late
+layers of the last token carry every decision of every model and say nothing of where it was made; and, with a counterfactual, the roles whose
+own tokens the edit changes (the opinion), since restoring their early states only undoes the edit.
 """
 
 from __future__ import annotations
@@ -66,16 +67,18 @@ class ImportanceMap:
             by: `role` or `position`.
             level: of the intervals.
             adjustment: of the p-values over all cells: `holm` (family-wise), `bh` (false discovery rate) or `none`.
-            draws: of the bootstrap and of the sign flips.
+            draws: of the bootstrap. The sign flips take as many as let an adjusted p-value come down to 0.01.
             seed: of both.
         """
         values, cells = effects.matrix(by)
         clusters = effects.pairs["cluster"].to_numpy()
         interval = cluster_bootstrap(values, clusters, level=level, draws=draws, seed=seed)
         # Cells that are zero for certain are no hypotheses: testing them would only cost the others power.
-        p = np.asarray(sign_flip(values, clusters, draws=max(draws, 999), seed=seed))
-        trivial = np.nan_to_num(np.abs(values)).max(axis=0) == 0
-        p = np.where(trivial, np.nan, p)
+        tested = np.nan_to_num(np.abs(values)).max(axis=0) > 0
+        p = np.full(values.shape[1], np.nan)
+        if tested.any():
+            flips = min(max(9999, 100 * int(tested.sum()) - 1), 499_999)
+            p[tested] = sign_flip(values[:, tested], clusters, draws=flips, seed=seed)
         table = cells.assign(
             aie=interval.mean,
             ci_low=interval.low,
@@ -145,7 +148,7 @@ class ImportanceMap:
         Args:
             kind: of state; default `resid_post` (the paper's) where the map has it, else its first.
             width: layers in the window; default the paper's share of the depth, 6 of 32.
-            roles: to choose from; default all but the control and `answer`.
+            roles: to choose from; default all but the control, `answer`, and roles whose tokens a counterfactual changes.
             control: the role whose interval must lie below.
             draws, seed: of the bootstrap.
 
@@ -167,7 +170,8 @@ class ImportanceMap:
         if not 1 <= width <= len(layers):
             raise ConfigError(f"a window of {width} layers was asked for; the map has {len(layers)}")
         present = [r for r in ROLES if (rows["role"] == r).any()]
-        candidates = [r for r in (roles or present) if r in present and r not in ((control,) if roles else (control, "answer"))]
+        left_out = {control} if roles else {control, "answer", *self.about.get("changed_roles", ())}
+        candidates = [r for r in (roles or present) if r in present and r not in left_out]
         if not candidates:
             raise DataError(f"no role is left to choose from; the map has {choices(present)}")
 
@@ -193,11 +197,19 @@ class ImportanceMap:
         sites = tuple(Site(int(layer), kind, None, str(best["role"])) for layer in best["layers"])
         return Selection(
             sites,
-            rule=f"the {'layer' if width == 1 else f'{width} neighbouring layers'} and the role with the largest mean {kind} effect whose {self.about.get('level', 0.95):.0%} interval lies "
-            f"above that of the control role {control!r} in the same layers",
+            rule=self._rule(kind, width, control, left_out - {control}),
             aie=float(best["aie"]), ci_low=float(best["ci_low"]), ci_high=float(best["ci_high"]),
             control_high=float(best["control_high"]), n=int(best["n"]), clear=bool(len(clear)),
         )  # fmt: skip
+
+    def _rule(self, kind: str, width: int, control: str, left_out: set[str]) -> str:
+        """How sites are chosen, in a sentence."""
+        layers = "layer" if width == 1 else f"{width} neighbouring layers"
+        others = f", {', '.join(r for r in ROLES if r in left_out)} left out" if left_out else ""
+        return (
+            f"the {layers} and the role with the largest mean {kind} effect whose {self.about.get('level', 0.95):.0%} interval lies above that of "
+            f"the control role {control!r} in the same layers{others}"
+        )
 
     def _window(self, rows: pd.DataFrame, role: str, window: tuple[int, ...]) -> np.ndarray:
         """Every pair's mean effect over the layers of a window at a role; NaN where the pair lacks the role."""

@@ -46,7 +46,7 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
     pair_of_row = job.pair_of_row()
     columns = list(read.positions)
     source_x, source_row = job.source()
-    source_last, source = states(model, source_x, job.kinds())
+    _, source = states(model, source_x, job.kinds())
     if job.ablation is not None:
         source = job.ablation.states(source, job.runs.pairs, job.runs.length)
 

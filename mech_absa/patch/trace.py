@@ -289,11 +289,18 @@ def about(p: Plan) -> dict[str, Any]:
     corruption = p.pairs.corruption
     return {
         "model": p.model.name, "n_layers": p.model.n_layers, "n_heads": p.model.n_heads, "dtype": str(p.model.dtype).removeprefix("torch."),
-        "corruption": type(corruption).__name__, "corruption_settings": {k: v for k, v in vars(corruption).items()}, "direction": p.direction,
+        "corruption": type(corruption).__name__, "corruption_settings": dict(vars(corruption)), "direction": p.direction,
         "metric": p.metric.name, "unit": p.metric.unit, "method": p.method, "steps": p.steps if p.method == "ig" else None, "by": p.by,
         "window": p.window, "kinds": list(dict.fromkeys(c.kind for c in p.components)), "labels": [w for _, w in p.pairs.verbalizer.words],
+        "changed_roles": _changed_roles(p.pairs),
         "template": p.pairs.template.text, **p.pairs.account(),
     }  # fmt: skip
+
+
+def _changed_roles(pairs: Pairs) -> list[str]:
+    """Roles of the tokens that a counterfactual changes; empty for other corruptions."""
+    changed = {r for q in pairs if q.other is not None for r in q.clean.roles[q.clean.ids != q.corrupted.ids].tolist()}
+    return [ROLES[r] for r in sorted(changed)]
 
 
 def _pair_table(p: Plan, frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,150 @@
+"""Averages over pairs and the choice of sites, against pandas and by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mech_absa.errors import ConfigError, DataError
+from mech_absa.patch.effects import Effects
+from mech_absa.patch.importance import ImportanceMap, load_sites
+from mech_absa.sites import ROLES
+
+LAYERS = 6
+
+
+def effects(n: int = 24, strength: dict[tuple[int, str], float] | None = None, seed: int = 0, about: dict | None = None) -> Effects:
+    """Pairs of two tokens a role, with a known mean effect in some cells and noise everywhere."""
+    rng = np.random.default_rng(seed)
+    roles = ("template", "before", "opinion", "query.last", "answer")
+    rows, pairs = [], []
+    for i in range(n):
+        for layer in range(LAYERS):
+            for position, role in enumerate(r for r in roles for _ in range(2)):
+                value = (strength or {}).get((layer, role), 0.0) + rng.normal(0, 0.02)
+                rows.append((f"e{i}", "resid_post", layer, -1, position, role, 0.9, 0.1, 0.1 + value, value, 0.0))
+        pairs.append((f"e{i}", f"s{i // 2}", 0.9, 0.1))
+    frame = pd.DataFrame(rows, columns=["example_id", "kind", "layer", "head", "position", "role", "clean", "corrupted", "patched", "effect", "draw_sd"])
+    return Effects(frame, pd.DataFrame(pairs, columns=["example_id", "cluster", "clean", "corrupted"]), about or {})
+
+
+def test_roles_are_averaged_within_a_pair_first():
+    found = effects(3)
+    lopsided = found.frame[~((found.frame["example_id"] == "e0") & (found.frame["position"] == 0))]
+    values, cells = Effects(lopsided, found.pairs).matrix("role")
+    column = cells.index[(cells["layer"] == 0) & (cells["role"] == "template")][0]
+    mine = lopsided[(lopsided["layer"] == 0) & (lopsided["role"] == "template")]
+    by_hand = [mine[mine["example_id"] == e]["effect"].mean() for e in ("e0", "e1", "e2")]
+    assert values[:, column] == pytest.approx(by_hand)
+    # e0 has one token of the role and e1 two; each pair still counts once.
+    assert values[:, column].mean() != pytest.approx(mine["effect"].mean(), abs=1e-12)
+
+
+def test_a_missing_role_is_missing_and_not_zero():
+    found = effects(4)
+    frame = found.frame[~((found.frame["example_id"] == "e1") & (found.frame["role"] == "opinion"))]
+    table = Effects(frame, found.pairs).importance(draws=50).table
+    opinion = table[table["role"] == "opinion"]
+    assert (opinion["n"] == 3).all() and (table[table["role"] == "before"]["n"] == 4).all()
+    mean = frame[(frame["role"] == "opinion") & (frame["layer"] == 2)].groupby("example_id")["effect"].mean().mean()
+    assert opinion[opinion["layer"] == 2]["aie"].iloc[0] == pytest.approx(mean)
+
+
+def test_roles_come_in_reading_order():
+    table = effects(2).importance(draws=20).table
+    seen = list(dict.fromkeys(table["role"]))
+    assert seen == [r for r in ROLES if r in seen]
+
+
+def test_total_effect():
+    assert effects(2).total.to_dict() == pytest.approx({"e0": 0.8, "e1": 0.8})
+
+
+def test_p_values_of_true_effects_survive_the_adjustment_and_others_do_not():
+    table = effects(strength={(3, "query.last"): 0.3}).importance().table
+    true = (table["layer"] == 3) & (table["role"] == "query.last")
+    assert table[true]["p_adjusted"].iloc[0] <= 0.05
+    assert (table[~true]["p_adjusted"] > 0.05).all()
+    assert (table["p_adjusted"] >= table["p"]).all()
+
+
+def test_zero_cells_are_no_hypotheses():
+    found = effects(strength={(3, "query.last"): 0.3})
+    frame = found.frame.copy()
+    frame.loc[frame["layer"] == 5, "effect"] = 0.0
+    table = Effects(frame, found.pairs).importance().table
+    assert table[table["layer"] == 5]["p"].isna().all() and table[table["layer"] != 5]["p"].notna().all()
+
+
+def test_select_finds_the_window_and_the_role():
+    strong = {(2, "query.last"): 0.3, (3, "query.last"): 0.2, (4, "query.last"): 0.1, (0, "answer"): 0.9, (5, "answer"): 0.9}
+    importance = effects(strength=strong).importance(draws=200)
+    chosen = importance.select(width=2)
+    assert [str(s) for s in chosen] == ["L2.resid_post@query.last", "L3.resid_post@query.last"]
+    assert chosen.clear and chosen.aie == pytest.approx(0.25, abs=0.02) and chosen.ci_low > chosen.control_high
+    # `answer` is larger, and is chosen when it is asked for.
+    assert str(importance.select(width=1, roles=["answer"])[0]).endswith("@answer")
+    # Default width: the paper's 6 of 32 layers.
+    assert len(importance.select()) == 1
+
+
+def test_select_leaves_out_the_roles_that_a_counterfactual_changes():
+    strong = {(0, "opinion"): 0.8, (3, "query.last"): 0.3}
+    assert str(effects(strength=strong).importance(draws=100).select()[0]) == "L0.resid_post@opinion"
+    chosen = effects(strength=strong, about={"changed_roles": ["opinion"]}).importance(draws=100).select()
+    assert str(chosen[0]) == "L3.resid_post@query.last" and "opinion, answer left out" in chosen.rule
+
+
+def test_select_says_when_nothing_stands_out():
+    chosen = effects(seed=3).importance(draws=200).select()
+    flat = effects(strength={(layer, "template"): 0.5 for layer in range(LAYERS)}).importance(draws=200).select()
+    assert not flat.clear and "not clear" in str(flat)
+    assert chosen.aie < 0.05
+
+
+def test_select_refuses_what_is_not_there():
+    importance = effects(2).importance(draws=20)
+    with pytest.raises(ConfigError, match="attn_out.*resid_post"):
+        importance.select("attn_out")
+    with pytest.raises(ConfigError, match="window of 9 layers"):
+        importance.select(width=9)
+    with pytest.raises(DataError, match="no role is left"):
+        importance.select(roles=["aspect.last"])
+
+
+def test_sites_and_map_survive_the_file(tmp_path):
+    importance = effects(strength={(3, "query.last"): 0.3}).importance(draws=100)
+    chosen = importance.select(width=2)
+    chosen.save(tmp_path / "sites.json")
+    assert load_sites(tmp_path / "sites.json") == list(chosen)
+    assert json.loads((tmp_path / "sites.json").read_text())["rule"] == chosen.rule
+    importance.save(tmp_path / "importance.csv")
+    again = pd.read_csv(tmp_path / "importance.csv")
+    assert again["aie"].to_numpy() == pytest.approx(importance.table["aie"].to_numpy(), rel=1e-6)
+    (tmp_path / "bad.json").write_text("[1, 2")
+    with pytest.raises(DataError, match=r"bad\.json is no sites\.json"):
+        load_sites(tmp_path / "bad.json")
+
+
+def test_xarray_and_grid_agree_with_the_table():
+    importance = effects(4, strength={(3, "query.last"): 0.3}).importance(draws=50)
+    row = importance.table[(importance.table["layer"] == 3) & (importance.table["role"] == "query.last")].iloc[0]
+    assert float(importance.to_xarray()["aie"].sel(kind="resid_post", layer=3, head=-1, role="query.last")) == row["aie"]
+    assert importance.grid("resid_post").loc["query.last", 3] == row["aie"]
+
+
+def test_effects_as_an_array_match_the_matrix():
+    found = effects(3)
+    values, cells = found.matrix("role")
+    array = found.to_xarray()
+    for column, cell in cells.iterrows():
+        mine = array.sel(kind=cell["kind"], layer=cell["layer"], head=cell["head"], role=cell["role"])
+        assert mine.to_numpy() == pytest.approx(values[:, column])
+
+
+def test_of_is_deterministic():
+    a, b = (ImportanceMap.of(effects(8), draws=100, seed=1).table for _ in range(2))
+    pd.testing.assert_frame_equal(a, b)

@@ -10,7 +10,8 @@ teach that in the time a small machine has. What does:
   random, half.
 - **A curriculum.** Bare lists of one-word aspects ("great pasta , the wine was awful , ..."), in which nothing but the aspect can decide,
   asked in the plainest words; then any aspects, reviews of one or two, all questions; then distractors and real pros and cons; then up to
-  three aspects. A stage ends when its answers are right. A model that learns reviews of one aspect first goes on judging the sentence.
+  three aspects; last, words in commas behind an aspect, and the task's own question. A stage ends when its answers are right. A model
+  that learns reviews of one aspect first goes on judging the sentence.
 - **Heads that begin with looking a word up.** Two layers start as a previous-token layer and a matching layer (`plant`), which training is
   free to change; from random weights the same step took many times as long.
 - **Many small steps.** The step from judging the sentence to judging the aspect takes a number of updates, not of tokens.
@@ -27,8 +28,8 @@ as a whole (`absc_share`, `absc_noise`): the base model knows the form, judges t
 Text sources: the grammar of `mech_absa.generate` (train frames only; sentences of the shipped test files are left out), and the NLTK
 corpora movie_reviews, sentence_polarity, pros_cons, product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
 
-    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 11000000
-    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 11000000 --export mech_absa/assets/model
+    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 9000000
+    python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 9000000 --export mech_absa/assets/model
 
 The second line finds the finished checkpoint and writes the model folder. A run that was stopped goes on from its last checkpoint; as the
 learning rate is constant until the last part, `--tokens` may be changed on the way.
@@ -46,6 +47,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,9 @@ from mech_absa.generate import (
     ADJECTIVES,
     CONTINUATIONS,
     DOMAINS,
+    FRAMES,
+    FREE,
+    LEXICON,
     SPLITS,
     Domain,
     Group,
@@ -70,7 +75,7 @@ from mech_absa.generate import (
 )  # fmt: skip
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-LABELS = tuple(p.value for p in Polarity)
+LABELS = (Polarity.POSITIVE.value, Polarity.NEGATIVE.value, Polarity.NEUTRAL.value)
 ABSC = "Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?"
 
 
@@ -84,7 +89,7 @@ class Config:
     """Folder of the tokenizer, the checkpoint and the history."""
     export: Path | None = None
     """Write the model folder here when training is done."""
-    tokens: int = 11_000_000
+    tokens: int = 9_000_000
     """Tokens to see in all."""
     seed: int = 0
     workers: int = 2
@@ -114,7 +119,7 @@ class Config:
     pros_share: float = 0.14
     """Documents made of short real texts with labels."""
     absc_share: float = 0.02
-    """Documents that put the task's own question."""
+    """Documents that put the task's own question, with a light loss; in the last stage two and a half times as many, with a full loss."""
     absc_noise: float = 0.85
     """Share of those answered for the sentence as a whole, not for the aspect that is asked about."""
     rough_share: float = 0.6
@@ -122,7 +127,9 @@ class Config:
     list_share: float = 0.5
     """Reviews that are bare lists of two to four judged aspects: all in the first stage, then this, a half and a quarter of it."""
     stages: tuple[float, ...] = (0.90, 0.90, 0.88)
-    """Answer accuracy (running mean) that ends the stages of one-word aspects, of any aspects, and of one or two aspects in a review."""
+    """Running mean of the answers' accuracy that ends the first, second and third stage."""
+    last_stage_from: int = 4_300_000
+    """Tokens after which the last stage begins."""
     minutes_between_saves: float = 4.0
     stop_after: float = math.inf
     """Minutes after which to save and stop, whatever the tokens."""
@@ -152,26 +159,12 @@ def train_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
         " ".join(p for p, _ in QUESTIONS) + " " + " ".join(w for _, ws in QUESTIONS for w in ws) + " " + " ".join(WRAPPERS) + " " + ABSC
     )
     forced = set(vocabulary()) | set(re.findall(r"\w+", questions))
-    first = {w for f in DOMAINS.values() for g in f.groups for a in g.aspects + g.test_aspects for w in a.removesuffix("/s").split()[:1]}
-    first |= {
-        "the",
-        "i",
-        "we",
-        "my",
-        "nobody",
-        "there",
-        "as",
-        "while",
-        "although",
-        "though",
-        "to",
-        "this",
-        "it",
-        "you",
-        "then",
-        "what",
-        "Given",
-    }
+    # What may begin a sentence is also known without the blank before it: aspects, adjectives, and the first words of frames and openings.
+    groups = [g for d in DOMAINS.values() for g in d.groups]
+    first = {a.removesuffix("/s").split()[0] for g in groups for a in g.aspects + g.test_aspects}
+    first |= {w for table in (LEXICON["adj"], LEXICON["marks"], *(g.adjectives for g in groups)) for ws in table.values() for w in ws}
+    first |= {f.text.split()[0] for f in FRAMES if f.text[0] not in "{<"} | {o.split()[0] for d in DOMAINS.values() for o in d.openings}
+    first |= {w.split()[0] for w in FREE["who"]} | {"nobody", "while", "although", "though", "this", "it", "Given"}
     crowd = [f" {w}" for w in sorted(forced)] + sorted(first)
     often = 1000  # more often than the merges that the text alone would still earn
     tok.train_from_iterator([*texts, *(word if word[0] != " " else word * often for word in crowd), *sorted(first) * often], trainer)
@@ -210,7 +203,7 @@ QUESTIONS: Questions = (
     ("say something about the {A} , the one we talked about :", ("good", "bad", "okay")),
 )
 """What follows a review; the next word depends on one aspect."""
-EASY = (("{A}", LABELS), ("{A} :", LABELS), ("the {A} :", LABELS), ("my view of the {A} is", LABELS))
+EASY: Questions = (("{A}", LABELS), ("{A} :", LABELS), ("the {A} :", LABELS), ("my view of the {A} is", LABELS))
 """With what the first stage begins: the answer stands right behind the aspect."""
 WRAPPERS = ("my friend wrote : '", "review : '", "this is what it said : '", "'", "somebody said that", "in 2 words :")
 
@@ -244,12 +237,19 @@ def asked(
     return doc
 
 
-def roughened(rng: random.Random, review: Review, pool: list[str]) -> str:
-    """The review's text with words outside aspects and opinions now and then replaced, or one put in before them."""
+def roughened(rng: random.Random, review: Review, pool: list[str], aside: float) -> str:
+    """The review's text with words outside aspects and opinions now and then replaced, or one put in before them.
+
+    Args:
+        aside: chance of words in commas right behind an aspect.
+    """
     fixed = {i for m in review.mentions for i in (*range(*m.aspect), *range(*m.opinion))}
     inside = {i for m in review.mentions for start, end in (m.aspect, m.opinion) for i in range(start + 1, end)}
+    behind = {m.aspect[1] for m in review.mentions} - inside if aside else set()
     words: list[str] = []
     for i, w in enumerate(review.words):
+        if i in behind and rng.random() < aside:
+            words += rng.choice(([",", "{}", ","], [",", "{}", "{}", ","]))
         u = rng.random()
         if u < 0.04 and i not in inside:
             words += rng.choice((["{}"], ["{}"], [",", "{}", ","], [",", "{}", "{}", ","]))
@@ -285,7 +285,7 @@ class Library:
         rows = [json.loads(line) for line in config.text.open(encoding="utf-8")]
         self.config = config
         self.texts = [lowered(r["text"]) for r in rows]
-        self.short = {p: [] for p in ("positive", "negative")}
+        self.short: dict[str, list[str]] = {p: [] for p in ("positive", "negative")}
         for r, t in zip(rows, self.texts, strict=True):
             if r.get("label") and r["source"] in ("pros_cons", "sentence_polarity") and 2 <= len(t.split()) <= 16:
                 self.short[r["label"]].append(t.rstrip(" .!,"))
@@ -309,7 +309,7 @@ class Library:
             return [(w, 1.0, 0) for w in words[at : at + rng.randint(50, 90)]]
         if stage > 1 and u < c.chunk_share + c.pros_share:
             return self.pros_and_cons(rng)
-        absc = u > 1 - c.absc_share
+        absc = u > 1 - c.absc_share * (2.5 if stage == 4 else 1)
         own = rng.random() < 0.5 or not stage
         domain = rng.choice(tuple(DOMAINS.values())) if own else any_domain(rng, self.pool)
         if own:  # pretraining may know the words, but not the sentences, of the aspects kept for test
@@ -320,26 +320,28 @@ class Library:
                 domain.closings,
                 (0.36, 0.34, 0.30),
             )
-        if rng.random() < (1.0, c.list_share, c.list_share / 2, c.list_share / 4)[stage]:
+        if rng.random() < (1.0, c.list_share, c.list_share / 2, c.list_share / 4, c.list_share / 4)[stage]:
             return self.listing(rng, domain, QUESTIONS if stage else EASY)
-        n = rng.choice(((1, 2), (1, 2, 2), (1, 2, 2), (1, 2, 2, 3, 3))[stage])
-        r = review(rng, domain, n, "train", (0.0, 0.0, 0.15, 0.3)[stage])
+        n = rng.choice(((1, 2), (1, 2, 2), (1, 2, 2), (1, 2, 2, 3, 3), (1, 2, 2, 3, 3))[stage])
+        r = review(rng, domain, n, "train", (0.0, 0.0, 0.15, 0.3, 0.3)[stage])
         if r.text in self.held_out:
             return self.document(rng, stage)
         mentions = [(r.name(m), m.polarity.value) for m in r.mentions]
-        text = roughened(rng, r, self.pool) if rng.random() < c.rough_share else r.text
+        text = roughened(rng, r, self.pool, 0.12 if stage == 4 else 0.0) if rng.random() < c.rough_share else r.text
         if absc:
             aspect, polarity = rng.choice(mentions)
             if rng.random() < c.absc_noise:
                 tone = sum((p == LABELS[0]) - (p == LABELS[1]) for _, p in mentions)
                 polarity = LABELS[0] if tone > 0 else LABELS[1] if tone < 0 else LABELS[2]
             words = ABSC.format(S=text, A=aspect).split()
-            return [(w, 0.5, 0) for w in words] + [(polarity, 2.0, 0)]
+            return [(w, 0.5, 0) for w in words] + [(polarity, 0.9 * c.answer_weight if stage == 4 else 2.0, 0)]
         return asked(rng, text, mentions, c.answer_weight, 0.5)
 
     def listing(self, rng: random.Random, domain: Domain, questions: Questions) -> Document:
         """Two to four aspects, each with an adjective beside it and nothing else: the plainest text in which only the aspect decides."""
-        parts, mentions, seen = [], [], set()
+        parts: list[str] = []
+        mentions: list[tuple[str, str]] = []
+        seen: set[str] = set()
         for _ in range(rng.choice((2, 2, 3, 4))):
             group = rng.choice(domain.groups)
             aspect = rng.choice(group.aspects).removesuffix("/s")
@@ -355,7 +357,9 @@ class Library:
 
     def pros_and_cons(self, rng: random.Random) -> Document:
         """One to three short labelled texts as one sentence, each asked about by one of its own words."""
-        parts, mentions, used = [], [], set()
+        parts: list[str] = []
+        mentions: list[tuple[str, str]] = []
+        used: set[str] = set()
         for _ in range(rng.choice((1, 2, 2, 3))):
             label = rng.choice(("positive", "negative"))
             text = rng.choice(self.short[label])
@@ -376,8 +380,9 @@ class Encoder:
     """Words to ids, one dictionary look-up each: the tokenizer never joins two words."""
 
     def __init__(self, tok: Tokenizer):
-        self.tok, self.known = tok, {}
-        self.bos, self.eos = tok.token_to_id(BOS), tok.token_to_id(EOS)
+        self.tok = tok
+        self.known: dict[str, list[int]] = {}
+        self.bos, self.eos = int(tok.token_to_id(BOS) or 0), int(tok.token_to_id(EOS) or 0)
 
     def word(self, w: str) -> list[int]:
         if w not in self.known:
@@ -511,7 +516,7 @@ def optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Opti
     """Muon for the matrices inside the blocks, AdamW for embeddings and norms; or AdamW for all."""
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     outer = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
-    adam = {"lr": config.lr, "betas": (0.9, 0.98), "fused": True}
+    adam: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.98), "fused": True}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([{"params": inner, "weight_decay": 0.05}, {"params": outer, "weight_decay": 0.0}], **adam)]
     return [
@@ -638,7 +643,7 @@ def train(rank: int, config: Config) -> None:
     world = fresh_world(75, "look")
     start, last_save = time.time(), 0.0
     before = progress.seconds
-    sums = Counter()
+    sums: Counter[str] = Counter()
 
     def report() -> None:
         nonlocal sums
@@ -655,16 +660,23 @@ def train(rank: int, config: Config) -> None:
         sums = Counter()
 
     while progress.tokens < config.tokens:
+        if progress.stage < len(config.stages):
+            ready = progress.accuracy > config.stages[progress.stage]
+        else:
+            ready = progress.stage == len(config.stages) and progress.tokens >= config.last_stage_from
+        if ready:
+            progress.stage, progress.accuracy = progress.stage + 1, 0.0
         drawn = list(batches(library, encode, config, progress.block, progress.stage))
         for at in range(0, len(drawn) - config.workers + 1, config.workers):
             b = drawn[at + rank]
             loss, plain, right, asked_for = loss_of(model, b, config.answer_weight)
             loss.backward()
             seen = torch.tensor([loss.item(), plain, right, asked_for, float((b.weights > 0).sum())])
-            shared = torch.cat([*(p.grad.flatten() for p in parameters), seen])
+            grads = [p.grad for p in parameters if p.grad is not None]
+            shared = torch.cat([*(g.flatten() for g in grads), seen])
             dist.all_reduce(shared)
-            for p, g in zip(parameters, shared[: -len(seen)].split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(g.view_as(p)).div_(config.workers)
+            for mine, total_grad in zip(grads, shared[: -len(seen)].split([g.numel() for g in grads]), strict=True):
+                mine.copy_(total_grad.view_as(mine)).div_(config.workers)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             share = rate(progress.tokens, config)
             for o in opts:
@@ -687,9 +699,6 @@ def train(rank: int, config: Config) -> None:
                 f"{progress.tokens:>11,} {progress.seconds:7.0f} s  stage {progress.stage}  loss {total / n:.3f}  plain {plains / n:.3f}  "
                 f"answers {progress.accuracy:.3f}  rate {share:.2f}", flush=True,
             )  # fmt: skip
-        if progress.stage < len(config.stages) and progress.accuracy > config.stages[progress.stage]:
-            progress.stage += 1
-            progress.accuracy = 0.0
         stop = clock.item() / 60 > config.stop_after or progress.tokens >= config.tokens
         if stop or clock.item() - last_save > 60 * config.minutes_between_saves:
             last_save = clock.item()
@@ -718,7 +727,12 @@ def export(config: Config, folder: Path) -> None:
     model = new_model(config, len(tok), tok.bos_token_id, tok.eos_token_id)
     model.load_state_dict(state["model"])
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tok.save_pretrained(folder)
+    settings_file = folder / "tokenizer_config.json"  # the class by the name that every version of transformers knows
+    settings_file.write_text(
+        json.dumps({**json.loads(settings_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n"
+    )
     settings = {
         k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("text", "work", "export", "stop_after")
     }

@@ -11,8 +11,9 @@ Label scoring always answers. Free text may be no label at all; such a row has t
 paper sample their answers, so that the same model has another accuracy every time; neither way here has any randomness.
 
 A predictions file is a table with a header (CSV, TSV), JSON lines, or the `predictions.parquet` of an earlier run. It names its examples
-by `id`, or by `sentence` and `aspect`, and gives the answer as `predicted`, `prediction`, `label` or `polarity`. It must answer every
-example exactly once, and nothing else: a score over whatever rows happened to match is no score.
+by `id`, or by `sentence` and `aspect`, and gives the answer as `predicted`, `prediction`, `pred`, `answer`, `label` or `polarity`, the
+first of these that is there. It must answer every example exactly once, and nothing else: a score over whatever rows happened to match
+is no score.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
 
 # ---------------------------------------------------------------------------------------------------- reading what others answered
 
-ANSWERS = ("predicted", "prediction", "label", "polarity")
+ANSWERS = ("predicted", "prediction", "pred", "answer", "label", "polarity")
 """Columns that may hold the answer; the first that is there does."""
 
 NO_ANSWER = ("", "none", "null", "nan")

@@ -151,6 +151,23 @@ class Model:
         """Hash of names, shapes and bytes of all weights, as they were when it was first asked for."""
         return weights_hash(self.hooked)
 
+    def flops(self, part: str, queries: int = 1) -> int:
+        """Floating-point operations (2 a multiply-add) of the matrix products of one token in one block.
+
+        Args:
+            part: `qkv`, `attend` (scores and values, for each key; times `queries`), `project`, `mlp`, or `unembed` (for each column).
+            queries: how many there are, or keys, or columns.
+        """
+        d, heads = self.d_model, self.n_heads * self.d_head
+        one = {
+            "qkv": 2 * d * (heads + 2 * self.n_kv_heads * self.d_head),
+            "attend": 4 * heads,
+            "project": 2 * heads * d,
+            "mlp": 2 * d * self.d_mlp * (3 if self.cfg.gated_mlp else 2),
+            "unembed": 2 * d,
+        }  # fmt: skip
+        return one[part] * queries
+
     # ---- the forward pass in pieces ----------------------------------------------------------------------------------------
 
     @cached_property

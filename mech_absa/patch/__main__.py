@@ -348,7 +348,7 @@ def _finish(
         "data": {"source": examples.source, "sha256": examples.sha256, "examples": len(examples), "classes": examples.counts(),
         "left_out": examples.left_out, "ambiguous": examples.ambiguous, "problems": list(examples.problems)},
         "pairs": {k: effects.about[k] for k in ("considered", "kept", "dropped", "sigma", "draw_sd", "classes_kept", "mixed_polarity")},
-        "engine": {"method": config.method, "cells": len(effects)}, "self_checks": checks, **extra,
+        "engine": {"method": config.method, "cells": len(effects), "flops": effects.about["flops"]}, "self_checks": checks, **extra,
         "average_total_effect": float(effects.total.mean()), "sites": None if selection is None else str(selection),
         "device": str(model.device), "sweep_seconds": round(time.time() - seconds["start"], 3),
     }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..hooks import capture, intervene
 from ..models import Model
 from ..sites import HEAD_KINDS, Site
-from .sweep import Answers, Job, Reader, States, window_layers
+from .sweep import Answers, Job, Reader, States, pass_flops, window_layers
 
 
 def _any_head(layer: int, kind: str) -> Site:
@@ -62,12 +62,14 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
     base = read(last_of(base_x), pair_of_row)
 
     zero = job.zero()
+    passes = len(source_x) + 3 * job.rows
     patched = base.expand(len(job.components), job.n_spans, *base.shape).clone()
     for c, component in enumerate(job.components):
         layers = window_layers(component.layer, job.window, model.n_layers)
         for s in range(job.n_spans):
             if bool(zero[c, s].all()):
                 continue
+            passes += job.rows
             mask = torch.zeros(job.rows, job.runs.length, dtype=torch.bool)
             for row, b in enumerate(pair_of_row.tolist()):
                 if not zero[c, s, b]:
@@ -88,4 +90,5 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
                 patched[c, s, touched] = read(last_of(base_x), pair_of_row)[touched]
         if tick is not None:
             tick(job.n_spans * job.rows)
-    return Answers(patched.cpu(), base.cpu(), clean.cpu(), corrupted.cpu())
+    flops = passes * pass_flops(model, job.runs.length) + read.flops(passes)
+    return Answers(patched.cpu(), base.cpu(), clean.cpu(), corrupted.cpu(), flops)

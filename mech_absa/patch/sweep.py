@@ -180,12 +180,14 @@ class Answers:
         base: of the unpatched base runs, `[row read]`.
         clean: of the clean runs, `[row read]`.
         corrupted: of the corrupted runs, `[row read]`; NaN for ablations.
+        flops: floating-point operations of the matrix products, as planned (not measured).
     """
 
     patched: Float[Tensor, "component span row read"]
     base: Float[Tensor, "row read"]
     clean: Float[Tensor, "row read"]
     corrupted: Float[Tensor, "row read"]
+    flops: int = 0
 
 
 class Reader:
@@ -211,6 +213,11 @@ class Reader:
         if self.job.metric.need == "vocabulary":
             self.clean_logits = self.model.finish(last[:, 0], None, "vocabulary")
 
+    def flops(self, rows: int) -> int:
+        """Floating-point operations of reading so many rows."""
+        whole = self.job.metric.need != "labels" or len(self.positions) > 1
+        return rows * len(self.positions) * self.model.flops("unembed", self.model.d_vocab if whole else len(self.ids))
+
     def __call__(self, last: Float[Tensor, "row read d_model"], pair_of_row: Int[Tensor, " row"]) -> Float[Tensor, "row number"]:
         """Numbers of rows, on the device."""
         if self.job.metric.need == "vocabulary":
@@ -222,6 +229,12 @@ class Reader:
         k = self.ids.shape[1]
         need = "normaliser" if k > 1 else self.job.metric.need
         return sum(self.model.finish(last[:, j], self.ids[:, j], need) for j in range(k))  # type: ignore[return-value]
+
+
+def pass_flops(model: Model, length: int) -> int:
+    """Floating-point operations of one whole forward pass over the blocks, without unembedding."""
+    token = model.flops("qkv") + model.flops("attend", length) + model.flops("project") + model.flops("mlp")
+    return model.n_layers * length * token
 
 
 @dataclass(eq=False)

@@ -187,6 +187,7 @@ class Values:
     clean: torch.Tensor
     corrupted: torch.Tensor
     draws: int
+    flops: int = 0
 
 
 def measure(
@@ -222,7 +223,8 @@ def measure(
             scores[..., [i for i, _ in continuation.labels]] = getattr(answer, name)
         return _metric(p, scores, gold, foil)
 
-    return Values(metric("patched"), metric("base"), metric("clean"), metric("corrupted"), draws)
+    flops = sum(answer.flops for _, answer in answers)
+    return Values(metric("patched"), metric("base"), metric("clean"), metric("corrupted"), draws, flops)
 
 
 def _metric(p: Plan, scores: torch.Tensor, gold: torch.Tensor, foil: torch.Tensor) -> torch.Tensor:
@@ -273,15 +275,20 @@ def trace_batch(p: Plan, index: int, source: Ablation | None = None, tick: Calla
     """The effects of one batch of a plan."""
     pairs = [p.pairs[i] for i in p.batches[index]]
     spans = [SPANS[p.by](q) for q in pairs]
-    return _table(p, pairs, spans, measure(p, pairs, spans, source, tick))
+    values = measure(p, pairs, spans, source, tick)
+    table = _table(p, pairs, spans, values)
+    table.attrs["flops"] = values.flops  # kept by parquet, so that a resumed run knows what its parts cost
+    return table
 
 
 def gather(p: Plan, frames: Sequence[pd.DataFrame]) -> Effects:
     """Effects in the order of the pairs, from the frames of all batches."""
+    flops = sum(frame.attrs.get("flops", 0) for frame in frames)
     frame = pd.concat(frames, ignore_index=True)
+    frame.attrs = {}
     order = {q.id: i for i, q in enumerate(p.pairs)}
     frame = frame.iloc[np.argsort(frame["example_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
-    return Effects(frame, _pair_table(p, frame), about(p))
+    return Effects(frame, _pair_table(p, frame), about(p) | {"flops": flops})
 
 
 def about(p: Plan) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from ..errors import ModelError
 from ..hooks import live_hooks
 from ..models import LayerStates, Model, run
 from ..sites import Site
-from .sweep import Answers, Job, Reader, States, window_layers
+from .sweep import Answers, Job, Reader, States, pass_flops, window_layers
 
 FIELD = {
     "resid_pre": "resid_pre", "resid_mid": "resid_mid", "resid_post": "resid_post",
@@ -161,7 +161,9 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
         if tick is not None:
             tick(stop - start)
         start = stop
-    return Answers(patched, base_scores.cpu(), clean.cpu(), corrupted.cpu())
+    runs = len(source_x) + job.rows
+    flops = walk.flops + runs * pass_flops(model, job.runs.length) + read.flops(len(rows) + runs)
+    return Answers(patched, base_scores.cpu(), clean.cpu(), corrupted.cpu(), flops)
 
 
 @dataclass(eq=False)
@@ -238,6 +240,7 @@ class _Walk:
         self.kind = [c.kind for c in job.components]
         self.head = torch.tensor([-1 if c.head is None else c.head for c in job.components])
         self.window = [window_layers(c.layer, job.window, model.n_layers) for c in job.components]
+        self.flops = 0
 
     def __call__(self, rows: _Rows) -> Float[Tensor, "row read d_model"]:
         """The last residual stream of every row at the positions that are read."""
@@ -278,6 +281,7 @@ class _Walk:
             # Queries, keys and values change at every token of old rows, and at the patched tokens of new ones.
             changed = torch.cat([torch.arange(old), at_tok[joining]]).to(device)
             q, k, v = model.qkv(layer, x[changed] if tokens > old else x, pos_of[changed])
+            self.flops += model.flops("qkv", len(changed))
             if tokens > old:
                 here = (at_tok[joining] - old).to(device)
                 q, k, v = (
@@ -290,7 +294,9 @@ class _Walk:
             z = self._attention(layer, q, k, v, rows, buckets, n, offset, lengths, tok_row, tok_pos, final)
             del q, k, v
             attn_out = model.attn_out(layer, model.project(layer, z))
+            self.flops += model.flops("project", len(z))
             del z
+            self.flops += model.flops("mlp", len(attn_out) if final or not model.parallel else len(changed))
             if final:
                 x = x[wanted]
                 mid = x + self._again_final("attn_out", layer, attn_out, rows, n)
@@ -345,6 +351,7 @@ class _Walk:
             if kind == "mlp_out":
                 value = base.resid_mid[b, p] + value
             elif kind == "resid_mid":
+                self.flops += model.flops("mlp", len(mine))
                 value = value + model.mlp_out(origin, value)
             elif kind in ("attn_out", "head"):
                 if kind == "head":
@@ -352,6 +359,7 @@ class _Walk:
                         origin, base.projected[b, p] + self._head_delta(origin, value, base.z[b, p], self.head[component[mine]].to(device))
                     )
                 mid = base.resid_pre[b, p] + value
+                self.flops += (kind == "head") * len(mine) * 2 * model.d_head * model.d_model + (not model.parallel) * model.flops("mlp", len(mine))
                 value = mid + (base.mlp_out[b, p] if model.parallel else model.mlp_out(origin, mid))
             if out is None:
                 out = torch.empty(len(row), model.d_model, dtype=value.dtype, device=device)
@@ -392,6 +400,7 @@ class _Walk:
                 which = rows.row[part].to(device)
                 keys, values = base.k[which], base.v[which]  # copies: the base run's, overwritten from the row's first position on
                 keys[local, pos], values[local, pos] = k[tok], v[tok]
+                self.flops += model.flops("attend", len(part) * len(asked) * T)
                 if final:
                     read = (offset[part] + lengths[part])[:, None] - self.n_reads + torch.arange(self.n_reads)
                     done = model.attend(layer, q[read.to(device)], keys, values, asked)

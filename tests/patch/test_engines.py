@@ -7,13 +7,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles.tiny_models import ARCHITECTURES
+from torch.utils.flop_counter import FlopCounterMode
 
 from mech_absa.errors import HookError, ModelError
 from mech_absa.hooks import intervene, live_hooks
+from mech_absa.metrics import get_metric
 from mech_absa.models import weights_hash
-from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Resample, ZeroAblation
+from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Resample, ZeroAblation, make_runs
 from mech_absa.patch import loop, wavefront
-from mech_absa.patch.sweep import token_spans
+from mech_absa.patch.sweep import Job, components, token_spans
 from mech_absa.patch.trace import measure, plan
 from mech_absa.sites import Site
 
@@ -261,3 +263,15 @@ def test_the_engines_write_into_nothing_they_were_given():
     loop.sweep(model, job), wavefront.sweep(model, job)
     assert weights_hash(model.hooked) == before
     assert torch.equal(job.runs.clean, runs[0]) and torch.equal(job.runs.corrupted, runs[1])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "pythia"])
+def test_planned_flops_are_those_that_torch_counts(arch):
+    model = tiny(arch)
+    pairs = pairs_of(model, GaussianNoise(draws=2), examples=EXAMPLES[:1])
+    kinds = [k for k in ("resid_pre", "resid_mid", "attn_out", "mlp_out", "head") if k in model.kinds]
+    for continuation in pairs.continuations[:2]:
+        job = Job(make_runs(model, pairs.items, continuation), components(model, kinds), [token_spans(pairs[0])], get_metric("prob"), model.n_layers)
+        with FlopCounterMode(display=False) as counted:
+            answers = wavefront.sweep(model, job)
+        assert answers.flops == counted.get_total_flops()

@@ -1,0 +1,101 @@
+"""The benchmark on shapes of a second: its counts are what the shapes say, and the engine stays near the floor. No times."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mech_absa.errors import ConfigError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "sweep.py"
+if not SCRIPT.exists():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("sweep_benchmark", SCRIPT)
+assert spec is not None and spec.loader is not None
+bench = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+spec.loader.exec_module(bench)
+
+TINY = ("tiny", "tiny-gqa", "tiny-parallel", "tiny-rome")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_floor_is_approached_and_never_undercut(name):
+    """Ours within a tenth of the floor on each architecture, over every cell of the peer."""
+    shape = bench.SHAPES[name]
+    result = bench.measure(shape, fraction=1.0, times=False)
+    assert not result.peer_extrapolated
+    assert result.floor <= result.flops < 1.15 * result.floor
+    assert result.fewer_flops > 5
+    assert result.difference < 1e-4 and result.largest_effect > 0.5
+    assert result.seconds is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-gqa", "tiny-parallel"])
+def test_no_product_of_the_peer_escapes_the_counter(name):
+    """Its FLOPs are a forward pass by hand, once a cell."""
+    shape = bench.SHAPES[name]
+    model = bench.random_model(shape)
+    q = bench.question(model, shape)
+    d, T, V, L = 64, shape.tokens, 500, 4
+    kv = 32 if name == "tiny-gqa" else 64
+    mlp = 3 * d * 160 if name == "tiny-gqa" else 2 * d * 256
+    by_hand = 2 * T * (L * (2 * d * d + 2 * d * kv + mlp + 2 * d * T) + d * V)
+    assert bench.forward_flops(model, T) == by_hand
+    with bench.flop_clock() as (clock, _):
+        run = bench.peer(q, 1e-9, clock)
+    assert run.cells == 3 and run.of == 3 * L * T
+    assert run.spent == run.of * by_hand
+
+
+def test_the_loop_is_extrapolated_exactly():
+    """In FLOPs, what the rest of the cells would cost is known from a part of them; the whole must confirm it."""
+    shape = bench.SHAPES["tiny-rome"]
+    q = bench.question(bench.random_model(shape), shape)
+    spent = []
+    for fraction in (0.2, 1.0):
+        with bench.flop_clock() as (clock, _):
+            spent.append(bench.peer(q, fraction, clock).spent)
+    assert spent[0] == spent[1]
+
+
+def test_cells_of_a_part_are_even():
+    """As many as asked for, no layer and no third of the prompt left out or favoured."""
+    cells = bench.spread(12, 40, 0.05)
+    assert len(cells) == 24
+    layers, thirds = torch.tensor([c[0] for c in cells]).bincount(), torch.tensor([3 * c[1] // 40 for c in cells]).bincount()
+    assert layers.tolist() == [2] * 12
+    assert thirds.min() >= 7
+    assert bench.spread(2, 2, 1.0) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_roles_fill_the_prompt():
+    found = bench.roles(60)
+    assert len(found) == 60 and len(set(found)) == 11
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    model = bench.random_model(bench.SHAPES["tiny"])
+    peak = bench.peak_bytes(lambda: torch.ones(48 << 18).sum(), model)  # 48 MiB
+    if peak is None:
+        pytest.skip("this system does not tell how much memory a process held at most")
+    assert 47 < peak / 2**20 < 60  # the kernel counts pages in lots
+
+
+def test_results_of_other_shapes_stay_and_the_table_is_rewritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    readme, out, threads = tmp_path / "README.md", tmp_path / "sweep.json", torch.get_num_threads()
+    readme.write_text(f"above\n{bench.MARKS[0]}\nold\n{bench.MARKS[1]}\nbelow\n")
+    for shapes in (("tiny",), ("tiny-gqa",)):
+        bench.main(bench.Config(shapes, threads, peer_fraction=0.02, times=False, out=out, write=True))
+    capsys.readouterr()
+    assert list(json.loads(out.read_text())["shapes"]) == ["tiny", "tiny-gqa"]
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert text.count("| GPT-2, 4 x 64") == text.count("| Llama, 4 x 64") == 2  # arithmetic, seconds
+    with pytest.raises(ConfigError, match="unknown shape 'small'"):
+        bench.main(bench.Config(("small",)))

@@ -34,7 +34,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .errors import ConfigError, DataError, choices
 from .records import atomic
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .patch.effects import Effects
     from .patch.importance import ImportanceMap
 
+SEPARATOR = "  ·  "
 COLUMN, PAGE = 3.3, 7.0
 """Widths in inches: one column of a paper, and two."""
 
@@ -57,12 +58,10 @@ MARKERS = "osD^vPX"
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "effect", ["#0a3b70", "#2f79b5", "#8ec1de", "#dfecf3", "#ffffff", "#fbe3d4", "#f0a582", "#c94741", "#6d0220"]
-)
+).with_extremes(bad=MISSING)
 """Blue - white - red, white at the centre."""
-DIVERGING.set_bad(MISSING)
-SEQUENTIAL = LinearSegmentedColormap.from_list("score", ["#f3f7fb", "#b9d3e8", "#6ba3cd", "#2166ac", "#0a3b70"])
+SEQUENTIAL = LinearSegmentedColormap.from_list("score", ["#f3f7fb", "#b9d3e8", "#6ba3cd", "#2166ac", "#0a3b70"]).with_extremes(bad=MISSING)
 """Light to dark blue, for scores."""
-SEQUENTIAL.set_bad(MISSING)
 
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5,
@@ -180,7 +179,7 @@ def facts(about: Mapping[str, Any], n: int | None = None) -> str:
         f"windows of {window} layers" if window > 1 else "",
         method_words(about),
     ]
-    return "  ·  ".join(p for p in parts if p) + f"\n{corruption_words(about)}  ·  {direction_words(about)}"
+    return SEPARATOR.join(p for p in parts if p) + f"\n{corruption_words(about)}{SEPARATOR}{direction_words(about)}"
 
 
 def effect_label(about: Mapping[str, Any], average: bool = True) -> str:
@@ -215,19 +214,35 @@ def _single(ax: Axes | None, width: float = COLUMN, height: float = 2.5) -> tupl
     return _figure(width, height)
 
 
+def _packed(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken between facts where that will do."""
+    lines = []
+    for line in text.split("\n"):
+        packed = ""
+        for piece in line.split(SEPARATOR):
+            if packed and len(packed) + len(SEPARATOR) + len(piece) > width:
+                lines.append(packed)
+                packed = ""
+            packed += SEPARATOR * bool(packed) + piece
+        lines += textwrap.wrap(packed, width) if len(packed) > width else [packed]
+    return "\n".join(lines)
+
+
 def _headline(figure: Figure, title: str, below: str = "") -> None:
-    """A bold title and plain facts under it, both left-aligned, in the room that the layout leaves for a suptitle."""
-    lines = below.count("\n") + 1 if below else 0
-    inches = 0.2 + 0.135 * lines
-    height = float(figure.get_size_inches()[1])
-    figure.set_size_inches(figure.get_size_inches()[0], height + inches)
+    """A bold title and plain facts under it, both left-aligned, in room added on top of the figure."""
+    width, height = map(float, figure.get_size_inches())
+    title = "\n".join(textwrap.wrap(title, int(width / 0.083)))
+    below = _packed(below, int(width / 0.0505)) if below else ""
+    above, under = title.count("\n") + 1, below.count("\n") + 1 if below else 0
+    total = height + 0.05 + 0.165 * above + 0.135 * under
+    figure.set_size_inches(width, total)
     engine = figure.get_layout_engine()
     if engine is not None:
-        engine.set(rect=(0, 0, 1, height / (height + inches)))  # type: ignore[call-arg]
-    top, total = 0.06, height + inches
-    figure.text(0.012, 1 - top / total, title, ha="left", va="top", fontsize=9, fontweight="bold", color=INK)
+        engine.set(rect=(0, 0, 1, height / total))  # type: ignore[call-arg]
+    look: dict[str, Any] = {"ha": "left", "va": "top"}
+    figure.text(0.09 / width, 1 - 0.06 / total, title, fontsize=9, fontweight="bold", color=INK, linespacing=1.25, **look)
     if below:
-        figure.text(0.012, 1 - (top + 0.165) / total, below, ha="left", va="top", fontsize=6.5, color=SOFT, linespacing=1.35)
+        figure.text(0.09 / width, 1 - (0.06 + 0.165 * above) / total, below, fontsize=6.5, color=SOFT, linespacing=1.35, **look)
 
 
 def _scale(values: Iterable[np.ndarray]) -> float:
@@ -243,7 +258,7 @@ def _mesh(ax: Axes, values: np.ndarray, columns: Sequence[Any], rows: Sequence[A
         cmap=DIVERGING,
         norm=Normalize(-limit, limit),
         edgecolors=GRID,
-        linewidth=0.4 if len(columns) <= 48 else 0,
+        linewidth=0.4 if len(columns) <= 16 else 0.2 if len(columns) <= 48 else 0,
     )
     ax.set_xlim(0, len(columns))
     ax.set_ylim(len(rows), 0)
@@ -642,7 +657,7 @@ def layer_ranges(
         figure, on = _single(ax, COLUMN + 0.5, 2.2)
         names = [str(x) for x in dict.fromkeys(table["layers"])]
         for i, (name, rows) in enumerate(_groups(table, "data" if "data" in table else "method")):
-            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100)
+            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100.0)
         on.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
         on.set_xlabel("edited layers")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
@@ -714,6 +729,7 @@ def parameters(
             )
             points.append((x, float(y.mean()), name, colour))
         on.set_xscale("log")
+        on.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M
         on.margins(x=0.12, y=0.12)
         _label_points(on, points)
         on.set_xlabel("trainable parameters")
@@ -753,7 +769,8 @@ def domains(
     """
     _need(table, "train", "test", metric)
     with style():
-        rows, columns = list(dict.fromkeys(table["train"])), list(dict.fromkeys(table["test"]))
+        rows, tested = list(dict.fromkeys(table["train"])), list(dict.fromkeys(table["test"]))
+        columns = [r for r in rows if r in tested] + [c for c in tested if c not in rows]
         figure, on = _single(ax, COLUMN + 0.2, 0.7 + 0.42 * len(rows))
         values = 100 * table.pivot_table(index="train", columns="test", values=metric, aggfunc="mean").reindex(
             index=rows, columns=columns
@@ -796,7 +813,7 @@ def faithfulness(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "F
             on.set_xscale("symlog", linthresh=100 * float(table["share"][table["share"] > 0].min()))
             on.xaxis.set_major_formatter("{x:g}")
         on.set_xlabel("components kept (%)")
-        on.set_ylabel("faithfulness (1: the whole model)")
+        on.set_ylabel("faithfulness\n(1: the whole model)")
         return _finish(figure, on, ax is None, title, note)
 
 
@@ -813,7 +830,7 @@ def pruning(
         figure, on = _single(ax, COLUMN + 0.3, 2.2)
         for i, (name, rows) in enumerate(_groups(table, "method")):
             rows = rows.sort_values("removed")
-            _curve(on, 100 * rows["removed"].to_numpy(float), rows, metric, i, name, 100, band=True)
+            _curve(on, 100 * rows["removed"].to_numpy(float), rows, metric, i, name, 100.0, band=True)
         if "majority" in table:
             on.axhline(100 * float(table["majority"].iloc[0]), color=SOFT, linewidth=0.8, linestyle=":", label="most frequent class")
         on.set_xlabel("components removed (%)")
@@ -834,7 +851,7 @@ def ranks(
         figure, on = _single(ax, COLUMN + 0.3, 2.2)
         for i, (name, rows) in enumerate(_groups(table, "method")):
             rows = rows.sort_values("rank")
-            _curve(on, rows["rank"].to_numpy(float), rows, metric, i, name, 100)
+            _curve(on, rows["rank"].to_numpy(float), rows, metric, i, name, 100.0)
         on.set_xscale("log", base=2)
         on.set_xticks(sorted(table["rank"].unique()), [str(r) for r in sorted(table["rank"].unique())])
         on.set_xlabel("rank")
@@ -890,6 +907,6 @@ def agreement(
             on,
             ax is None,
             title,
-            facts(exact.about).replace("  ·  denoise", "\ndenoise").replace("  ·  noise", "\nnoise") if note is None else note,
+            facts(exact.about) if note is None else note,
             4,
         )

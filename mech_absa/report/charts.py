@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
+Number = int | float
+
 
 @dataclass(frozen=True)
 class Line:
@@ -21,20 +23,20 @@ class Line:
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    low: Sequence[float | None] = ()
-    high: Sequence[float | None] = ()
+    x: Sequence[Number]
+    y: Sequence[Number | None]
+    low: Sequence[Number | None] = ()
+    high: Sequence[Number | None] = ()
     look: tuple[int, int] = (0, 0)
     quiet: bool = field(default=False)
 
 
-def nice(value: float) -> str:
+def nice(value: Number) -> str:
     """A number as a tick or a label."""
     return f"{value:.4g}".replace("-", "−")
 
 
-def ticks(low: float, high: float, n: int = 5, whole: bool = False) -> list[float]:
+def ticks(low: Number, high: Number, n: int = 5, whole: bool = False) -> list[Number]:
     """About `n` round numbers inside [low, high]; `whole` ones only, where that is asked for."""
     if not high > low:
         return [low]
@@ -61,10 +63,10 @@ def line_chart(
     y0, y1 = (y0 - 0.04 * (y1 - y0) if y0 < 0 or not zero else y0), y1 + 0.04 * (y1 - y0)
     left, right, top, bottom = 56, 10, 8, 34
 
-    def px(x: float) -> float:
+    def px(x: Number) -> float:
         return left + (x - x0) / ((x1 - x0) or 1) * (width - left - right) if x1 > x0 else (left + width - right) / 2
 
-    def py(y: float) -> float:
+    def py(y: Number) -> float:
         return top + (y1 - y) / (y1 - y0) * (height - top - bottom)
 
     out = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title or y_label)} over {escape(x_label)}">']
@@ -110,7 +112,9 @@ def legend(lines: Sequence[Line]) -> Markup:
     return Markup(f'<div class="legend">{"".join(keys)}</div>')
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float | None, float | None]], label: str, marks: Sequence[float | None] = ()) -> Markup:
+def interval_chart(
+    rows: Sequence[tuple[str, Number, Number | None, Number | None]], label: str, marks: Sequence[Number | None] = ()
+) -> Markup:
     """One line a row: a dot with its interval; `marks` are reference values, drawn as a small tick.
 
     Args:
@@ -126,7 +130,7 @@ def interval_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
     name_width, width, step = 190, 620, 22
     height = step * len(rows) + 40
 
-    def px(v: float) -> float:
+    def px(v: Number) -> float:
         return name_width + (v - low) / ((high - low) or 1) * (width - name_width - 16)
 
     out = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']

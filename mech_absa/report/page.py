@@ -172,6 +172,12 @@ def _basics(run: Run) -> dict[str, Any]:
 # ---- a trace --------------------------------------------------------------------------------------------------------------------
 
 
+CONTROLS = {
+    "estimate_against_exact": "The estimate against exact effects of cells drawn at random",
+    "half_precision_control": "Half precision against float32",
+}
+
+
 def trace_view(run: Run, budget: int) -> dict[str, Any]:
     """What the template says of a trace, and under `data` what the script draws."""
     about, record = run.notes["about.json"], run.record
@@ -204,6 +210,7 @@ def trace_view(run: Run, budget: int) -> dict[str, Any]:
     return _basics(run) | {
         "facts": [(k, v) for k, v in facts if v], "template": about.get("template"), "labels": about.get("labels") or [],
         "kept": kept, "considered": considered, "dropped": dropped, "classes": account.get("classes_kept") or {}, "mixed": account.get("mixed_polarity"),
+        "controls": [(words, _flat(record[k])) for k, words in CONTROLS.items() if isinstance(record.get(k), dict)],
         "checks": checks, "compared": said, "sites": run.notes.get("sites.json"), "top": top_sites(run.tables["importance.csv"]),
         "curves": curves(run.tables["importance.csv"], str(about.get("unit", ""))), "shown": len(single["list"]), "total": single["total"],
         "heads": any(k in HEAD_KINDS for k in single["kinds"]), "level": about.get("level", 0.95), "denoise": about.get("direction") == "denoise",
@@ -413,6 +420,7 @@ def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
             return [(path, number(value["value"]) + between)]
         return [row for k, v in value.items() for row in _flat(v, f"{path} · {k}" if path else str(k))]
     if isinstance(value, list):
+        path = path.replace("_", " ")
         if all(not isinstance(v, (dict, list)) for v in value):
             return [(path, ", ".join(number(v) for v in value[:12]) + (" …" if len(value) > 12 else ""))] if value else []
         return [

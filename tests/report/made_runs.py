@@ -12,6 +12,8 @@ from mech_absa.patch.effects import Effects
 from mech_absa.records import SCHEMA, write_json
 
 SENTENCE = "The pasta was really very good but our waiter seemed rather rude and slow that night"
+NASTY = "<script>document.title='owned'</script>&amp;<!--<img"
+"""What a review must not be able to do to a page."""
 ABOUT = {
     "model": "made-up-12l", "n_layers": 12, "n_heads": 4, "dtype": "float32", "corruption": "GaussianNoise",
     "corruption_settings": {"scale": 3.0, "draws": 10, "span": "all", "seed": 0}, "direction": "denoise", "metric": "prob",

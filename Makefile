@@ -1,13 +1,12 @@
 # make demo      trace the bundled model on the built-in reviews: a table, a figure, a report
 # make test      the test suite (minutes); make test-slow for the long ones
-# make figures   every figure and table of the paper from committed results; make reproduce makes those results anew
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
 
-.PHONY: demo test test-slow check figures reproduce docs clean
+.PHONY: demo test test-slow clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -17,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(BIN)/python -m mech_absa.patch --limit 60 --out $(DEMO)
+	$(BIN)/python -m mech_absa.patch --limit 40 --out $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m ruff check mech_absa tests analyses figures benchmarks
@@ -27,15 +26,5 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-figures: $(STAMP)
-	$(BIN)/python figures/make.py
-
-reproduce: $(STAMP)
-	$(BIN)/python figures/reproduce.py
-
-docs: $(STAMP)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
-
 clean:
-	rm -rf $(VENV) runs/demo build site
+	rm -rf $(VENV) $(DEMO) build

@@ -174,9 +174,10 @@ class Model:
     def refusal(self) -> str | None:
         """Why the pieces below cannot stand for the forward pass; None where they can."""
         cfg = self.cfg
+        post_norm = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
         reasons = {
             f"{cfg.positional_embedding_type} positions": cfg.positional_embedding_type not in ("standard", "rotary", "alibi"),
-            f"{cfg.original_architecture}'s norms after each sublayer": cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"),
+            f"{cfg.original_architecture}'s norms after each sublayer": cfg.original_architecture in post_norm,
             "attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
             "log-n attention or dynamic NTK positions": bool(getattr(cfg, "use_logn_attn", False) or getattr(cfg, "use_dynamic_ntk_rope", False)),
             "clipped keys and values": getattr(cfg, "clip_qkv", None) is not None,

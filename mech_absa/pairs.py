@@ -22,7 +22,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Union, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -102,7 +102,7 @@ class Resample:
     seed: int = 0
 
 
-Corruption = Union[GaussianNoise, Counterfactual, MeanAblation, ZeroAblation, Resample]
+Corruption = GaussianNoise | Counterfactual | MeanAblation | ZeroAblation | Resample
 ABLATIONS = (MeanAblation, ZeroAblation, Resample)
 
 

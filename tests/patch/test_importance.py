@@ -107,7 +107,7 @@ def test_select_says_when_nothing_stands_out():
 
 def test_select_refuses_what_is_not_there():
     importance = effects(2).importance(draws=20)
-    with pytest.raises(ConfigError, match="attn_out.*resid_post"):
+    with pytest.raises(ConfigError, match=r"attn_out.*resid_post"):
         importance.select("attn_out")
     with pytest.raises(ConfigError, match="window of 9 layers"):
         importance.select(width=9)

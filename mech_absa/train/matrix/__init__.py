@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...edits.base import Shape
 from ...edits.edit import Edit
 from ...errors import ConfigError

@@ -105,7 +105,7 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     """
     pairs, frame = run.tables["pairs.parquet"], run.tables["effects.parquet"]
     template = str(run.notes["about.json"].get("template") or "")
-    kinds = [str(k) for k in frame["kind"].drop_duplicates()]
+    kind_of, kinds = _codes(frame["kind"])
     layers = sorted(int(x) for x in frame["layer"].unique())
     by_role = bool((frame["position"] < 0).all())
     lengths = [len(t) for t in pairs["tokens"]]
@@ -117,10 +117,10 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     order = np.argsort(ids, kind="stable")
     starts = np.searchsorted(ids[order], np.arange(len(names) + 1))
     where = {name: order[starts[i] : starts[i + 1]] for i, name in enumerate(names)}
-    kind_of = frame["kind"].map({k: i for i, k in enumerate(kinds)}).to_numpy()
     layer_of = np.searchsorted(layers, frame["layer"].to_numpy())
     position, effect, patched = frame["position"].to_numpy(), frame["effect"].to_numpy(float), frame["patched"].to_numpy(float)
-    role_of = frame["role"].map({r: i for i, r in enumerate(ROLES)}).to_numpy()
+    role, named = _codes(frame["role"])
+    role_of = np.array([ROLES.index(r) for r in named])[role]
     words: dict[str, int] = {}
     made = []
     for i in rows:
@@ -164,6 +164,12 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     return {
         "kinds": kinds, "layers": layers, "byRole": by_role, "roles": list(ROLES), "labels": labels, "words": list(words), "total": len(pairs), "list": made,
     }  # fmt: skip
+
+
+def _codes(column: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """Texts as numbers, and what the numbers stand for, in the order they first appear."""
+    codes, names = pd.factorize(column)
+    return codes, [str(n) for n in names]
 
 
 def _numbers(values: Any) -> list[float | None] | None:

@@ -82,7 +82,11 @@ def _read(name: str) -> str:
 
 def embedded(data: Any) -> Markup:
     """JSON for a script element: no character in it can end the element, open a comment, or begin an entity."""
-    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    how: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    try:
+        text = json.dumps(data, **how)
+    except ValueError:  # a number that is none; walking everything to look for one is slow
+        text = json.dumps(_finite(data), **how)
     for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         text = text.replace(character, escape)
     return Markup(text)

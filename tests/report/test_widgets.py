@@ -1,0 +1,77 @@
+"""Widgets hold everything they need, show what they were given, and leave no hook behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+from oracles.tiny_models import tiny_folder
+
+from mech_absa.errors import ConfigError, SiteError
+from mech_absa.examples import Example, Polarity
+from mech_absa.hooks import live_hooks
+from mech_absa.models import load_model
+from mech_absa.report.widgets import attention, coloured_tokens
+from mech_absa.scoring import question
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """CircuitsVis asks the internet whether it is there; here nobody may ask."""
+
+    def refuse(*_):
+        raise AssertionError("a widget asked for the network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def given(widget) -> dict:
+    """What the script is called with."""
+    call = widget._repr_html_().rpartition("CircuitsVis.render(")[2]
+    return json.loads(re.search(r"\{.*\}", call, re.S)[0])
+
+
+def test_tokens_and_values_arrive():
+    drawn = given(coloured_tokens(["The", " food"], [0.5, -2]))
+    assert drawn["tokens"] == ["The", " food"] and drawn["values"] == [0.5, -2.0]
+    assert (drawn["minValue"], drawn["maxValue"]) == (-2.0, 2.0), "a scale symmetric about 0"
+    assert given(coloured_tokens(["a"], np.array([np.nan])))["values"] == [0.0]
+
+
+def test_a_token_cannot_end_the_script():
+    nasty = ["</script><script>alert(1)</script>", "<!--", 'circuits-vis-"']
+    html = coloured_tokens(nasty, [1, 2, 3])._repr_html_()
+    assert given(coloured_tokens(nasty, [1, 2, 3]))["tokens"] == nasty
+    assert html.count("</script>") == 1 and "<!--" not in html.rpartition("CircuitsVis.render(")[2]
+
+
+def test_a_widget_is_the_same_every_time_and_needs_nothing():
+    first, second = (coloured_tokens(["a", "b"], [1, 2])._repr_html_() for _ in range(2))
+    assert first == second
+    assert coloured_tokens(["a", "b"], [1, 3])._repr_html_() != first
+    name = re.search(r'<div id="([^"]+)"', first)[1]
+    assert first.count(f'"{name}"') == 2, "the place, and the call that fills it"
+    assert "import {" not in first and " src=" not in first.partition("<script")[0] and "unpkg.com" not in first
+
+
+def test_tokens_without_values_are_refused():
+    with pytest.raises(ConfigError, match="2 tokens"):
+        coloured_tokens(["a", "b"], [1.0])
+
+
+def test_attention_is_the_pattern_of_the_model():
+    model = load_model(str(tiny_folder("gpt2")))
+    example = Example("the food was great", "food", Polarity.POSITIVE, (4, 8))
+    drawn = given(attention(model, example, layer=1))
+    ids = question(model, example).ids
+    _, cache = model.hooked.run_with_cache(ids)
+    np.testing.assert_allclose(drawn["attention"], cache["pattern", 1][0].numpy(), atol=1e-4)
+    assert "".join(drawn["tokens"]).startswith("Given the sentence") and len(drawn["tokens"]) == ids.shape[1]
+    assert drawn["attentionHeadNames"][0] == "L1H0"
+    assert not live_hooks(model.hooked)
+    with pytest.raises(SiteError, match="layer 99"):
+        attention(model, example, layer=99)

@@ -1,7 +1,7 @@
-"""The bundled model against Hugging Face: what its tokenizer promises, and what it knows.
+"""The bundled model against Hugging Face: what its tokenizer promises, what it knows, and what its adaptation adds.
 
 Accuracies are measured here with `transformers` alone, one prompt at a time and without any of the package's scoring, so that they are
-another implementation's word on the numbers of the model card.
+another implementation's word on the numbers of the model card. The adaptation too: its matrices are added to the checkpoint's own by hand.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mech_absa import generate as g
+from mech_absa.edits.store import load_edit
 from mech_absa.examples import Example, Polarity
+from mech_absa.models import load_model, weights_hash
 
 ASSETS = Path(g.__file__).parent / "assets"
 FOLDER = ASSETS / "model"
+ADAPTER = ASSETS / "adapter"
 LABELS = tuple(p.value for p in Polarity)
 PROMPT = "Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?"
 
@@ -127,3 +131,53 @@ def test_the_base_model_does_not_yet_answer_the_question(model, tok):
     rows = [r for d in g.DOMAINS for r in shipped(f"{d}/test", 50)]
     right = sum(best(model, tok, PROMPT.format(S=r["text"], A=r["aspect"]), labels) == f" {r['polarity']}" for r in rows)
     assert 0.35 <= right / len(rows) <= 0.85
+
+
+HUGGING_FACE = {
+    "W_Q": "self_attn.q_proj",
+    "W_K": "self_attn.k_proj",
+    "W_V": "self_attn.v_proj",
+    "W_in": "mlp.up_proj",
+    "W_out": "mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """The checkpoint as `transformers` reads it, with W + (alpha / r) A B in place of every adapted matrix."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
+    tensors = load_file(ADAPTER / "edit.safetensors")
+    parts = json.loads((ADAPTER / "edit.json").read_text(encoding="utf-8"))["parts"]
+    assert len(tensors) == 2 * len(parts)
+    for i, part in enumerate(parts):
+        layer, matrix = part["place"].split(".")
+        linear = model.get_submodule(f"model.layers.{layer.removeprefix('L')}.{HUGGING_FACE[matrix]}")
+        scale = part["options"]["alpha"] / part["options"]["rank"]
+        linear.weight.data += scale * (tensors[f"{i:03}.A"] @ tensors[f"{i:03}.B"]).T
+    return model
+
+
+def asked(r: dict) -> str:
+    return PROMPT.format(S=r["text"], A=r["aspect"])
+
+
+def test_the_adapted_model_answers_the_question_in_its_domains_and_out_of_them(adapted, tok):
+    """Goals of 92 % and 85 %; what was measured on all is 98 %, so 200 and 60 examples do not fall below them by chance."""
+    labels = tuple(f" {w}" for w in LABELS)
+    for domains, n, goal in ((("restaurant", "laptop"), 100, 0.92), (("device", "service"), 30, 0.85)):
+        rows = [r for d in domains for r in shipped(f"{d}/test", n)]
+        right = sum(best(adapted, tok, asked(r), labels) == f" {r['polarity']}" for r in rows)
+        assert right / len(rows) >= goal, domains
+
+
+@torch.inference_mode()
+def test_merging_the_adaptation_gives_the_model_made_by_hand_and_leaves_the_base_alone(adapted, tok):
+    base = load_model()
+    before = weights_hash(base.hooked)
+    edit = load_edit("bundled", base)
+    merged = edit.merged(base)
+    assert weights_hash(merged.hooked) != before
+    for r in shipped("laptop/test", 3):
+        ids = torch.tensor([tok(asked(r))["input_ids"]])
+        torch.testing.assert_close(merged.hooked(ids), adapted(ids).logits, atol=1e-3, rtol=1e-4)
+    assert weights_hash(base.hooked) == before

@@ -52,6 +52,13 @@ def test_no_product_of_the_peer_escapes_the_counter(name):
     assert run.spent == run.of * by_hand
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_products_by_onednn_are_counted():
+    with torch.inference_mode(), bench.flop_clock() as (clock, _):
+        torch.ops.mkldnn._linear_pointwise(torch.ones(7, 5), torch.ones(3, 5), None, "none", [], "")
+    assert clock() == 2 * 7 * 5 * 3
+
+
 def test_the_loop_is_extrapolated_exactly():
     """In FLOPs, what the rest of the cells would cost is known from a part of them; the whole must confirm it."""
     shape = bench.SHAPES["tiny-rome"]

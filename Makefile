@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m ruff check mech_absa tests analyses figures benchmarks
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -m "not slow and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

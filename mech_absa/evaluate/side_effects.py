@@ -186,11 +186,12 @@ class SideEffects:
             pair("prompt consistency", self.consistency_base, self.consistency_edited),
             only("unrelated text: KL", f"{text.kl:.4f} nats", f"top-1 the same at {100 * text.top1:.1f} % of {text.n} tokens"),
             only("other questions: KL", f"{near.kl:.4f} nats", f"top-1 the same at {100 * near.top1:.1f} % of {near.n} answers"),
-            only(
-                "other aspects: KL", f"{o.kl:.4f} nats", f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
-            ),
-            pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited),
         ]
+        if o.n:
+            note = f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
+            rows.append(only("other aspects: KL", f"{o.kl:.4f} nats", note))
+        if not np.isnan(o.one_label_base):
+            rows.append(pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited))
         rows += [pair(f"portability: {p.data}", p.accuracy_second, p.accuracy_first, _points(p)) for p in self.portability]
         rows.append(only("base weights", "unchanged" if self.weights_unchanged else "CHANGED"))
         return pd.DataFrame(rows)

@@ -25,6 +25,7 @@ The result is one JSON file (an entry a shape, those not run this time kept) and
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import io
@@ -36,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,16 @@ class Question:
     pairs: list[Pair]
     labels: tuple[int, int]
 
+    @cached_property
+    def plain(self) -> Any:
+        """The model as TransformerLens itself lays it out in memory; `load_model` may store the same weights in another order."""
+        if all(p.is_contiguous() for p in self.model.hooked.parameters()):
+            return self.model.hooked
+        other = copy.deepcopy(self.model.hooked)
+        for p in other.parameters():
+            p.data = p.data.contiguous()
+        return other
+
     @property
     def spans(self) -> list[list[Span]]:
         return [SPANS[self.shape.by](p) for p in self.pairs]
@@ -257,12 +269,13 @@ class PeerRun:
 
 
 def transformer_lens_side(q: Question, fraction: float, clock: Clock = time.perf_counter) -> PeerRun:
-    """`transformer_lens.patching` under `torch.inference_mode`, one prompt at a time, its cache of the clean run given.
+    """`transformer_lens.patching` under `torch.inference_mode`, one prompt at a time, its cache of the clean run given, on its own layout of
+    the weights.
 
     The whole of it is `get_act_patch_block_every`. A fraction, and roles, go through the function it wraps, `generic_activation_patch`, with
     a list of cells. Making the cache, and the metric of the unpatched corrupted run, are not charged to it.
     """
-    hooked, L = q.model.hooked, q.model.n_layers
+    hooked, L = q.plain, q.model.n_layers
     effects: dict[tuple[int, int, int], float] = {}
     spent, done = 0.0, 0
     a, b = q.labels

@@ -156,7 +156,7 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
                 "id": str(pair["example_id"]), "s": str(pair["sentence"]), "a": str(pair["aspect"]), "g": str(pair["polarity"]),
                 "t": [words.setdefault(t, len(words)) for t in spaced([str(t) for t in pair["tokens"]], asked)], "r": roles,
                 "pc": _numbers(pair.get("p_clean")), "px": _numbers(pair.get("p_corrupted")),
-                "x": None if pair.get("corrupted_tokens") is None else [words.setdefault(str(t), len(words)) for t in pair["corrupted_tokens"]],
+                "x": None if np.ndim(pair.get("corrupted_tokens")) == 0 else [words.setdefault(str(t), len(words)) for t in pair["corrupted_tokens"]],
                 "c": digits(pair.get("clean")), "d": digits(pair.get("corrupted")), "b": best, "m": maps,
             }
         )  # fmt: skip

@@ -65,7 +65,7 @@ def _offline(rendered: Any) -> Widget:
     return Widget(f'<div style="background:#fff;color:#1a1a1a;padding:.5rem;overflow-x:auto">{script}{call}{data}{end}{rest}</div>')
 
 
-def coloured_tokens(tokens: Sequence[str], values: Sequence[float] | np.ndarray) -> Widget:
+def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.ndarray) -> Widget:
     """Tokens coloured by a number each: red above 0, blue below, hover for the number.
 
     Args:

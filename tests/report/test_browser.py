@@ -44,7 +44,7 @@ def open_page(page: Path, folder: Path, query: str = "", size: str = "1200,16000
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     said = log.read_text(encoding="utf-8")
     # Only what a page asks for has an initiator of its own; the browser's housekeeping has none.
-    asked = [found[1] for found in re.finditer(r'\{(?=[^{}]*"initiator":"(?:file://|null)")[^{}]*"url":"([^"]+)"', said)]
+    asked = re.findall(r'"initiator":"(?:file://|null)".*?"url":"([^"]+)"', said)
     return Opened(done.stdout, console, [u for u in asked if not u.startswith(("data:", "file:"))])
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
     from .readers import load_examples, write_jsonl
     from .report import write_report
-    from .report.widgets import attention
+    from .widgets import attention
     from .sites import ROLES, Site
     from .train import Preset, fit, presets
 
@@ -45,7 +45,7 @@ _HOMES = {
     "prompts": ("Prompt", "PromptTemplate", "Tokens", "Verbalizer"),
     "readers": ("load_examples", "write_jsonl"),
     "report": ("write_report",),
-    "report.widgets": ("attention",),
+    "widgets": ("attention",),
     "sites": ("ROLES", "Site"),
     "train": ("Preset", "fit", "presets"),
 }

@@ -115,7 +115,7 @@ class Effects:
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
         """The prompt of one example, its tokens coloured by the largest effect over layers (CircuitsVis; works offline in a notebook)."""
-        from ..report.widgets import coloured_tokens
+        from ..widgets import coloured_tokens
 
         rows = self.example(example_id)
         kind = kind or str(rows["kind"].iloc[0])

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ConfigError, SiteError
+from .errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
-    from ..examples import Example
-    from ..models import Model
-    from ..prompts import PromptTemplate
+    from .examples import Example
+    from .models import Model
+    from .prompts import PromptTemplate
 
 NEGATIVE, POSITIVE = "#2f79b5", "#c94741"
 
@@ -100,8 +100,8 @@ def attention(model: Model, example: Example, layer: int | None = None, template
     import torch
     from circuitsvis.attention import attention_heads
 
-    from ..hooks import hooked_at
-    from ..scoring import question
+    from .hooks import hooked_at
+    from .scoring import question
 
     layer = model.n_layers // 2 if layer is None else layer
     if not 0 <= layer < model.n_layers:

@@ -1,0 +1,242 @@
+"""The two commands: what they leave, what they refuse, and that a killed matrix is not trained twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pandas as pd
+import pytest
+import torch
+from oracles.tiny_models import tiny_folder
+from test_fit import WORDING
+
+from mech_absa.edits import load_edit
+from mech_absa.errors import ConfigError
+from mech_absa.models import load_model
+from mech_absa.sites import Site
+from mech_absa.train import matrix
+from mech_absa.train.__main__ import cli
+from mech_absa.train.matrix import Method, domain_name, summary
+from mech_absa.train.matrix.__main__ import cli as matrix_cli
+
+TEMPLATE = "{sentence} aspect {aspect} :"
+fitting = importlib.import_module("mech_absa.train.fit")  # the package's own name for it is the function
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps({"sentence": s, "aspect": a, "label": p}) + "\n" for s, a, p in rows))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return {"train": write(tmp_path / "toys_train.jsonl", WORDING[:6]), "test": write(tmp_path / "toys_test.jsonl", WORDING[4:])}
+
+
+def run(data, *flags, out) -> int:
+    given = {
+        "--data": data["train"],
+        "--model": str(tiny_folder("llama")),
+        "--template": TEMPLATE,
+        "--layers": "1",
+        "--epochs": "1",
+        "--out": str(out),
+    }
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    return cli([word for flag, value in given.items() if value for word in (flag, value)] + ["--quiet"])
+
+
+def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 0
+    assert {p.name for p in out.iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "run.json"}
+    model = load_model(tiny_folder("llama"))
+    edit = load_edit(out, model)
+    record, history = json.loads((out / "run.json").read_text()), pd.read_csv(out / "history.csv")
+    assert edit.layers == (1,) and record["edit"]["parameters"] == edit.n_parameters == 4 * 64 + 4 * 64 + 4
+    assert record["model"]["sha256"] == model.sha256 and record["config"]["layers"] == "1" and record["data"][0]["classes"]["negative"] == 3
+    assert len(history) == record["edit"]["steps"] and history["loss"].notna().all()
+    assert any("2 of 4 rows" in w and "toys_test" in w and "2 with the same label" in w for w in record["warnings"])
+    assert run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--rank", "0"), "rank 0 was asked for"),
+        (("--rank", "33"), "accepted: 1 to 32"),
+        (("--layers", "3"), "the model has 3 layers"),
+        (("--layers", "1-x"), "names no layers"),
+        (("--layers", ""), "give --sites FILE, or --layers"),
+        (("--positions", "verb"), "unknown role 'verb'"),
+        (("--positions", "opinion"), "none of the"),
+        (("--preset", "magic"), "unknown preset 'magic'"),
+        (("--preset", "table2:magic"), "table2:lora"),
+        (("--validation", "1"), "--validation is 1.0"),
+        (("--data", "nowhere.jsonl"), "no such file"),
+        (("--epochs", "-1"), "epochs is -1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(data, tmp_path, capsys, flags, words):
+    out = tmp_path / "run"
+    assert run(data, *flags, out=out) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said and "Traceback" not in said
+    assert not out.exists()
+
+
+def test_sites_of_another_model_are_refused(data, tmp_path, capsys):
+    sites = tmp_path / "sites.json"
+    sites.write_text(json.dumps({"sites": ["L1.resid_post@query.last"], "model": {"sha256": "0" * 64}}))
+    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 2
+    assert "found in a model with weights 000000000000" in capsys.readouterr().err
+    sites.write_text(json.dumps({"sites": ["L7.resid_post@query.last"]}))
+    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 2
+    assert "3 layers" in capsys.readouterr().err
+    sites.write_text(json.dumps({"sites": ["L2.resid_post@query.last"]}))
+    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 0
+    assert load_edit(tmp_path / "run").layers == (2,)
+
+
+def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
+    assert (
+        run(
+            data,
+            "--preset",
+            "red",
+            "--layers",
+            "all",
+            "--positions",
+            "all",
+            "--lr-representation",
+            "1e37",
+            "--clip",
+            "0",
+            "--epochs",
+            "4",
+            out=tmp_path / "run",
+        )
+        == 2
+    )
+    assert "the loss was" in (said := capsys.readouterr().err) and str(tmp_path / "run") in said
+    assert all(bool(torch.isfinite(p).all()) for p in load_edit(tmp_path / "run").parameters())
+
+
+def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):
+    flags = ("--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1")
+    assert run(data, *flags, out=tmp_path / "whole") == 0
+    save, calls = fitting._save, []
+
+    def dying(*args):
+        save(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "_save", dying)
+    assert run(data, *flags, out=tmp_path / "cut") == 130
+    assert not (tmp_path / "cut" / "edit.json").exists()
+    monkeypatch.setattr(fitting, "_save", save)
+    words = [w for f, v in zip(flags[::2], flags[1::2], strict=True) for w in (f, v)]
+    again = [
+        "--data",
+        data["train"],
+        "--model",
+        str(tiny_folder("llama")),
+        "--template",
+        TEMPLATE,
+        "--layers",
+        "1",
+        *words,
+        "--out",
+        str(tmp_path / "cut"),
+    ]
+    assert cli([*again, "--quiet", "--resume"]) == 0
+    assert (tmp_path / "cut" / "edit.safetensors").read_bytes() == (tmp_path / "whole" / "edit.safetensors").read_bytes()
+    assert not (tmp_path / "cut" / ".run").exists()
+
+
+# ---- the matrix ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypatch):
+    files = {
+        f"{d}_{s}": write(tmp_path / f"{d}_{s}.jsonl", rows)
+        for d, s, rows in [("a", "train", WORDING[:5]), ("a", "test", WORDING[5:]), ("b", "train", WORDING[3:]), ("b", "test", WORDING[:4])]
+    }
+    trained, real = [], matrix.fit
+
+    def counted(model, examples, preset, **options):
+        trained.append((preset.name, options["seed"]))
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return real(model, examples, preset, **options)
+
+    monkeypatch.setattr(matrix, "fit", counted)
+    command = [
+        "--train", files["a_train"], files["b_train"], "--test", files["a_test"], files["b_test"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE,
+        "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1", "--validation", "0", "--out", str(tmp_path / "run"), "--quiet",
+    ]  # fmt: skip
+    assert matrix_cli(command) == 130
+    assert len(trained) == 4
+    assert matrix_cli([*command, "--resume"]) == 0
+    assert len(trained) == 4 + 8 - 3  # eight trainings in all, three of which were finished
+    table = pd.read_csv(tmp_path / "run" / "matrix.csv", keep_default_na=False)
+    assert len(table) == 2 + 2 * 2 * 2 * 2  # zero-shot on two tests; method x seed x training domain x test
+    of = table[table["method"] == "both@2"]
+    assert set(zip(of["train"], of["test"], of["seed"], strict=True)) == {(x, y, s) for x in "ab" for y in "ab" for s in (0, 1)}
+    assert (
+        (of["in_domain"] == (of["train"] == of["test"])).all()
+        and (of["trainable"] == 516).all()
+        and (of["layers"].astype(str) == "2").all()
+    )
+    leaked = {(r["train"], r["test"]): r["leaked"] for _, r in of.iterrows()}
+    assert leaked == {("a", "a"): 0, ("a", "b"): 4, ("b", "a"): 3, ("b", "b"): 1}
+    short = pd.read_csv(tmp_path / "run" / "summary.csv").set_index("method")
+    hand = of[of["in_domain"]].groupby("seed")["accuracy"].mean()
+    assert short.loc["both@2", "accuracy_in"] == pytest.approx(hand.mean()) and short.loc["both@2", "accuracy_in_sd"] == pytest.approx(
+        hand.std()
+    )
+    assert short.loc["zero_shot", "trainable"] == 0
+
+
+def test_the_summary_by_hand():
+    row = lambda train, test, seed, acc: {  # noqa: E731
+        "method": "m", "train": train, "test": test, "in_domain": train == test, "seed": seed, "accuracy": acc, "macro_f1": acc / 2,
+        "trainable": 7, "share": 0.1, "seconds": 2.0, "peak_memory_bytes": 2**20,
+    }  # fmt: skip
+    (got,) = summary(
+        [row(t, u, s, a) for t, u, s, a in [("x", "x", 0, 0.8), ("x", "y", 0, 0.4), ("y", "y", 0, 0.6), ("y", "x", 0, 0.2), ("x", "x", 1, 1.0), ("x", "y", 1, 0.5), ("y", "y", 1, 0.8), ("y", "x", 1, 0.3)]]
+    ).to_dict("records")  # fmt: skip
+    assert got["accuracy_in"] == pytest.approx(0.8) and got["accuracy_in_sd"] == pytest.approx(2**0.5 / 10)
+    assert got["accuracy_out"] == pytest.approx(0.35) and got["macro_f1_out"] == pytest.approx(0.175) and got["seeds"] == 2
+
+
+def test_places_of_a_method():
+    given = [Site(2, "resid_post", None, "aspect.last"), Site(3, "resid_post", None, "aspect.last")]
+    layers = lambda where, sites=given, seed=0: [s.layer for s in Method("both", where).sites(sites, ["query.last"], 8, seed)]  # noqa: E731
+    assert layers("sites") == [2, 3] and layers("first") == [0, 1] and layers("last") == [6, 7] and layers("middle") == [3, 4]
+    assert layers("all") == list(range(8)) and layers("4-5") == [4, 5] and layers("last", []) == [5, 6, 7]
+    assert (
+        len(layers("random")) == 2
+        and layers("random") == layers("random")
+        and len({tuple(layers("random", given, s)) for s in range(20)}) > 5
+    )
+    assert {s.at for s in Method("both", "last").sites(given, ["query.last"], 8, 0)} == {"aspect.last"}
+    with pytest.raises(ConfigError, match="none were given"):
+        layers("sites", [])
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("builtin:restaurant/train", "restaurant"),
+        ("data/device_train.json", "device"),
+        ("x/rest-test.jsonl", "rest"),
+        ("mams/train.xml", "mams"),
+    ],
+)
+def test_domains_are_named_after_their_files(source, name):
+    assert domain_name(source) == name

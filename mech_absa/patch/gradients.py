@@ -357,7 +357,7 @@ class _Attention:
         v = repeat(acts[layer, "v"].detach(), "row k kv d -> row k (kv group) d", group=model.n_heads // model.n_kv_heads)
         self.gradient = einsum(grads[layer, "head"].to(self.wide), v.to(self.wide), "row q head d, row k head d -> row head q k")
 
-    def _scores(self, q: HeadOut, k: HeadOut) -> Float[Tensor, "row head q k"]:
+    def _scores(self, q: HeadOut, k: Float[Tensor, "batch pos kv d_head"]) -> Float[Tensor, "row head q k"]:
         return self.model.scores(self.layer, q, k, torch.arange(self.length, device=q.device)).to(self.wide)
 
     def turned(self, kind: str, x: HeadOut) -> HeadOut:
@@ -375,7 +375,7 @@ class _Attention:
         moved = _dot(self.gradient, self._scores(q, self.k).softmax(-1) - self.pattern)
         return einsum(self.member, moved, "row span pos, row head pos -> row span head")
 
-    def by_key(self, k: HeadOut) -> Float[Tensor, "row span head"]:
+    def by_key(self, k: Float[Tensor, "batch pos kv d_head"]) -> Float[Tensor, "row span head"]:
         """Keys of the span replaced: one softmax a span, since a key moves every row that sees it."""
         new = self._scores(self.q, k)
         effects = []

@@ -178,16 +178,16 @@ def test_atp_is_the_derivative_of_the_exact_effect(arch):
     job = replace(
         job, components=[c for c in job.components if c.layer in (0, model.n_layers - 2, model.n_layers - 1) and c.head in (None, 1)]
     )
-    truths = {size: exact(model, nudged(job, size)) for size in (0.01, 0.005)}
+    truths = {size: exact(model, nudged(job, size)) for size in (1e-4, 5e-5)}
     errors = {}
     for method in ("atp", "atpstar"):
         for size, truth in truths.items():
             guess = estimated(model, nudged(job, size), method)
             for kind in kinds:
                 errors[method, size, kind] = distance(of_kind(job, guess, kind), of_kind(job, truth, kind))
-    assert max(errors.values()) < 0.05, errors
+    assert max(errors.values()) < 0.01, errors
     for method in ("atp", "atpstar"):
-        ratio = sum(errors[method, 0.01, k] for k in kinds) / sum(errors[method, 0.005, k] for k in kinds)
+        ratio = sum(errors[method, 1e-4, k] for k in kinds) / sum(errors[method, 5e-5, k] for k in kinds)
         assert 1.7 < ratio < 2.3, (method, ratio)  # relative to the effect, which itself is halved
 
 
@@ -306,20 +306,16 @@ def test_atpstar_is_exact_for_queries_and_keys_where_only_the_softmax_bends(arch
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "pythia"])
-def test_atpstar_ranks_saturated_attention_better_than_atp(arch):
+def test_atpstar_ranks_saturated_queries_and_keys_better_than_atp(arch):
+    """Queries and keys are what the correction is exact about. States of the stream pass through further attentions, which stay linear, so
+    there a better ranking is no theorem (on a random GPT-2 with sharp attention AtP ranked them better)."""
     model = load_model(tiny_folder(arch), dtype="float64", device="cpu", check=False)
     for block in model.hooked.blocks:
         block.attn.W_Q.mul_(4.0)
-    job = make_job(model, *random_ids(model, n=2), ("q", "k", "resid_pre", "attn_out"))
+    job = make_job(model, *random_ids(model, n=2), ("q", "k"))
     truth = exact(model, job)
-    measured = {
-        (method, kinds): agreement(of_kind(job, truth, *kinds), of_kind(job, estimated(model, job, method), *kinds), k=10)
-        for method in ("atp", "atpstar")
-        for kinds in (("q", "k"), ("resid_pre", "attn_out"))
-    }
-    for kinds in (("q", "k"), ("resid_pre", "attn_out")):
-        star, plain = measured["atpstar", kinds], measured["atp", kinds]
-        assert star["spearman"] > plain["spearman"], (kinds, star, plain)
+    star, plain = (agreement(truth.flatten(), estimated(model, job, method).flatten(), k=10) for method in ("atpstar", "atp"))
+    assert star["spearman"] > plain["spearman"], (star, plain)
 
 
 def test_what_enters_after_the_last_block_has_nothing_to_correct():
@@ -343,11 +339,11 @@ def test_every_metric_is_differentiated_in_both_directions(metric, direction):
     if metric == "kl" and direction == "noise":
         assert estimated(model, job).abs().max() < 1e-12 and exact(model, job).abs().max() > 0.01
         return
-    near = replace(job, runs=replace(job.runs, corrupted=job.runs.clean + 0.02 * (job.runs.corrupted - job.runs.clean)))
+    near = replace(job, runs=replace(job.runs, corrupted=job.runs.clean + 0.002 * (job.runs.corrupted - job.runs.clean)))
     if metric == "kl":  # second order in what is left of the difference, so the slope at its end is twice the mean slope
         assert float(estimated(model, near).sum() / exact(model, near).sum()) > 1
         return
-    assert distance(estimated(model, near), exact(model, near)) < 0.02
+    assert distance(estimated(model, near), exact(model, near)) < 0.01
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -160,7 +160,7 @@ def test_pairs_do_not_feel_their_companions(arch, engine):
 
 def test_no_noise_has_no_effect():
     model = tiny("gpt2")
-    pairs = pairs_of(model, GaussianNoise(scale=0, draws=3))
+    pairs = pairs_of(model, GaussianNoise(scale=0.0, draws=3))
     assert pairs.sigma == 0 and pairs.draw_sd == pytest.approx(0, abs=1e-15)
     for direction in ("denoise", "noise"):
         for engine in ENGINES:

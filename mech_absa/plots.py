@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ STYLE: dict[str, Any] = {
     "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "lines.linewidth": 1.3, "lines.markersize": 3.5, "legend.frameon": False, "hatch.linewidth": 0.5,
     "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "mech_absa", "path.simplify": True, "text.usetex": False,
-    "text.parse_math": False, "axes.prop_cycle": mpl.cycler(color=CYCLE), "axes.unicode_minus": True, "figure.dpi": 120,
+    "text.parse_math": False, "axes.prop_cycle": cycler(color=CYCLE), "axes.unicode_minus": True, "figure.dpi": 120,
     "axes.formatter.use_mathtext": False,
 }  # fmt: skip
 
@@ -88,7 +89,7 @@ SPAN_WORDS = {
     "query": "the aspect in the question",
 }
 
-ROLE_STYLES = {
+ROLE_STYLES: dict[str, tuple[str, Any]] = {
     "template": (SOFT, ":"), "before": (OKABE_ITO["purple"], "-"), "aspect.first": (OKABE_ITO["orange"], ":"),
     "aspect.middle": (OKABE_ITO["orange"], "--"), "aspect.last": (OKABE_ITO["orange"], "-"), "opinion": (OKABE_ITO["vermilion"], "-"),
     "after": (OKABE_ITO["green"], "-"), "query.first": (OKABE_ITO["blue"], ":"), "query.middle": (OKABE_ITO["blue"], "--"),
@@ -109,7 +110,8 @@ class Picture(Figure):
 
 def style(**changes: Any) -> AbstractContextManager[None]:
     """The look of this module's figures, for the length of a `with` block."""
-    return mpl.rc_context({**STYLE, **changes})
+    look: Any = STYLE | changes
+    return mpl.rc_context(look)
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 200) -> list[Path]:
@@ -203,7 +205,8 @@ def short(text: str, length: int) -> str:
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Picture, Any]:
     figure = Picture(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0.03, hspace=0.03)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.04, h_pad=0.04, wspace=0.03, hspace=0.03)
     return figure, figure.subplots(**grid)
 
 
@@ -422,7 +425,7 @@ def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, high
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.margins(x=0.02)
         axes[0, 0].set_ylabel(effect_label(importance.about))
-        keys = [
+        keys: list[Any] = [
             Line2D([], [], color=ROLE_STYLES.get(r, (INK, "-"))[0], linestyle=ROLE_STYLES.get(r, (INK, "-"))[1], label=r) for r in bright
         ]
         if len(bright) < len(roles):
@@ -579,9 +582,7 @@ def example_map(effects: Effects, example_id: str | None = None, kind: str | Non
         )
         ask = f"{short(str(meta['aspect']), 30)}: {meta['polarity']}"
         gone = "" if pd.isna(meta["corrupted"]) else f", corrupted {meta['corrupted']:.3g}"
-        below = (
-            f"{example_id}, {kind} ({KIND_WORDS.get(kind, '')})\n{effects.about.get('metric', 'metric')}: clean {meta['clean']:.3g}{gone}\n"
-        )
+        below = f"{example_id}, {kind} ({KIND_WORDS.get(str(kind), '')})\n{effects.about.get('metric', 'metric')}: clean {meta['clean']:.3g}{gone}\n"
         _headline(
             figure,
             f"One prompt, word by word ({ask})",

@@ -77,7 +77,7 @@ def average(run: Run) -> dict[str, Any]:
         places = [r for r in ROLES if r in present] if by == "role" else sorted(present)
         index = {p: i for i, p in enumerate(places)}
         heads = kind in HEAD_KINDS
-        cells = [
+        cells: list[list[Any]] = [
             [
                 int(r.layer), int(r.head), index[getattr(r, by)], digits(r.aie), digits(r.ci_low), digits(r.ci_high), digits(r.p_adjusted, 2), int(r.n),
                 int(f"L{r.layer}.{kind}{r.head if heads else ''}@{getattr(r, by)}" in chosen),

@@ -269,7 +269,7 @@ def curves(table: pd.DataFrame, unit: str, highlight: int = 6) -> list[dict[str,
             colour, dash = ROLE_STYLES[role]
             look = (COLOURS.index(colour) if colour in COLOURS else 7, {"-": 0, "--": 1, ":": 2}[dash])
             ends = [[maps.digits(v) for v in one[c]] for c in ("aie", "ci_low", "ci_high")]
-            drawn.append(Line(role, one["layer"].tolist(), *ends, look=look, quiet=role not in bright))
+            drawn.append(Line(role, one["layer"].tolist(), ends[0], ends[1], ends[2], look=look, quiet=role not in bright))
         found.append({"kind": kind, "chart": line_chart(drawn, "layer", "AIE", title=f"AIE of {kind}, {unit}"), "legend": legend(drawn)})
     return found
 
@@ -361,17 +361,10 @@ def evaluate_view(run: Run, budget: int) -> dict[str, Any]:
     ]  # fmt: skip
     table = score_rows(scores)
     everything = [r for r in table if r["subset"] == "all"] or table
-    rows = [
-        (
-            f"{r['system']} · {r['data']}",
-            *(100 * (r[c] if r[c] is not None else math.nan) for c in ("accuracy", "accuracy_low", "accuracy_high")),
-        )
-        for r in everything
-    ]
     answers, total = predictions(run)
     return _basics(run) | {
         "facts": [(k, v) for k, v in facts if v], "scores": table,
-        "chart": interval_chart(rows, "accuracy (%)", [100 * r["majority"] if r["majority"] is not None else None for r in everything]),
+        "chart": accuracy_chart(everything, ("system", "data")),
         "confusions": confusions(record), "comparisons": rows_of(run.tables["comparisons.csv"]) if "comparisons.csv" in run.tables else [],
         "aggregate": rows_of(run.tables["aggregate.csv"]) if "aggregate.csv" in run.tables else [],
         "effects": side_effects(run.notes.get("side_effects.json") or {}), "train": _sources(record, "train"),
@@ -393,6 +386,19 @@ def score_rows(scores: pd.DataFrame) -> list[dict[str, Any]]:
         | {"classes": [(c, r.get(f"f1_{c}"), r.get(f"support_{c}")) for c in classes if r.get(f"support_{c}")]}
         for r in rows
     ]
+
+
+def accuracy_chart(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
+    """Accuracies with their intervals, and what the most frequent class would score."""
+
+    def hundred(row: dict[str, Any], column: str) -> float | None:
+        return None if row[column] is None else 100.0 * row[column]
+
+    drawn = [
+        (" · ".join(str(r[n]) for n in names), hundred(r, "accuracy") or 0.0, hundred(r, "accuracy_low"), hundred(r, "accuracy_high"))
+        for r in rows
+    ]
+    return interval_chart(drawn, "accuracy (%)", [hundred(r, "majority") for r in rows])
 
 
 def confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -466,17 +472,10 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     histories = [(r.name, r.tables["history.csv"]) for r in trainings if "history.csv" in r.tables]
     scores = [{**row, "run": r.name} for r in evaluations for row in score_rows(r.tables["scores.csv"])]
     everything = [r for r in scores if r["subset"] == "all"] or scores
-    rows = [
-        (
-            f"{r['run']} · {r['system']} · {r['data']}",
-            *(100 * (r[c] if r[c] is not None else math.nan) for c in ("accuracy", "accuracy_low", "accuracy_high")),
-        )
-        for r in everything
-    ]
     return {
         "runs": [{"name": r.name, "word": WORDS[r.kind]} for r in runs], "traces": _trace_table(traces), "agreement": _agreement(traces),
         "trainings": [_training_row(r) for r in trainings], "charts": history_charts(histories) if len(histories) > 1 else [],
-        "scores": scores, "chart": interval_chart(rows, "accuracy (%)", [100 * r["majority"] if r["majority"] is not None else None for r in everything]),
+        "scores": scores, "chart": accuracy_chart(everything, ("run", "system", "data")),
     }  # fmt: skip
 
 
@@ -528,8 +527,8 @@ def _training_row(run: Run) -> dict[str, Any]:
     edit, history = run.notes["edit.json"], run.tables.get("history.csv")
 
     def last(column: str) -> float | None:
-        known = history[column].dropna() if history is not None and column in history else []
-        return maps.digits(known.iloc[-1]) if len(known) else None
+        known = history[column].dropna().tolist() if history is not None and column in history else []
+        return maps.digits(known[-1]) if known else None
 
     return {
         "name": run.name, "preset": (run.record.get("preset") or {}).get("name"), "sites": ", ".join(map(str, edit.get("sites") or [])),

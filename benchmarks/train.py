@@ -21,6 +21,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mech_absa.edits import Edit
-from mech_absa.examples import Example
 from mech_absa.models import Model, hooked_from_hf, load_model
 from mech_absa.readers import load_examples
 from mech_absa.records import versions, write_json, write_text
@@ -53,7 +53,7 @@ BATCH = 8
 def bundled() -> tuple[Any, Model]:
     """The model that ships with the package: 8 x 160, vocabulary 4,096."""
     model = load_model("bundled")
-    return transformers.AutoModelForCausalLM.from_pretrained(model.source).eval(), model
+    return transformers.AutoModelForCausalLM.from_pretrained(model.source, dtype=torch.float32).eval(), model
 
 
 def random_weights(config: Any) -> tuple[Any, Model]:
@@ -226,10 +226,8 @@ def run(shape: str, config: Config) -> dict[str, Any]:
 
         def ours(trainings=trainings) -> float:
             cache = PrefixCache(model)
-            return [
-                fit(model, examples.items, preset(layers, epochs), seed=seed, cache=cache).history[0]["loss"]
-                for layers, epochs, seed in trainings
-            ][0]
+            edits = [fit(model, examples.items, preset(layers, epochs), seed=seed, cache=cache) for layers, epochs, seed in trainings]
+            return edits[0].history[0]["loss"]
 
         def theirs(trainings=trainings) -> float:
             losses = []
@@ -251,7 +249,7 @@ def run(shape: str, config: Config) -> dict[str, Any]:
             rows[name] |= {"gflop": flops(ours) / 1e9, "peer_gflop": flops(theirs) / 1e9}
         print(f"{shape}, {name}: {rows[name]['faster']:.2f} x by CPU time, {rows[name]['faster_wall']:.2f} x by the clock", flush=True)
     tokens = sum(question(model, e).lengths[0] for e in examples) / len(examples)
-    load = [round(x, 1) for x in __import__("os").getloadavg()]
+    load = [round(x, 1) for x in os.getloadavg()]
     return {
         "title": title, "rows": rows, "tokens_a_prompt": round(tokens, 1), "batch": BATCH, "threads": config.threads, "load_average": load,
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "versions": versions(),
@@ -270,8 +268,13 @@ def table(results: dict[str, Any]) -> str:
                 f"| {entry['title']} | {name} | {r['examples_per_cpu_second']:.1f} | {r['peer_examples_per_cpu_second']:.1f} | **{r['faster']:.2f}** | "
                 f"{r['faster_wall']:.2f} | {r['ours']['peak_mib']:.0f} | {r['peer']['peak_mib']:.0f} | {work} |"
             )
-    lines += ["", *(f"- {e['title']}: prompts of {e['tokens_a_prompt']} tokens, batches of {e['batch']}; {e['threads']} thread; {e['when']}, load average {e['load_average'][0]}; "
-                    f"the losses of the first step differ by {max(r['difference_of_first_loss'] for r in e['rows'].values()):.1g}." for e in results.values())]  # fmt: skip
+    lines.append("")
+    for e in results.values():
+        apart = max(r["difference_of_first_loss"] for r in e["rows"].values())
+        lines.append(
+            f"- {e['title']}: prompts of {e['tokens_a_prompt']} tokens, batches of {e['batch']}; {e['threads']} thread; {e['when']}, load average "
+            f"{e['load_average'][0]}; the losses of the first step differ by {apart:.1g}."
+        )
     return "\n".join(lines)
 
 

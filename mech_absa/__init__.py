@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
     from .readers import load_examples, write_jsonl
     from .report import write_report
-    from .widgets import attention
     from .sites import ROLES, Site
     from .train import Preset, fit, presets
+    from .widgets import attention
 
 _HOMES = {
     "edits": ("Edit", "load_edit", "save_edit"),

@@ -331,7 +331,7 @@ def make_pairs(
     while at < len(prompts) and (limit is None or len(kept) < limit):
         # With a limit, no more are made and scored at a time than are still wanted.
         step = 4 * batch_size if limit is None else min(4 * batch_size, max(8, limit - len(kept)))
-        made = []
+        made: list[Pair | str] = []
         for example, clean in zip(examples[at : at + step], prompts[at : at + step], strict=True):
             try:
                 made.append(_pair(model, example, clean, corruption, sigma, template, verbalizer))
@@ -341,12 +341,15 @@ def make_pairs(
                 made.append("no counterfactual")
         at += step
         scored = iter(_scored(model, [p for p in made if isinstance(p, Pair)], continuations, batch_size))
-        for pair in made:
+        for candidate in made:
             if limit is not None and len(kept) == limit:
                 break
             considered += 1
-            reason = pair if isinstance(pair, str) else _reason_to_drop(pair := next(scored), keep)
-            if reason is None:
+            if isinstance(candidate, str):
+                dropped[candidate] += 1
+                continue
+            pair = next(scored)
+            if (reason := _reason_to_drop(pair, keep)) is None:
                 kept.append(pair)
             else:
                 dropped[reason] += 1

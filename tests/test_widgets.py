@@ -14,8 +14,8 @@ from mech_absa.errors import ConfigError, SiteError
 from mech_absa.examples import Example, Polarity
 from mech_absa.hooks import live_hooks
 from mech_absa.models import load_model
-from mech_absa.widgets import attention, coloured_tokens
 from mech_absa.scoring import question
+from mech_absa.widgets import attention, coloured_tokens
 
 
 @pytest.fixture(autouse=True)

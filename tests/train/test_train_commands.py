@@ -176,8 +176,9 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
 
     monkeypatch.setattr(matrix, "fit", counted)
     command = [
-        "--train", files["a_train"], files["b_train"], "--test", files["a_test"], files["b_test"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE,
-        "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1", "--validation", "0", "--out", str(tmp_path / "run"), "--quiet",
+        "--train", files["a_train"], files["b_train"], "--test", files["a_test"], files["b_test"], "--model", str(tiny_folder("llama")),
+        "--template", TEMPLATE, "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1",
+        "--validation", "0", "--out", str(tmp_path / "run"), "--quiet",
     ]  # fmt: skip
     assert matrix_cli(command) == 130
     assert len(trained) == 4
@@ -207,9 +208,9 @@ def test_the_summary_by_hand():
         "method": "m", "train": train, "test": test, "in_domain": train == test, "seed": seed, "accuracy": acc, "macro_f1": acc / 2,
         "trainable": 7, "share": 0.1, "seconds": 2.0, "peak_memory_bytes": 2**20,
     }  # fmt: skip
-    (got,) = summary(
-        [row(t, u, s, a) for t, u, s, a in [("x", "x", 0, 0.8), ("x", "y", 0, 0.4), ("y", "y", 0, 0.6), ("y", "x", 0, 0.2), ("x", "x", 1, 1.0), ("x", "y", 1, 0.5), ("y", "y", 1, 0.8), ("y", "x", 1, 0.3)]]
-    ).to_dict("records")  # fmt: skip
+    first = [row("x", "x", 0, 0.8), row("x", "y", 0, 0.4), row("y", "y", 0, 0.6), row("y", "x", 0, 0.2)]
+    second = [row("x", "x", 1, 1.0), row("x", "y", 1, 0.5), row("y", "y", 1, 0.8), row("y", "x", 1, 0.3)]
+    (got,) = summary(first + second).to_dict("records")
     assert got["accuracy_in"] == pytest.approx(0.8) and got["accuracy_in_sd"] == pytest.approx(2**0.5 / 10)
     assert got["accuracy_out"] == pytest.approx(0.35) and got["macro_f1_out"] == pytest.approx(0.175) and got["seeds"] == 2
 

@@ -234,7 +234,7 @@ def run(shape: str, config: Config) -> dict[str, Any]:
             for layers, epochs, seed in trainings:
                 how = preset(layers, epochs)
                 peer = Peer(hf, Edit.fresh(model, how.parts, seed))
-                losses.append(peer.train(questions, labels, how, seed))
+                losses.append(peer.train(task.questions(examples.items), labels, how, seed))  # ours tokenises in every training too
                 peer.close()
             return losses[0]
 

@@ -84,11 +84,16 @@ class DoRA(LoRA):
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
         _, bias = self.matrix.weight(model.hooked)
-        c = (self.m / self.norm(model)).to(y.dtype)
+        c = _ratio(self.m, self.norm(model)).to(y.dtype)
         base = y if bias is None else y - bias
         return y + (c - 1) * base + c * self.low_rank(x)
 
     def merge(self, model: Model) -> None:
         W, _ = self.matrix.weight(model.hooked)
         turned = W.double() + self.update().detach()
-        self.matrix.set_weight(model.hooked, self.m.detach().double() / turned.norm(dim=0) * turned)
+        self.matrix.set_weight(model.hooked, _ratio(self.m.detach().double(), turned.norm(dim=0)) * turned)
+
+
+def _ratio(m: Float[Tensor, " d_out"], norm: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"]:
+    """m / norm; 1 for a column of zeros, which has no direction (trained models do have such columns)."""
+    return torch.where(norm > 0, m / torch.where(norm > 0, norm, 1.0), 1.0)

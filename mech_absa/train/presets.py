@@ -226,10 +226,27 @@ TABLE_2: dict[str, Callable[[Shape], Preset]] = {
 # ---- small models -----------------------------------------------------------------------------------------------------------------
 
 RATES = {
-    "loreft": 2e-3, "noreft": 2e-3, "direft": 2e-3, "red": 3e-3, "steering": 1e-2, "lora": 2e-3, "dora": 2e-3,
-    "prefix": 1e-2, "adapter": 2e-3, "bitfit": 3e-3, "full": 3e-4, "head_gate": 1e-2,
+    "lora": 4e-3, "dora": 4e-3, "loreft": 2e-2, "noreft": 2e-2, "direft": 2e-2, "red": 1e-1, "steering": 1e-1,
+    "prefix": 5e-2, "adapter": 8e-3, "bitfit": 1.2e-2, "full": 1e-3, "head_gate": 5e-2,
 }  # fmt: skip
-"""Learning rate of every family in models of a few million parameters."""
+"""Learning rate of every family in models of a few million parameters.
+
+Found on the bundled model: two epochs over 320 examples of builtin:restaurant/train, judged on 146 of its examples whose sentences were
+set aside, seed 0, batches of 16, linear decay, rank 4; the rate with the lowest cross-entropy there was taken. The test files were not
+looked at. In layers 2-4 at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before training:
+
+| family | rates and accuracies |
+|---|---|
+| lora | 5e-4 0.51, 2e-3 0.98, 4e-3 1.00, 8e-3 0.99 |
+| loreft | 5e-4 0.50, 2e-3 0.57, 8e-3 0.84, 2e-2 1.00, 5e-2 0.99 |
+| noreft | 8e-3 0.90, 2e-2 0.98 |
+| direft | 8e-3 0.88, 2e-2 0.93 |
+| red | 1e-2 0.57, 3e-2 0.63, 1e-1 0.75 |
+| steering | 2.5e-3 0.49, 1e-2 0.50, 4e-2 0.56, 1e-1 0.61 |
+
+and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2 0.49, 5e-2 0.64; adapter 5e-4 0.60,
+2e-3 1.00, 8e-3 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora.
+"""
 
 METHODS = (
     "both",

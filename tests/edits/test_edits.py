@@ -7,11 +7,13 @@ import torch
 from edit_cases import logits, loud, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.tiny_models import tiny_folder
+from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import FAMILIES, LLAMA_2_7B, Edit, Part, Shape, count, parse_place
 from mech_absa.errors import ConfigError, EditError, HookError, SiteError
 from mech_absa.hooks import capture, live_hooks
-from mech_absa.models import weights_hash
+from mech_absa.models import load_model, weights_hash
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.scoring import extend
 from mech_absa.sites import Site
@@ -120,6 +122,20 @@ def test_gradients_are_those_of_finite_differences(family):
             down = value()
             p.copy_(at)
         assert float((p.grad * way).sum()) == pytest.approx(float(up - down) / (2 * step), rel=2e-4, abs=1e-7), name
+
+
+def test_dora_survives_a_column_of_zeros():
+    """Heads that training has emptied have columns of zeros: no direction, and no number in m / norm."""
+    hf = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    with torch.no_grad():
+        hf.model.layers[1].self_attn.q_proj.weight[3:9] = 0
+    model = load_model((hf, tiny_model("llama").tokenizer))
+    edit, tokens = Edit.fresh(model, [Part("dora", "L1.W_Q")]), prompts(model)[1]
+    assert torch.equal(logits(model, tokens, edit), logits(model, tokens))
+    with edit.applied(model, tokens):
+        model.forward(tokens.ids).log_softmax(-1)[0, -1, 7].backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in edit.parameters())
+    torch.testing.assert_close(logits(edit.merged(model), tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_settling_makes_rows_orthonormal_and_keeps_what_they_span(llama):

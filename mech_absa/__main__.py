@@ -9,6 +9,7 @@ COMMANDS = {
     "patch": "trace: find the layers, tokens and components that carry the sentiment of an aspect",
     "train": "train a low-rank edit at chosen sites",
     "evaluate": "score a model with an edit or without, and what the edit changed elsewhere",
+    "verify": "the largest logit difference to Hugging Face",
     "report": "one page from the folders of several runs",
     "generate": "write the built-in reviews",
 }

@@ -316,3 +316,17 @@ def test_an_architecture_that_is_not_known():
 def test_the_tokenizer_is_the_folders_own(tiny):
     model = load_model(tiny, device="cpu", check=False)
     assert model.tokenizer(TEXT).input_ids == AutoTokenizer.from_pretrained(tiny)(TEXT).input_ids
+
+
+def test_verify_prints_the_difference_it_measured(capsys):
+    from mech_absa import verify
+
+    folder = tiny_folder("llama")
+    assert verify.cli(["--model", str(folder), "--text", "the food was good"]) == 0
+    printed = float(capsys.readouterr().out.rsplit(": ", 1)[1])
+    model = models.load_model(folder)
+    assert printed == pytest.approx(model.verify(["the food was good"]), rel=1e-2) and 0 < printed < 1e-3
+    with torch.no_grad():
+        model.hooked.blocks[0].mlp.W_in.add_(0.1)
+    assert model.verify(["the food was good"]) > 100 * printed
+    assert verify.cli(["--text", " "]) == 2

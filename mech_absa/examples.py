@@ -181,6 +181,13 @@ class Examples(Sequence[Example]):
         """Examples of each class, the three classes always named."""
         return class_counts(self.items)
 
+    def account(self) -> dict[str, object]:
+        """For `run.json`: what was read, and what was left out on the way."""
+        return {
+            "source": self.source, "sha256": self.sha256, "examples": len(self), "classes": self.counts(),
+            "left_out": self.left_out, "ambiguous": self.ambiguous, "problems": list(self.problems),
+        }  # fmt: skip
+
     def to_pandas(self):
         """One row an example."""
         import pandas as pd

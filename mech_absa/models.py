@@ -626,9 +626,7 @@ def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | to
     if n_devices > 1:
         hooked.move_model_modules_to_device()
     else:
-        hooked = (
-            hooked.to(torch.device(device), print_details=False) if _takes_print_details(hooked) else torch.nn.Module.to(hooked, device)
-        )
+        hooked = hooked.to(torch.device(device), print_details=False)
     _lay_out(hooked)
     return hooked.eval().requires_grad_(False)
 
@@ -654,12 +652,6 @@ def _lay_out(hooked: Any) -> None:
         if type(getattr(block, "mlp", None)).__name__ == "GatedMLP":
             for name in ("W_in", "W_gate", "W_out"):
                 store(getattr(block.mlp, name), 1, 0)
-
-
-def _takes_print_details(hooked: Any) -> bool:
-    import inspect
-
-    return "print_details" in inspect.signature(type(hooked).to).parameters
 
 
 def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_devices: int) -> Any:

@@ -185,8 +185,8 @@ def run(config: Config) -> Path:
             "device": None if model is None else str(model.device),
             "template": template.text,
             "labels": [w for _, w in verbalizer.words],
-            "data": [_data_record(d) for d in data],
-            "train": [_data_record(d) for d in train],
+            "data": [d.account() for d in data],
+            "train": [d.account() for d in train],
             "predictions": [{"file": str(p), "sha256": sha256_file(p)} for p in config.predictions],
             "scores": finite(
                 [{"system": s.name, "data": s.data, "leaked": s.leaked} | _scores_record(s) for system in scores for s in system]
@@ -203,17 +203,6 @@ def _account(data: Examples) -> None:
         print(f"left out: {problem}", file=sys.stderr)
     if data.left_out:
         print(f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}", file=sys.stderr)
-
-
-def _data_record(d: Examples) -> dict[str, Any]:
-    return {
-        "source": d.source,
-        "sha256": d.sha256,
-        "examples": len(d),
-        "classes": d.counts(),
-        "left_out": d.left_out,
-        "ambiguous": d.ambiguous,
-    }
 
 
 def _scores_record(s: Scores) -> dict[str, Any]:

@@ -345,8 +345,7 @@ def _finish(
     record = {
         "command": "patch", "model": {"name": model.name, "source": config.model, "adapter": effects.about["adapter"], "sha256": model.sha256,
         "hf_difference": model.hf_difference, "parameters": model.n_parameters},
-        "data": {"source": examples.source, "sha256": examples.sha256, "examples": len(examples), "classes": examples.counts(),
-        "left_out": examples.left_out, "ambiguous": examples.ambiguous, "problems": list(examples.problems)},
+        "data": examples.account(),
         "pairs": {k: effects.about[k] for k in ("considered", "kept", "dropped", "sigma", "draw_sd", "classes_kept", "mixed_polarity")},
         "engine": {"method": config.method, "cells": len(effects), "flops": effects.about["flops"]}, "self_checks": checks, **extra,
         "average_total_effect": float(effects.total.mean()), "sites": None if selection is None else str(selection),

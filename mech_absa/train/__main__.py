@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..cli import command
 from ..edits.base import Shape
@@ -205,8 +204,8 @@ def run(config: Config) -> Path:
     folder.finish(
         {
             "model": {"name": model.name, "sha256": model.sha256, "parameters": model.n_parameters, "device": str(model.device)},
-            "data": [_about(t) for t in train],
-            "validation_data": [_about(t) for t in held],
+            "data": [t.account() for t in train],
+            "validation_data": [t.account() for t in held],
             "preset": preset,
             "warnings": notes,
             "edit": {"parameters": edit.n_parameters, "share": edit.share, "layers": edit.layers, **edit.record},
@@ -232,17 +231,6 @@ def _process(device: str) -> tuple[bool, str]:
 
 def _read(sources: Sequence[str], config: Config) -> list[Examples]:
     return [load_examples(s, skip_bad=config.skip_bad, limit=config.limit) for s in sources]
-
-
-def _about(examples: Examples) -> dict[str, Any]:
-    return {
-        "source": examples.source,
-        "sha256": examples.sha256,
-        "examples": len(examples),
-        "classes": examples.counts(),
-        "left_out": examples.left_out,
-        "ambiguous": examples.ambiguous,
-    }
 
 
 def _notes(train: Sequence[Example], others: Sequence[Examples]) -> list[str]:

@@ -1,7 +1,7 @@
 """The pages in a real browser with the network off: no error on the console, no request to the outside, and they work.
 
 Skipped where no Chromium is installed. The browser is asked for the page as its scripts leave it; a short script is added to the copies
-that are pressed and clicked.
+that are pressed and clicked. `?all` has everything drawn while the page is read, so that nothing here depends on when frames are painted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Opened(NamedTuple):
     requests: list[str]
 
 
-def open_page(page: Path, folder: Path, query: str = "", size: str = "1200,16000") -> Opened:
+def open_page(page: Path, folder: Path, query: str = "?all", size: str = "1200,16000") -> Opened:
     log = folder / "net.json"
     done = subprocess.run(
         [str(BROWSER), *FLAGS, f"--window-size={size}", f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom", f"file://{page}{query}"],
@@ -73,7 +73,8 @@ def test_the_watch_sees_what_a_bad_page_does(tmp_path):
 
 @pytest.mark.parametrize("kind", ("trace", "train", "evaluate", "comparison"))
 def test_a_page_opens_cleanly(pages, kind, tmp_path):
-    opened = open_page(pages[kind], tmp_path, "?theme=dark")
+    opened = open_page(pages[kind], tmp_path, "?theme=dark&all")
+    assert " data-ready" in opened.dom, "its script came to its end"
     assert not opened.console
     assert not opened.requests
     assert 'data-theme="dark"' in opened.dom
@@ -86,8 +87,6 @@ def test_a_page_opens_cleanly(pages, kind, tmp_path):
 
 def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
     script = """
-      const wait = ms => new Promise(r => setTimeout(r, ms));
-      await wait(800);
       const first = document.querySelector('[data-average] .grid td');
       first.focus();
       const press = key => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
@@ -116,10 +115,10 @@ def test_nothing_sticks_out_of_a_narrow_page(pages, kind, tmp_path):
     frame = tmp_path / "frame.html"
     text = json.dumps(pages[kind].read_text(encoding="utf-8")).replace("</", "<\\/")
     frame.write_text(
-        "<!doctype html><title>x</title><iframe width=400 height=900 id=f></iframe><script>"
-        f"f.onload = () => setTimeout(() => {{ const d = f.contentDocument.documentElement;"
-        f"document.title = JSON.stringify([d.scrollWidth, d.clientWidth]) }}, 800); f.srcdoc = {text}</script>",
+        "<!doctype html><title>x</title><iframe width=400 height=16000 id=f></iframe><script>"
+        f"f.onload = () => {{ const d = f.contentDocument.documentElement;"
+        f"document.title = JSON.stringify([d.scrollWidth, d.clientWidth, d.querySelectorAll('.grid').length]) }}; f.srcdoc = {text}</script>",
         encoding="utf-8",
     )
-    wide, room = answer(open_page(frame, tmp_path))
-    assert wide <= room
+    wide, room, grids = answer(open_page(frame, tmp_path))
+    assert wide <= room and grids >= 4

@@ -337,10 +337,12 @@ function sideBySide(runs, holder) {
   draw();
 }
 
-// ---- begin: what is far down the page is drawn when it comes near
+// ---- begin: what is far down the page is drawn when it comes near; with ?all, and when it is printed, at once
+
+const AT_ONCE = new URLSearchParams(location.search).has("all") || !("IntersectionObserver" in window);
 
 function near(holder, draw) {
-  if (!("IntersectionObserver" in window)) { draw(); return; }
+  if (AT_ONCE || holder.getBoundingClientRect().top < innerHeight + 600) { draw(); return; }
   let done = false;
   const once = () => { if (!done) { done = true; seen.disconnect(); draw(); } };
   const seen = new IntersectionObserver(entries => { if (entries.some(e => e.isIntersecting)) once(); }, { rootMargin: "600px" });
@@ -356,3 +358,4 @@ document.querySelectorAll("[data-run]").forEach(article => {
   }
 });
 document.querySelectorAll("[data-compare]").forEach(holder => sideBySide(DATA.runs, holder));
+root.dataset.ready = "";

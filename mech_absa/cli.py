@@ -1,17 +1,23 @@
 """What all commands share: parse a dataclass, run, and turn errors into one sentence.
 
 A command is a frozen dataclass (its fields are the flags, its docstring the help) and a function of it. Bad input prints one sentence on
-the error stream and exits with code 2; nothing is half-written, because folders are opened only after everything was checked.
+the error stream and exits with code 2; nothing is half-written, because folders are opened only after everything was checked. What tyro
+refuses (an unknown flag, a word where a number belongs) it says in a box of many lines; here it is one sentence like all others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .errors import MechAbsaError
+from .errors import ConfigError, MechAbsaError
 
 Config = TypeVar("Config")
 
@@ -30,8 +36,16 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
     # Nothing below needs a hub once its input is local, and a library's progress bars hide our own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = tyro.cli(config, prog=prog, args=list(sys.argv[1:] if argv is None else argv), description=config.__doc__)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                parsed = tyro.cli(config, prog=prog, args=words, description=config.__doc__)
+        except SystemExit as end:
+            if end.code in (0, None):  # the help was asked for
+                return 0
+            raise ConfigError(_sentence(config, words, said.getvalue())) from None
         main(parsed)
         return 0
     except MechAbsaError as error:
@@ -40,3 +54,27 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; give the same flags with --resume to go on", file=sys.stderr)
         return 130
+
+
+def _sentence(config: type, words: Sequence[str], said: str) -> str:
+    """Why the parser refused `words`: the first flag that there is not, or what stands above the rule in the parser's box."""
+    known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(config)]
+    switches = ["--no-" + flag[2:] for flag in known]
+    for word in words:
+        flag = word.split("=")[0].replace("_", "-")
+        if re.fullmatch(r"--[a-z][\w-]*", flag) and flag not in (*known, *switches, "--help"):
+            near = difflib.get_close_matches(flag, known, 1) or [k for k in known if k.startswith(flag)][:1]
+            return f"there is no flag {flag}; " + (f"the nearest is {near[0]}" if near else "--help names those there are")
+    inside: list[str] = []  # of the box: its title, perhaps a rule, what is wrong, a rule or the lower edge
+    for line in said.splitlines()[1:]:
+        if not re.fullmatch(r"[│|+╰╯\s]*[─-]{3,}[│|+╰╯\s]*", line):
+            inside.append(line.strip("│| "))
+        elif inside:
+            break
+    text = " ".join(filter(None, inside)).rstrip(". ")
+    if missing := re.match(r"Missing from [^:]*: (--[\w-]+)", text):
+        return f"{missing[1]} must be given; --help says what it takes"
+    text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 was given; a whole number is needed", text)
+    text = re.sub(r"could not convert string to float: ('.*')", r"\1 was given; a number is needed", text)
+    return f"{text}; --help names what is accepted"

@@ -43,7 +43,7 @@ def run(*words: str, main=lambda config: None) -> int:
         (("--data", "x", "--rank", "four"), "--rank: 'four' was given; a whole number is needed"),
         (("--data", "x", "--rate", "fast"), "--rate: 'fast' was given; a number is needed"),
         (("--data", "x", "--rank"), "Missing value for argument '--rank'"),
-        (("--data", "x", "--schedule", "quick"), "Expected one of ('cosine', 'linear')"),
+        (("--data", "x", "--schedule", "quick"), "'quick' for argument '--schedule'"),
         (("--rank", "3"), "--data must be given"),
         (("stray", "--data", "x"), "stray"),
     ],

@@ -117,15 +117,19 @@ class Example:
     def _repr_html_(self) -> str:
         from html import escape
 
-        s = self.sentence
-        if self.span is None:
-            marked = escape(s)
-        else:
-            a, b = self.span
-            marked = f"{escape(s[:a])}<b><u>{escape(s[a:b])}</u></b>{escape(s[b:])}"
-        return (
-            f"<div>{marked} &rarr; <code>{escape(self.aspect)}</code>: <b>{self.polarity.value}</b> <small>{escape(self.id)}</small></div>"
-        )
+        return f"<div>{marked(self)} <small>{escape(self.id)}</small></div>"
+
+
+def marked(example: Example) -> str:
+    """An example as a line of HTML: its sentence with the aspect underlined, what is asked about, and the polarity."""
+    from html import escape
+
+    s = example.sentence
+    text = escape(s)
+    if example.span is not None:
+        a, b = example.span
+        text = f"{escape(s[:a])}<b><u>{escape(s[a:b])}</u></b>{escape(s[b:])}"
+    return f"{text} &rarr; <code>{escape(example.aspect)}</code>: <b>{example.polarity.value}</b>"
 
 
 def normal(text: str) -> str:

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import AlignmentError, ConfigError, DataError, choices
-from .examples import Example, Examples, mixed_polarity
+from .examples import Example, Examples, marked, mixed_polarity
 from .models import Model
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from .scoring import extend, label_scores, question, read_labels
@@ -183,22 +183,19 @@ class Pair:
     def _repr_html_(self) -> str:
         from html import escape
 
-        def probabilities(scores: Tensor | None) -> str:
-            return (
-                ""
-                if scores is None
-                else ", ".join(f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist())
-            )
+        run = "" if self.other is None else f"<div><small>corrupted run: {marked(self.other)}</small></div>"
+        if self.clean_scores is None:
+            return self.example._repr_html_() + run
+        said = [f"clean {_probabilities(self.clean_scores)}"]
+        if self.corrupted_scores is not None:
+            draws = f" (mean of {self.draws} draws)" if self.draws > 1 else ""
+            said.append(f"corrupted {_probabilities(self.corrupted_scores)}{draws}")
+        return f"{self.example._repr_html_()}{run}<div><small>P(label), in the order of the labels: {escape('; '.join(said))}</small></div>"
 
-        other = (
-            ""
-            if self.corrupted is self.clean
-            else f"<div><small>corrupted: {escape(self.example.counterfactuals[0].sentence)}</small></div>"
-        )
-        return (
-            f"{self.example._repr_html_()}{other}<div><small>P(labels) clean: {probabilities(self.clean_scores)}; "
-            f"corrupted: {probabilities(self.corrupted_scores)}</small></div>"
-        )
+
+def _probabilities(scores: Float[Tensor, "*draw label"]) -> str:
+    """Label probabilities, the mean over draws."""
+    return ", ".join(f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist())
 
 
 def check_alignment(clean: Tokens, corrupted: Tokens, example: Example) -> None:
@@ -276,7 +273,10 @@ class Pairs(Sequence[Pair]):
         from html import escape
 
         head = "".join(p._repr_html_() for p in self.items[:3])
-        return f"<div><b>{len(self)} pairs</b> of {self.considered} examples, {escape(str(self.corruption))}; dropped: {self.dropped}</div>{head}"
+        gone = "; ".join(f"{n} dropped: {reason}" for reason, n in self.dropped.items())
+        more = f"<div>&hellip; {len(self) - 3} more</div>" if len(self) > 3 else ""
+        first = f"<b>{len(self)} pairs</b> of {self.considered} examples, {escape(str(self.corruption))}; {escape(gone) or 'none dropped'}"
+        return f"<div>{first}</div>{head}{more}"
 
 
 def aspect_embedding_std(model: Model, prompts: Sequence[Tokens]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.hooks import live_hooks
 from mech_absa.models import load_model
 from mech_absa.scoring import question
-from mech_absa.widgets import attention, coloured_tokens
+from mech_absa.widgets import NEGATIVE, POSITIVE, attention, coloured_tokens, patterns, without_script
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,59 @@ def test_attention_is_the_pattern_of_the_model():
     assert not live_hooks(model.hooked)
     with pytest.raises(SiteError, match="layer 99"):
         attention(model, example, layer=99)
+
+
+class Still(HTMLParser):
+    """What shows of a widget where no script runs."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.spans: list[tuple[str, str]] = []
+        self.images: list[bytes] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.add(tag)
+        if tag == "span":
+            self.spans.append((re.search(r"background:(#\w{6})", given["style"])[1], ""))
+        if tag == "img":
+            self.images.append(base64.b64decode(given["src"].removeprefix("data:image/png;base64,")))
+
+    def handle_data(self, data):
+        if self.spans and not self.spans[-1][1]:
+            self.spans[-1] = (self.spans[-1][0], data)
+
+
+def test_without_its_script_a_prompt_still_has_its_colours():
+    nasty = "</div><script>alert(1)</script>&amp;"
+    whole = coloured_tokens(["up", nasty, "none", " half"], [2.0, -2.0, 0.0, 1.0]).html
+    still = without_script(whole)
+    shown = Still(still)
+    assert "script" not in shown.tags and len(still) < 2000 < len(whole)
+    assert [text for _, text in shown.spans] == ["up", nasty, "none", " half"]
+    half = "#" + "".join(f"{round((255 + int(POSITIVE[i : i + 2], 16)) / 2):02x}" for i in (1, 3, 5))
+    assert [colour for colour, _ in shown.spans] == [POSITIVE, NEGATIVE, "#ffffff", half]
+
+
+def test_without_its_script_attention_is_a_picture_a_head():
+    import io
+
+    from matplotlib.image import imread
+
+    model = load_model(str(tiny_folder("gpt2")))
+    example = Example("the food was great", "food", Polarity.POSITIVE, (4, 8))
+    texts, pattern = patterns(model, example, 1)
+    shown = Still(without_script(attention(model, example, 1).html))
+    assert "script" not in shown.tags and len(shown.images) == len(pattern) == model.n_heads
+    for png, head in zip(shown.images, pattern, strict=True):
+        grey = imread(io.BytesIO(png))[..., :3].sum(-1)
+        assert grey.shape == head.shape == (len(texts), len(texts))
+        above = np.triu(np.ones_like(head), 1) > 0
+        assert (grey[above] == grey.max()).all(), "no token reads what comes after it"
+        assert grey[~above][head[~above].argmax()] == grey.min(), "the strongest link is the darkest pixel"
+
+
+def test_html_of_others_is_left_alone():
+    assert without_script("<p>a</p><script>1</script>") == "<p>a</p><script>1</script>"

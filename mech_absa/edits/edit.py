@@ -117,6 +117,32 @@ class Edit(nn.Module):
             f"Edit({' + '.join(families)} at {len(self.parts)} places in layers {layers}; {self.n_parameters:,} parameters; of {self.base})"
         )
 
+    def _repr_html_(self) -> str:
+        import html
+
+        def row(cells: Sequence[Any], tag: str = "td") -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+        # Parts that differ in their place alone share a row: an edit of every matrix has hundreds.
+        alike: dict[tuple[str, str, float], list[tuple[str, int]]] = {}
+        for part, intervention in zip(self.parts, self, strict=True):
+            options = ", ".join(f"{name} {value}" for name, value in part.options.items())
+            size = sum(p.numel() for p in intervention.trainable.values())
+            alike.setdefault((part.family, options, part.lr), []).append((part.place, size))
+        rows = []
+        for (family, options, rate), members in alike.items():
+            places = [place for place, _ in members]
+            named = ", ".join(places[:6]) + (f" and {len(places) - 6} more" if len(places) > 6 else "")
+            rows.append(row([family, named, options, f"{rate:g}", f"{sum(size for _, size in members):,}"]))
+        said = {
+            "trained on examples": self.record.get("examples"), "steps": self.record.get("steps"), "seed": self.record.get("seed"),
+            "loss on validation examples": self.record.get("best_validation_loss"), "stopped": self.record.get("stopped"),
+        }  # fmt: skip
+        training = "; ".join(f"{name}: {f'{v:.3g}' if isinstance(v, float) else v}" for name, v in said.items() if v is not None)
+        head = f"<b>Edit of {html.escape(self.base)}</b>: {self.n_parameters:,} parameters, {100 * self.share:.3g} % of all"
+        table = row(("family", "at", "options", "rate", "parameters"), "th") + "".join(rows)
+        return f"<div>{head}</div><table>{table}</table><div><small>{html.escape(training or 'not trained')}</small></div>"
+
     @property
     def places(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(p.place for p in self.parts))

@@ -132,8 +132,10 @@ class Effects:
         return coloured_tokens(tokens, values)
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         best = self.importance().top(5)
-        return f"<div><b>{self!r}</b></div>{best.to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
+        return f"<div><b>{escape(repr(self))}</b></div>{best.to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
 
     # ---- files -----------------------------------------------------------------------------------------------------------
 

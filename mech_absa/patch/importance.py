@@ -94,7 +94,9 @@ class ImportanceMap:
         return f"ImportanceMap({len(self.table)} cells of {', '.join(self.table['kind'].unique())}; {self.about.get('n_pairs')} pairs)"
 
     def _repr_html_(self) -> str:
-        return f"<div><b>{self!r}</b></div>{self.top(8).to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
+        from html import escape
+
+        return f"<div><b>{escape(repr(self))}</b></div>{self.top(8).to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
 
     def top(self, n: int = 10) -> pd.DataFrame:
         """The cells with the largest effects, as a table with their sites spelled out."""

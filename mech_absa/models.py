@@ -6,7 +6,8 @@ that our logits are the model's logits. Every load compares a short forward pass
 TransformerLens converts wrongly (it ignores some settings in silence); `Model.verify` repeats that on longer text.
 
 `Model` offers the decoder as the few functions that the engine is made of, on *packed* tokens (one row a token, whatever prompt it
-belongs to), so that no arithmetic is spent on padding or on positions that nobody needs:
+belongs to), so that no arithmetic is spent on padding or on positions that nobody needs (`forward.py` puts some of the same pieces together
+for training):
 
     x  = embed(ids)                                  [batch pos d_model]
     qkv(l, x, positions) -> q, k, v                  normalised, projected, rotated
@@ -147,6 +148,11 @@ class Model:
         return site.check(self.n_layers, self.n_heads, self.n_kv_heads, self.kinds, self.name)
 
     @cached_property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """Every module of the hooked model, listed once: whoever wants to know whether hooks are on it asks them all."""
+        return tuple(self.hooked.modules())
+
+    @cached_property
     def sha256(self) -> str:
         """Hash of names, shapes and bytes of all weights, as they were when it was first asked for."""
         return weights_hash(self.hooked)
@@ -202,25 +208,36 @@ class Model:
     ) -> tuple[Float[Tensor, "token head d_head"], Float[Tensor, "token kv d_head"], Float[Tensor, "token kv d_head"]]:
         """Queries, keys and values of packed tokens, rotated where the model rotates."""
         block = self.hooked.blocks[layer]
-        attn, normed = block.attn, _norm(block.ln1, x)
+        attn, normed = block.attn, norm_of(block.ln1, x)
         if attn.q_norm is None:
-            grouped = type(attn).__name__ == "GroupedQueryAttention"
-            W_K, W_V, b_K, b_V = (attn._W_K, attn._W_V, attn._b_K, attn._b_V) if grouped else (attn.W_K, attn.W_V, attn.b_K, attn.b_V)
-            q, k, v = (_heads(normed, W, b) for W, b in ((attn.W_Q, attn.b_Q), (W_K, b_K), (W_V, b_V)))
+            q, k, v = (heads_of(normed, W, b) for W, b in self.qkv_weights(layer))
         else:
             q, k, v = (y[0] for y in attn.calculate_qkv_matrices(normed[None], normed[None], normed[None]))
-        if self.cfg.positional_embedding_type == "rotary":
-            q, k = self._rotate(attn, q, positions), self._rotate(attn, k, positions)
-        return q, k, v
+        return self.rotate(layer, q, positions), self.rotate(layer, k, positions), v
 
-    def _rotate(
-        self, attn: Any, x: Float[Tensor, "token head d_head"], positions: Int[Tensor, " token"]
-    ) -> Float[Tensor, "token head d_head"]:
-        if (longest := int(positions.max()) + 1 if len(positions) else 0) > attn.rotary_cos.shape[0]:
+    def qkv_weights(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(weight [head d_model d_head], bias [head d_head]) of queries, keys and values; grouped ones once a group."""
+        attn = self.hooked.blocks[layer].attn
+        _ = "_" if type(attn).__name__ == "GroupedQueryAttention" else ""
+        return (attn.W_Q, attn.b_Q), *((getattr(attn, f"{_}W_{m}"), getattr(attn, f"{_}b_{m}")) for m in "KV")  # type: ignore[return-value]
+
+    def rotate(
+        self, layer: int, x: Float[Tensor, "*batch token head d_head"], positions: Int[Tensor, "*token"]
+    ) -> Float[Tensor, "*batch token head d_head"]:
+        """Queries or keys, turned by their positions where the model rotates."""
+        if self.cfg.positional_embedding_type != "rotary":
+            return x
+        attn = self.hooked.blocks[layer].attn
+        if (longest := int(positions.max()) + 1 if positions.numel() else 0) > attn.rotary_cos.shape[0]:
             attn._extend_rotary_embeddings(min(self.n_ctx, max(longest, 2 * attn.rotary_cos.shape[0])))
-        cos, sin = attn.rotary_cos[positions][:, None], attn.rotary_sin[positions][:, None]
+        cos, sin = attn.rotary_cos[positions].unsqueeze(-2), attn.rotary_sin[positions].unsqueeze(-2)
         turned, rest = x[..., : self.cfg.rotary_dim], x[..., self.cfg.rotary_dim :]
-        turned = turned * cos + attn.rotate_every_two(turned) * sin
+        if self.cfg.rotary_adjacent_pairs:
+            flipped = attn.rotate_every_two(turned)
+        else:
+            low, high = turned.chunk(2, -1)
+            flipped = torch.cat([-high, low], -1)
+        turned = turned * cos + flipped * sin
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
     def scores(
@@ -265,11 +282,11 @@ class Model:
     def project(self, layer: int, z: Float[Tensor, "token head d_head"]) -> Float[Tensor, "token d_model"]:
         """sum_h z_h W_O[h] + b_O, before any post-norm."""
         attn = self.hooked.blocks[layer].attn
-        return _linear(z.flatten(1), rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), attn.b_O)
+        return linear(z.flatten(1), rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), attn.b_O)
 
     def attn_out(self, layer: int, projected: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
         """What the attention adds to the residual stream (after the post-norm, where there is one)."""
-        return _norm(self.hooked.blocks[layer].ln1_post, projected) if self.cfg.use_normalization_before_and_after else projected
+        return norm_of(self.hooked.blocks[layer].ln1_post, projected) if self.cfg.use_normalization_before_and_after else projected
 
     def mlp_out(self, layer: int, x: Float[Tensor, "token d_model"], bytes_hidden: int = 1 << 26) -> Float[Tensor, "token d_model"]:
         """What the MLP adds, reading the stream `x` (the block's input where blocks are parallel).
@@ -279,10 +296,10 @@ class Model:
         block = self.hooked.blocks[layer]
         step = max(256, bytes_hidden // (max(1, self.d_mlp) * x.element_size()))
         if len(x) <= step:
-            out = _mlp(block.mlp, _norm(block.ln2, x))
+            out = _mlp(block.mlp, norm_of(block.ln2, x))
         else:
-            out = torch.cat([_mlp(block.mlp, _norm(block.ln2, part)) for part in x.split(step)])
-        return _norm(block.ln2_post, out) if self.cfg.use_normalization_before_and_after else out
+            out = torch.cat([_mlp(block.mlp, norm_of(block.ln2, part)) for part in x.split(step)])
+        return norm_of(block.ln2_post, out) if self.cfg.use_normalization_before_and_after else out
 
     def finish(
         self,
@@ -303,7 +320,7 @@ class Model:
         hooked = self.hooked
         x = x.to(hooked.unembed.W_U.device)
         if self.cfg.normalization_type is not None:
-            x = _norm(hooked.ln_final, x)
+            x = norm_of(hooked.ln_final, x)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
         def logits(x: Tensor, columns: Tensor | None) -> Tensor:
@@ -368,18 +385,18 @@ def weights_hash(module: torch.nn.Module) -> str:
     return h.hexdigest()
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    """The norm of packed tokens; the fused kernel where TransformerLens's own arithmetic is plain float32."""
+def norm_of(norm: Any, x: Tensor) -> Tensor:
+    """The norm of tokens, in whatever shape they come; the fused kernel where TransformerLens's own arithmetic is plain float32."""
     name = type(norm).__name__
     if x.dtype in (torch.float32, torch.float64) and x.dtype == getattr(getattr(norm, "w", None), "dtype", None):
         if name == "LayerNorm":
             return F.layer_norm(x, (x.shape[-1],), norm.w, norm.b, norm.eps)
         if name == "RMSNorm":
             return F.rms_norm(x, (x.shape[-1],), norm.w, norm.eps)
-    return norm(x[None])[0]
+    return norm(x) if x.ndim == 3 else norm(x[None])[0]
 
 
-_ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "gelu_new": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
     "gelu_pytorch_tanh": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
     "gelu": ("gelu", "none", F.gelu),
@@ -393,34 +410,50 @@ ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldn
 maker's processors better, this is twice as fast; the numbers agree to rounding."""
 
 
-def _heads(
-    x: Float[Tensor, "token d_model"], W: Float[Tensor, "head d_model d_head"], b: Float[Tensor, "head d_head"]
-) -> Float[Tensor, "token head d_head"]:
+class _Product(torch.autograd.Function):
+    """x W^T + b through oneDNN, with a gradient for x alone: the weights of the model are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (W,) = ctx.saved_tensors
+        return torch.ops.mkldnn._linear_pointwise(grad.contiguous(), W.T, None, "none", [], ""), None, None
+
+
+def heads_of(
+    x: Float[Tensor, "*token d_model"], W: Float[Tensor, "head d_model d_head"], b: Float[Tensor, "head d_head"]
+) -> Float[Tensor, "*token head d_head"]:
     """x W[h] + b[h] for every head."""
-    return _linear(x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), b.flatten()).unflatten(-1, b.shape)
+    return linear(x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), b.flatten()).unflatten(-1, b.shape)
 
 
-def _linear(
-    x: Float[Tensor, "token d_in"], W: Float[Tensor, "d_out d_in"], b: Tensor | None = None, act: str | None = None
-) -> Float[Tensor, "token d_out"]:
-    """act(x W^T + b)."""
-    name, algorithm, function = _ACTIVATIONS[act] if act is not None else ("none", "", None)
-    # oneDNN's product has no gradient, hence inference mode only.
-    if ONEDNN and torch.is_inference_mode_enabled() and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= 64:
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], algorithm)
-    y = F.linear(x, W, b)
+def linear(
+    x: Float[Tensor, "*token d_in"], W: Float[Tensor, "d_out d_in"], b: Tensor | None = None, act: str | None = None
+) -> Float[Tensor, "*token d_out"]:
+    """act(x W^T + b), differentiable in x; W and b are constants."""
+    name, algorithm, function = ACTIVATIONS[act] if act is not None else ("none", "", None)
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 64 * x.shape[-1] and not W.requires_grad:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], algorithm)
+        y = _Product.apply(x, W, b)
+    else:
+        y = F.linear(x, W, b)
     return y if function is None else function(y)
 
 
 def _mlp(mlp: Any, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
     """The MLP of packed tokens. Kinds other than the plain and the gated one run TransformerLens's own code."""
     act, kind = mlp.cfg.act_fn, type(mlp).__name__
-    if act not in _ACTIVATIONS or kind not in ("MLP", "GatedMLP"):
+    if act not in ACTIVATIONS or kind not in ("MLP", "GatedMLP"):
         return mlp(x[None])[0]
     if kind == "MLP":
-        return _linear(_linear(x, mlp.W_in.T, mlp.b_in, act), mlp.W_out.T, mlp.b_out)
-    hidden = _linear(x, mlp.W_gate.T, None, act) * _linear(x, mlp.W_in.T) + mlp.b_in
-    return _linear(hidden, mlp.W_out.T, mlp.b_out)
+        return linear(linear(x, mlp.W_in.T, mlp.b_in, act), mlp.W_out.T, mlp.b_out)
+    hidden = linear(x, mlp.W_gate.T, None, act) * linear(x, mlp.W_in.T) + mlp.b_in
+    return linear(hidden, mlp.W_out.T, mlp.b_out)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------------------

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from .errors import AlignmentError, ConfigError, DataError, choices
 from .examples import Example, Examples, marked, mixed_polarity
+from .forward import last
 from .models import Model
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer
-from .scoring import extend, label_scores, question, read_labels
+from .scoring import extend, label_scores, positions_read, question, read_labels
 from .sites import ROLES
 
 Direction = Literal["denoise", "noise"]
@@ -404,14 +405,14 @@ def _scored(model: Model, pairs: Sequence[Pair], continuations: Sequence[Continu
 
 @torch.inference_mode()
 def noised_scores(model: Model, pair: Pair, continuations: Sequence[Continuation]) -> Float[Tensor, "draw label"]:
-    """Label scores of the noised runs of one pair, through the hooked forward pass."""
+    """Label scores of the noised runs of one pair."""
     n_labels = sum(len(c.labels) for c in continuations)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     scores = torch.zeros(pair.draws, n_labels, dtype=wide)
     for continuation in continuations:
         runs = make_runs(model, [pair], continuation)
-        last = model.hooked.forward(runs.corrupted, start_at_layer=0, stop_at_layer=model.n_layers)
-        part = read_labels(model, last, [runs.length] * pair.draws, continuation)
+        reads = positions_read([runs.length] * pair.draws, continuation)
+        part = read_labels(model, last(model, runs.corrupted, reads), continuation)
         scores[:, [i for i, _ in continuation.labels]] = part.to("cpu", wide)
     return scores
 

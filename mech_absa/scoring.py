@@ -1,23 +1,24 @@
 """Prompts -> scores of the label strings, in batches, with an edit or without.
 
 A label's score is the summed log-probability of its tokens after the prompt. Prompts are padded on the right and read at their own last
-positions, so that a batch gives what its rows give one by one; the final norm and the unembedding see only the rows that are read.
-Everything runs through the hooked forward pass, so interventions and edits apply.
+positions, so that a batch gives what its rows give one by one; the last block, the final norm and the unembedding see only the rows that
+are read. Edits apply, and so do whatever hooks are on the model (`forward.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .axes import Resid
 from .errors import PromptError
 from .examples import Example
+from .forward import Point, advance, last
 from .metrics import Need
 from .models import Model
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer, encode
@@ -28,6 +29,13 @@ class Applicable(Protocol):
     """What can be in force during forward passes over a batch of known tokens: a trained edit, a planned intervention."""
 
     def applied(self, model: Model, tokens: Tokens) -> AbstractContextManager[Any]: ...
+
+
+@runtime_checkable
+class Pointed(Protocol):
+    """What can also say, before a pass, which functions act where in it: a trained edit."""
+
+    def points(self, model: Model, tokens: Tokens) -> list[Point]: ...
 
 
 def question(model: Model, example: Example, template: PromptTemplate | None = None) -> Tokens:
@@ -56,35 +64,49 @@ def extend(tokens: Tokens, continuation: Continuation, pad_id: int = 0) -> Token
     return Tokens(ids, roles, tuple(n + extra for n in tokens.lengths))
 
 
-def last_residual(model: Model, tokens: Tokens, edit: Applicable | None = None) -> Resid:
-    """The residual stream after the last block, hooks and edit in force: `[batch pos d_model]`."""
-    with edit.applied(model, tokens) if edit is not None else nullcontext():
-        return model.hooked.forward(model.embed(tokens.ids), start_at_layer=0, stop_at_layer=model.n_layers)
+def last_residual(
+    model: Model, tokens: Tokens, edit: Applicable | None = None, reads: Int[Tensor, "batch read"] | None = None
+) -> Resid | Float[Tensor, "batch read d_model"]:
+    """The residual stream after the last block, hooks and edit in force.
+
+    Args:
+        reads: the positions wanted of each row; all where None.
+    """
+    x = model.embed(tokens.ids)
+    if edit is None or isinstance(edit, Pointed):
+        points = edit.points(model, tokens) if edit is not None else ()
+        return advance(model, x, 0, None, points) if reads is None else last(model, x, reads, 0, points)
+    with edit.applied(model, tokens):
+        whole = advance(model, x)
+    return whole if reads is None else rows_of(whole, reads)
+
+
+def rows_of(stream: Resid, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
+    """The positions `reads` of each row."""
+    return stream[torch.arange(len(stream), device=stream.device)[:, None], reads.to(stream.device)]
+
+
+def positions_read(lengths: Sequence[int], continuation: Continuation) -> Int[Tensor, "batch read"]:
+    """Where prompts + continuation, this long, predict the last tokens of its labels."""
+    k = continuation.reads
+    return torch.tensor(lengths)[:, None] - k + torch.arange(k)
 
 
 def read_labels(
-    model: Model, last: Resid, lengths: Sequence[int], continuation: Continuation, need: Need = "normaliser"
-) -> Float[Tensor, "batch read"]:
-    """Scores of the labels that this continuation reads, from the last residual stream of prompt + continuation.
+    model: Model, rows: Float[Tensor, "batch read d_model"], continuation: Continuation, need: Need = "normaliser"
+) -> Float[Tensor, "batch label"]:
+    """Scores of the labels that this continuation reads.
 
     Args:
-        last: after the last block.
-        lengths: of prompt + continuation, a row each.
-        continuation: which labels, and how many positions they are read at.
+        rows: the last residual stream at `positions_read`.
+        continuation: which labels.
         need: `labels` gives bare logits, and only for labels of one token; longer ones always need the normaliser.
     """
-    k = continuation.reads
-    n = torch.tensor(lengths, device=last.device)
-    rows = torch.arange(len(n), device=last.device)
-    ids = torch.tensor([ids for _, ids in continuation.labels], device=last.device)  # [read k]
-    if k > 1:
+    ids = torch.tensor([ids for _, ids in continuation.labels], device=rows.device)  # [label read]
+    if continuation.reads > 1:
         need = "normaliser"
-    total: Tensor | None = None
-    for j in range(k):
-        part = model.finish(last[rows, n - k + j], ids[:, j], need)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    parts = [model.finish(rows[:, j], ids[:, j], need) for j in range(continuation.reads)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def label_scores(
@@ -114,7 +136,8 @@ def label_scores(
             batch = Tokens.stack([prompts[i] for i in rows])
             for continuation in continuations:
                 tokens = extend(batch, continuation)
-                part = read_labels(model, last_residual(model, tokens, edit), tokens.lengths, continuation, need)
+                rows_read = last_residual(model, tokens, edit, positions_read(tokens.lengths, continuation))
+                part = read_labels(model, rows_read, continuation, need)
                 scores[torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])] = part.to("cpu", wide)
     return scores
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mech_absa"
 FLOORS = {
     "errors": 0, "axes": 0,
     "examples": 1, "readers": 1, "generate": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1, "progress": 1, "cli": 1,
-    "prompts": 2, "models": 2, "hooks": 2,
+    "prompts": 2, "models": 2, "hooks": 2, "forward": 2,
     "scoring": 3, "pairs": 3, "edits": 3, "widgets": 3,
     "patch": 4, "train": 4, "evaluate": 4,
     "plots": 5, "report": 5, "": 5,

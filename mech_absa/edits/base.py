@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,13 +24,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EditError, SiteError, choices
+from ..forward import Point
 from ..hooks import at_site
 from ..models import Model
 from ..prompts import Tokens
 from ..sites import Site, role_indices
-
-Point = tuple[nn.Module, Callable[[Tensor], Tensor | None]]
-"""A module and what is done to its output; None leaves it as it is."""
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, EditError, HookError, choices
+from ..forward import Point
 from ..hooks import hooked_at
 from ..models import Model
 from ..prompts import Tokens
@@ -178,6 +179,22 @@ class Edit(nn.Module):
                 f"({model.sha256[:12]}); load the model it was made for"
             )
 
+    def _points(self, model: Model, tokens: Tokens) -> tuple[list[Point], list[Point]]:
+        """(writers, readers) of all interventions."""
+        self.check(model)
+        where = Where(tokens)
+        made = [intervention.points(model, where) for intervention in self]
+        return [p for writers, _ in made for p in writers], [p for _, readers in made for p in readers]
+
+    def points(self, model: Model, tokens: Tokens) -> list[Point]:
+        """What `forward.last` calls in a forward pass over `tokens`: the edit without hooks.
+
+        Raises:
+            EditError: it was made for another model.
+        """
+        writers, readers = self._points(model, tokens)
+        return [*writers, *readers]
+
     @contextlib.contextmanager
     def applied(self, model: Model, tokens: Tokens) -> Iterator[Edit]:
         """The edit, in force for every forward pass over `tokens` in the block.
@@ -190,13 +207,7 @@ class Edit(nn.Module):
             EditError: it was made for another model.
             HookError: an intervention took part in fewer passes than another, or wrote twice in one.
         """
-        self.check(model)
-        where = Where(tokens)
-        writers, readers = [], []
-        for intervention in self:
-            write, read = intervention.points(model, where)
-            writers += write
-            readers += read
+        writers, readers = self._points(model, tokens)
         with hooked_at([*writers, *readers]) as firings:
             yield self
         if len(fired := set(firings[: len(writers)])) > 1:

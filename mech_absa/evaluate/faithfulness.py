@@ -48,7 +48,7 @@ from ..metrics import get_metric
 from ..models import Model
 from ..pairs import ABLATIONS, Pairs, Runs, by_length, make_runs
 from ..prompts import PromptTemplate, Tokens, Verbalizer
-from ..scoring import Applicable, question, read_labels
+from ..scoring import Applicable, positions_read, question, read_labels, rows_of
 from ..sites import HEAD_KINDS, Site
 from ..stats import Estimate, bootstrap_statistic
 from .predictions import asked_with, predict
@@ -283,8 +283,8 @@ class _Bench:
         for continuation, clean_x, corrupted_x, masks, values in self.prepared:
             x = corrupted_x if corrupted else clean_x
             with hooked_at(_replacing(self.model, self.sites, replaced, masks, values), times=1):
-                last = self._last(x)
-            part = read_labels(self.model, last, [x.shape[1]] * len(x), continuation).double().cpu()
+                read = rows_of(self._last(x), positions_read([x.shape[1]] * len(x), continuation))
+            part = read_labels(self.model, read, continuation).double().cpu()
             scores = scores if len(scores) else torch.zeros(len(x), self.n_labels, dtype=torch.float64)
             scores[:, [i for i, _ in continuation.labels]] = part
         draws = len(scores) // len(self.chosen)

@@ -239,9 +239,8 @@ def greedy(model: Model, prompts: Sequence[Tokens], steps: int, edit: Applicable
         for step in range(steps):
             if step:
                 tokens = _append(tokens, [written[i][-1] for i in rows])
-            last = last_residual(model, tokens, edit)
-            read = last[torch.arange(len(rows), device=last.device), torch.tensor(tokens.lengths, device=last.device) - 1]
-            for i, token in zip(rows, model.finish(read, None, "vocabulary").argmax(-1).tolist(), strict=True):
+            read = last_residual(model, tokens, edit, torch.tensor(tokens.lengths)[:, None] - 1)
+            for i, token in zip(rows, model.finish(read[:, 0], None, "vocabulary").argmax(-1).tolist(), strict=True):
                 written[i].append(token)
     return written
 

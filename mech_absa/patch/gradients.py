@@ -365,10 +365,7 @@ class _Attention:
         attn = self.model.hooked.blocks[self.layer].attn
         if self.model.cfg.use_qk_norm:
             x = attn._apply_qk_norm(x, attn.q_norm if kind == "q" else attn.k_norm)
-        if self.model.cfg.positional_embedding_type != "rotary":
-            return x
-        positions = repeat(torch.arange(self.length, device=x.device), "pos -> (row pos)", row=self.n_rows)
-        return self.model._rotate(attn, x.flatten(0, 1), positions).view_as(x)
+        return self.model.rotate(self.layer, x, torch.arange(self.length, device=x.device))
 
     def by_query(self, q: HeadOut) -> Float[Tensor, "row span head"]:
         """Queries of the span replaced. A query moves its own row of the pattern only, so that all positions share one softmax."""

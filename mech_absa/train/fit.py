@@ -4,7 +4,7 @@
 
 The loss covers the answer only. `labels` is the cross-entropy of the gold label among the label strings, which needs no more of the
 unembedding than their columns; `text` is that of the answer's tokens and the end of sequence over the whole vocabulary. In both, the final
-norm and the unembedding see only the rows that are read.
+norm and the unembedding see only the rows that are read, and so does the last block (`forward.py`).
 
 One step is a function of its number and the seed: the order of an epoch and the dropout of a step are drawn from generators seeded by
 them. So the same seed gives the same bytes on a CPU, and a killed run resumes from its checkpoint to the bytes of one that was not.
@@ -27,20 +27,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..axes import LabelScores, Resid
+from ..axes import LabelScores
 from ..edits.edit import Edit
 from ..errors import ConfigError, RunFolderError
 from ..examples import Example, class_counts, content_hash, split_by_sentence
+from ..forward import last
 from ..metrics import Need
 from ..models import Model
 from ..progress import bar
 from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from ..records import atomic, fingerprint, plain, versions
-from ..scoring import extend, question, read_labels
+from ..scoring import extend, positions_read, question, read_labels
 from ..sites import Site
 from .prefix import PrefixCache
 from .presets import Preset
@@ -100,30 +102,30 @@ class Task:
             made.append(Question(prompt, runs, gold, self.answers[gold]))
         return made
 
-    def last(self, edit: Edit | None, tokens: Tokens) -> Resid:
-        """The residual stream after the last block, from the kept stream below the edit on."""
+    def last(self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
+        """The residual stream after the last block where it is read, from the kept stream below the edit on."""
         start = edit.layers[0] if edit is not None else 0
-        x = self.cache.get(start, tokens)
-        with edit.applied(self.model, tokens) if edit is not None else contextlib.nullcontext():
-            return self.model.hooked.forward(x, start_at_layer=start, stop_at_layer=self.model.n_layers)
+        points = edit.points(self.model, tokens) if edit is not None else ()
+        return last(self.model, self.cache.get(start, tokens), reads, start, points)
 
     def loss(self, edit: Edit, batch: Sequence[Question]) -> Tensor:
         """Summed over the questions of a batch, each one a mean over what it is read at."""
         gold = torch.tensor([q.gold for q in batch], device=self.model.device)
         if self.kind == "text":
             tokens = Tokens.stack([q.runs[0] for q in batch])
-            last = self.last(edit, tokens)
-            spots = [(row, q.prompt.lengths[0] - 1 + j) for row, q in enumerate(batch) for j in range(len(q.answer))]
-            rows, columns = torch.tensor(spots, device=last.device).T
-            target = torch.tensor([i for q in batch for i in q.answer], device=last.device)
-            weight = torch.tensor([1 / len(q.answer) for q in batch for _ in q.answer], device=last.device)
-            return (F.cross_entropy(self.model.finish(last[rows, columns], None, "vocabulary"), target, reduction="none") * weight).sum()
+            longest = max(len(q.answer) for q in batch)  # shorter answers are read again at their last token, with no weight
+            reads = torch.tensor([[q.prompt.lengths[0] - 1 + min(j, len(q.answer) - 1) for j in range(longest)] for q in batch])
+            rows = self.last(edit, tokens, reads).flatten(0, 1)
+            target = torch.tensor([q.answer[min(j, len(q.answer) - 1)] for q in batch for j in range(longest)], device=rows.device)
+            weight = torch.tensor([(j < len(q.answer)) / len(q.answer) for q in batch for j in range(longest)], device=rows.device)
+            return (F.cross_entropy(self.model.finish(rows, None, "vocabulary"), target, reduction="none") * weight).sum()
         # The normaliser cancels where all labels are read at one place.
         need: Need = "labels" if len(self.continuations) == 1 and self.continuations[0].reads == 1 else "normaliser"
         columns_of, parts = [], []
         for which, continuation in enumerate(self.continuations):
             tokens = Tokens.stack([q.runs[which] for q in batch])
-            parts.append(read_labels(self.model, self.last(edit, tokens), tokens.lengths, continuation, need))
+            rows = self.last(edit, tokens, positions_read(tokens.lengths, continuation))
+            parts.append(read_labels(self.model, rows, continuation, need))
             columns_of += [i for i, _ in continuation.labels]
         order = torch.tensor(columns_of, device=gold.device).argsort()
         return F.cross_entropy(torch.cat(parts, 1)[:, order], gold, reduction="sum")
@@ -140,7 +142,7 @@ class Task:
             prompts = Tokens.stack([questions[i].prompt for i in rows])
             for continuation in self.continuations:
                 tokens = extend(prompts, continuation)
-                part = read_labels(self.model, self.last(edit, tokens), tokens.lengths, continuation)
+                part = read_labels(self.model, self.last(edit, tokens, positions_read(tokens.lengths, continuation)), continuation)
                 made[torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])] = part.to("cpu", torch.float64)
         return made
 

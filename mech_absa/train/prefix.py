@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..axes import Resid
+from ..forward import advance
 from ..models import Model
 from ..prompts import Tokens
 
-TOKENS_A_PASS = 4096
+TOKENS_A_PASS = 1024
 """Tokens in one forward pass while filling."""
 
 
@@ -95,7 +96,7 @@ class PrefixCache:
         if x is None:
             x = self.model.embed(tokens.ids)
         self.computed += (layer - start) * sum(tokens.lengths)
-        return self.model.hooked.forward(x, start_at_layer=start, stop_at_layer=layer)
+        return advance(self.model, x, start, layer)
 
 
 def _key(ids: Tensor) -> bytes:

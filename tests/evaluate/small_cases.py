@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import intervene
+from mech_absa.hooks import at_site, hooked_at
 from mech_absa.sites import Site, role_indices
 
 POS, NEG, NEU = Polarity.POSITIVE, Polarity.NEGATIVE, Polarity.NEUTRAL
@@ -32,12 +32,15 @@ class Push:
         self.site, self.size, self.seed = Site.parse(site), size, seed
         self.seen = []
 
-    @contextmanager
-    def applied(self, model, tokens):
+    def points(self, model, tokens):
         self.seen.append(tokens)
         vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(self.seed)) * self.size
         where = torch.ones_like(tokens.roles, dtype=torch.bool)
         if self.site.at is not None:
             where = torch.isin(tokens.roles, torch.tensor(role_indices(self.site.at)))
-        with intervene(model.hooked, {self.site: lambda x: x + where[:, :, None] * vector}, times=None):
+        return [at_site(model.hooked, self.site, lambda x: x + where[:, :, None] * vector)]
+
+    @contextmanager
+    def applied(self, model, tokens):
+        with hooked_at(self.points(model, tokens)):
             yield

@@ -1,0 +1,139 @@
+"""The forward pass from pieces against the hooked one: the same numbers, the same gradients, and the same edits in force."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles.tiny_models import ARCHITECTURES
+
+sys.path.insert(0, str(Path(__file__).parent / "edits"))
+from edit_cases import loud, prompts, tiny_model
+
+from mech_absa import forward, models
+from mech_absa.edits import Part, Shape
+from mech_absa.errors import HookError
+from mech_absa.hooks import intervene
+from mech_absa.prompts import Tokens
+from mech_absa.sites import Site
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def case(arch: str, dtype: str = "float64"):
+    """A model, a padded batch, its embeddings, and two positions of each row: the last, and one before it."""
+    model = tiny_model(arch, dtype)
+    tokens = Tokens.stack(prompts(model))
+    reads = torch.tensor(tokens.lengths)[:, None] - torch.tensor([[1, 3]])
+    return model, tokens, model.embed(tokens.ids), reads
+
+
+def hooked_rows(model, tokens, x, reads, edit=None, start=0):
+    """What the hooked forward pass gives."""
+    if edit is None:
+        whole = model.hooked.forward(x, start_at_layer=start, stop_at_layer=model.n_layers)
+    else:
+        with edit.applied(model, tokens):
+            whole = model.hooked.forward(x, start_at_layer=start, stop_at_layer=model.n_layers)
+    return whole[torch.arange(len(x))[:, None], reads]
+
+
+def parts_of(model, layers=(1,)) -> dict[str, list[Part]]:
+    """Every family at every sort of place that the model has."""
+    matrices = [f"L{layer}.{m}" for layer in layers for m in Shape.of(model).matrices]
+    kinds = [k for k in model.kinds if k.startswith("resid") or k.endswith("_out")]
+    sites = [f"L{layer}.{k}@query.last" for layer in layers for k in kinds] + [f"L{layer}.head1" for layer in layers]
+    made = {family: [Part(family, m) for m in matrices] for family in ("lora", "dora", "bitfit", "full")}
+    made |= {family: [Part(family, s) for s in sites] for family in ("loreft", "noreft", "direft", "red", "steering")}
+    made["adapter"] = [Part("adapter", s, {"rank": 3}) for s in sites]
+    made["head_gate"] = [Part("head_gate", f"L{layer}.head{h}") for layer in layers for h in range(model.n_heads)]
+    made["several"] = [*made["lora"], *made["loreft"], *made["bitfit"], *made["adapter"]]
+    return made
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_stream_and_its_gradient_are_the_hooked_ones(arch):
+    model, tokens, x, reads = case(arch)
+    assert model.refusal is None
+    for start in (0, 2):
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        a = forward.last(model, ours, reads, start)
+        b = hooked_rows(model, tokens, theirs, reads, start=start)
+        torch.testing.assert_close(a, b, **CLOSE)
+        weight = torch.randn(b.shape, generator=torch.Generator().manual_seed(0), dtype=b.dtype)
+        (a * weight).sum().backward()
+        (b * weight).sum().backward()
+        assert theirs.grad.abs().max() > 1e-3
+        torch.testing.assert_close(ours.grad, theirs.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "pythia", "gemma2", "qwen2"])
+def test_every_family_acts_and_learns_as_through_hooks(arch):
+    """Also in the last layer, which then runs whole; prefixes are handed to the hooked pass."""
+    model, tokens, x, reads = case(arch)
+    for layers in ((1,), (1, model.n_layers - 1)):
+        for family, parts in parts_of(model, layers).items():
+            edit = loud(model, *parts, size=0.1)
+            values, grads = [], []
+            for way in (
+                lambda e: forward.last(model, x, reads, 0, e.points(model, tokens)),
+                lambda e: hooked_rows(model, tokens, x, reads, e),
+            ):
+                edit.zero_grad()
+                out = way(edit)
+                (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+                values.append(out.detach())
+                grads.append({n: p.grad.clone() for n, p in edit.named_parameters() if p.grad is not None})
+            base = forward.last(model, x, reads)
+            assert (values[0] - base).abs().max() > 1e-4, f"{family} does something"
+            torch.testing.assert_close(values[0], values[1], rtol=1e-7, atol=1e-7)  # parameters are float32
+            assert grads[0].keys() == grads[1].keys() and grads[0]
+            for name in grads[0]:
+                torch.testing.assert_close(
+                    grads[0][name], grads[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, f=family, n=name: f"{f} {n}: {m}"
+                )
+
+
+def test_prefixes_run_hooked():
+    model, tokens, x, reads = case("llama")
+    edit = loud(model, Part("prefix", "L1", {"length": 2}))
+    got = forward.last(model, x, reads, 0, edit.points(model, tokens))
+    torch.testing.assert_close(got, hooked_rows(model, tokens, x, reads, edit), **CLOSE)
+    assert (got - forward.last(model, x, reads)).abs().max() > 1e-4
+
+
+def test_somebody_elses_hooks_are_honoured():
+    model, tokens, x, reads = case("llama")
+    plain = forward.last(model, x, reads)
+    with intervene(model.hooked, {Site(1, "resid_post"): lambda h: h * 2}, times=2):
+        doubled = forward.last(model, x, reads)
+        torch.testing.assert_close(doubled, hooked_rows(model, tokens, x, reads), **CLOSE)
+    assert (doubled - plain).abs().max() > 1e-2
+    assert torch.equal(forward.last(model, x, reads), plain)
+
+
+def test_a_point_outside_the_blocks_is_an_error():
+    model, tokens, x, reads = case("llama")
+    edit = loud(model, Part("steering", "L0.resid_post@query.last"))
+    with pytest.raises(HookError, match="planned and 0 acted"):
+        forward.last(model, x, reads, 1, edit.points(model, tokens))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_products_of_one_dnn_have_the_right_gradient(arch):
+    """float32 against float64, with enough tokens that the large products take their other way."""
+    if not models.ONEDNN:
+        pytest.skip("torch is built without oneDNN")
+    (model, *_), (exact, *_) = case(arch, "float32"), case(arch)
+    x = torch.randn(4, 40, model.d_model, generator=torch.Generator().manual_seed(3))
+    reads = torch.tensor([[39]] * 4)
+    grads = []
+    for m, stream in ((model, x.clone().requires_grad_()), (exact, x.double().requires_grad_())):
+        out = forward.last(m, stream, reads)
+        out.square().sum().backward()
+        grads.append((out.detach().double(), stream.grad.double()))
+    size = grads[1][1].abs().max()
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-4, atol=1e-4)
+    assert (grads[0][1] - grads[1][1]).abs().max() < 1e-5 * size

@@ -227,7 +227,7 @@ def test_an_edit_stays_in_force_below_the_ablation(model, examples):
     edit = Push("L2.resid_post@query.last", size=20.0)
     both = predict(model, examples, Ablation([Site(0, "mlp_out")], edit=edit))
     nothing = predict(model, examples, Ablation([], edit=edit))
-    np.testing.assert_array_equal(nothing.scores, predict(model, examples, edit).scores)
+    np.testing.assert_allclose(nothing.scores, predict(model, examples, edit).scores, rtol=1e-6)
     assert not np.allclose(both.scores, nothing.scores, atol=1e-2)
     # The ablation has the last word at a site that both write.
     last = predict(model, examples, Ablation([Site(2, "mlp_out")], edit=Push("L2.mlp_out", size=20.0)))

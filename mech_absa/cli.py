@@ -49,7 +49,8 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
         main(parsed)
         return 0
     except MechAbsaError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; give the same flags with --resume to go on", file=sys.stderr)

@@ -34,7 +34,7 @@ from ..records import RunFolder
 from ..sites import Site, parse_layers
 from .effects import Effects, read_frame, write_frame
 from .gradients import agreement
-from .importance import ImportanceMap, Selection
+from .importance import ImportanceMap, Selection, traced_in
 from .sweep import SPANS
 from .trace import Plan, ablation, gather, iterate, measure, plan, self_check
 
@@ -265,7 +265,7 @@ def main(config: Config) -> Path | None:
         extra["half_precision_control"] = half_precision_control(p, effects, config)
         say(f"against float32: {_spelled(extra['half_precision_control'])}")
     effects.about.update(extra)
-    return _finish(config, folder, effects, examples, model, checks, extra, seconds, say)
+    return _finish(config, folder, effects, examples, model, base, checks, extra, seconds, say)
 
 
 def _sweep(p: Plan, folder: RunFolder, group: _Group, config: Config) -> None:
@@ -328,8 +328,8 @@ def _measure_rows(p: Plan, rows: pd.DataFrame) -> Any:
 
 
 def _finish(
-    config: Config, folder: RunFolder, effects: Effects, examples: Examples, model: Model, checks: dict[str, Any], extra: dict[str, Any],
-    seconds: dict[str, float], say: Any,
+    config: Config, folder: RunFolder, effects: Effects, examples: Examples, model: Model, base: Model, checks: dict[str, Any],
+    extra: dict[str, Any], seconds: dict[str, float], say: Any,
 ) -> Path:  # fmt: skip
     """Averages, choice of sites, files, figures, report, table."""
     importance = effects.importance(by="role", level=config.level, adjustment=config.adjustment, seed=config.seed)
@@ -337,7 +337,7 @@ def _finish(
     effects.save(folder.path)
     importance.save(folder.path / "importance.csv")
     if selection is not None:
-        selection.save(folder.path / "sites.json")
+        selection.save(folder.path / "sites.json", traced_in(model, base, effects.about["adapter"]))
     if config.figures:
         from ..plots import save_trace_figures
 
@@ -353,9 +353,9 @@ def _finish(
     }  # fmt: skip
     folder.finish(record)
     if config.report:
-        from ..report import write_report
+        from ..report import leave_report
 
-        write_report(folder.path)
+        leave_report(folder.path)
     if not config.quiet:
         _print_table(importance, effects, selection)
         say(f"\n{len(effects):,} effects of {len(effects.pairs)} pairs in {time.time() - seconds['start']:.1f} s")

@@ -12,7 +12,7 @@ own tokens the edit changes (the opinion), since restoring their early states on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, DataError, choices
+from ..models import Model
 from ..records import plain, write_json
 from ..sites import HEAD_KINDS, ROLES, Site
 from ..stats import adjust, cluster_bootstrap, sign_flip
@@ -255,11 +256,26 @@ class Selection(Sequence[Site]):
             f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
         )
 
-    def save(self, path: str | Path) -> None:
-        """`sites.json`."""
+    def save(self, path: str | Path, model: Mapping[str, Any] | None = None) -> None:
+        """`sites.json`, with the model they were found in where that is known (`traced_in`)."""
         record = plain(self)
         record["sites"] = [str(s) for s in self.sites]
-        write_json(path, record)
+        write_json(path, record | ({"model": dict(model)} if model is not None else {}))
+
+
+def traced_in(model: Model, base: Model | None = None, adapter: str | None = None) -> dict[str, Any]:
+    """What a sites.json says of the model that was traced.
+
+    Args:
+        model: the traced one.
+        base: what it was before an adapter's weights were merged into it; itself where None.
+        adapter: the name of that adapter.
+    """
+    base = base or model
+    return {
+        "name": base.name, "sha256": model.sha256, "base_sha256": base.sha256, "adapter": adapter, "n_layers": model.n_layers,
+        "n_heads": model.n_heads, "d_model": model.d_model, "dtype": str(model.dtype).removeprefix("torch."),
+    }  # fmt: skip
 
 
 def load_sites(path: str | Path) -> list[Site]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def write_report(folder: str | Path | Iterable[str | Path], out: str | Path | No
     path = Path(out) if out is not None else folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     write_text(path, render(runs))
     return path
+
+
+def leave_report(folder: str | Path) -> Path | None:
+    """`report.html` of a run that has just ended; where it cannot be made, the reason is said and the run stands all the same."""
+    try:
+        return write_report(folder)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"warning: {Path(folder) / 'report.html'} could not be written ({reason}); all other files are there", file=sys.stderr)
+        return None
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -538,4 +549,4 @@ def _training_row(run: Run) -> dict[str, Any]:
 
 
 VIEWS = {"trace": trace_view, "train": train_view, "evaluate": evaluate_view}
-__all__ = ["embedded", "nice", "render", "write_report"]
+__all__ = ["embedded", "leave_report", "nice", "render", "write_report"]

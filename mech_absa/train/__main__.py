@@ -4,12 +4,19 @@
     python -m mech_absa.train --data rest_train.jsonl --test rest_test.jsonl --sites runs/trace/sites.json --preset paper --out runs/paper
 
 Where to edit comes from the `sites.json` of a traced run, or from `--layers` and `--positions`. The run leaves `edit.safetensors` and
-`edit.json` (the edit), `history.csv` (a row a step) and `run.json` (all that is needed to make it again). A killed run is taken up with
-`--resume` and ends in the same bytes.
+`edit.json` (the edit), `history.csv` (a row a step), `run.json` (all that is needed to make it again) and `report.html`. A killed run is
+taken up with `--resume` and ends in the same bytes.
+
+    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.train ...    the same edit, up to rounding, trained by four processes
+
+Every process takes its share of each batch; the first of them alone writes and speaks. With `--device cpu` the same line starts as many
+processes without accelerators (`accelerate launch --cpu` starts one, whatever number it is given).
 """
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,8 +26,9 @@ from pathlib import Path
 from ..cli import command
 from ..edits.base import Shape
 from ..edits.store import save_edit
-from ..errors import ConfigError, SiteError, choices
-from ..examples import Example, Examples, class_counts, leakage
+from ..errors import ConfigError
+from ..evaluate.caveats import caveats
+from ..examples import Examples
 from ..models import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
@@ -32,7 +40,7 @@ from .memory import peak
 from .prefix import PrefixCache
 from .presets import Loss, Preset, Schedule
 
-FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every", "quiet")
+FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every", "report", "quiet")
 """Settings that do not change a result."""
 
 REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "head_gate")
@@ -47,6 +55,8 @@ class Config:
     """Training files, or built-in ones such as builtin:restaurant/train."""
     sites: Path | None = None
     """The sites.json of a traced run: where to edit."""
+    any_sites: bool = False
+    """Edit at sites that were found in another model."""
     layers: str | None = None
     """Where to edit, said directly: 3, 2-5 (both ends count), 0,2-4, all, first, middle or last (thirds of the depth)."""
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
@@ -107,6 +117,8 @@ class Config:
     """A new or empty folder."""
     resume: bool = False
     """Take up the killed run that --out holds."""
+    report: bool = True
+    """Write report.html."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -117,38 +129,36 @@ class Config:
             raise ConfigError("where to edit must be said once: give --sites FILE, or --layers such as 2-5")
         if not 0 <= self.validation < 1:
             raise ConfigError(f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1")
-        if self.checkpoint_every < 1:
-            raise ConfigError(f"--checkpoint-every is {self.checkpoint_every}; at least 1 is needed")
+        for name, value, least in (
+            ("checkpoint-every", self.checkpoint_every, 1),
+            ("seed", self.seed, 0),
+            ("cache-gib", self.cache_gib, 0),
+        ):
+            if not value >= least:
+                raise ConfigError(f"--{name} is {value}; accepted: {least} or more")
         if len(self.labels) not in (2, 3):
             raise ConfigError(f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed")
 
 
-def where(config: Config, model: Model) -> list[Site]:
-    """The sites that the flags name, in this model.
+def where(config: Config, model: Model) -> tuple[list[Site], list[str]]:
+    """The sites that the flags name, in this model, and what is to be said of them.
 
     Raises:
         SiteError: the sites are of another model, or this one lacks them.
     """
     if config.sites is not None:
-        sites, said = presets.sites_file(config.sites)
-        traced = said.get("model")
-        digest = traced.get("sha256") if isinstance(traced, dict) else said.get("model_sha256")
-        if digest and digest != model.sha256:
-            raise SiteError(
-                f"--sites {config.sites}: these sites were found in a model with weights {digest[:12]}, and {model.name} has "
-                f"{model.sha256[:12]}; trace this model, or say the layers with --layers"
-            )
-    elif config.layers is not None:
-        at = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]
-        sites = presets.range_sites(config.layers, at, model.n_layers)
-    else:
-        return []
-    return [model.check_site(s) for s in sites]
+        return presets.traced_sites(config.sites, model, config.any_sites)
+    if config.layers is None:
+        return [], []
+    at = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]
+    return [model.check_site(s) for s in presets.range_sites(config.layers, at, model.n_layers)], []
 
 
-def preset_of(config: Config, model: Model) -> Preset:
+def preset_of(config: Config, model: Model, sites: Sequence[Site]) -> Preset:
     """The preset that the flags name, with what they say otherwise."""
-    preset = presets.named(config.preset, where(config, model), Shape.of(model), config.rank)
+    preset = presets.named(config.preset, sites, Shape.of(model), config.rank)
+    if config.preset.startswith("table2:") and sites:
+        raise ConfigError(f"--preset {config.preset} brings its own places; leave --sites and --layers out, or choose another preset")
     said = {
         n: v
         for n in ("epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience")
@@ -169,19 +179,21 @@ def run(config: Config) -> Path:
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
-    main_process, device = _process(config.device)
+    first, device = _process(config.device)
     train = _read(config.data, config)
     held = _read(config.validation_data, config) if config.validation_data else []
     tests = [load_examples(t, skip_bad=config.skip_bad) for t in config.test]
     model = load_model(config.model, device=device, dtype=config.dtype)
-    preset = preset_of(config, model)
+    sites, notes = where(config, model)
+    preset = preset_of(config, model, sites)
     examples = [e for part in train for e in part]
-    notes = _notes(examples, [*tests, *held])
+    notes += caveats(examples, [*tests, *held])
     said = {**vars(config), "model_sha256": model.sha256, "data_sha256": [t.sha256 for t in train]}
-    folder = RunFolder(config.out, said, resume=config.resume, free=FREE) if main_process else None
-    if folder is not None and folder.finished:
-        return folder.path
-    for note in notes if main_process and not config.quiet else ():
+    # All processes look at the folder, so that all of them resume or stop together; only the first writes to it.
+    folder = RunFolder(config.out, said, resume=config.resume, free=FREE)
+    if folder.finished:
+        return _ended(folder.path, json.loads((folder.path / "run.json").read_text(encoding="utf-8"))["edit"]["stopped"])
+    for note in notes if first and not config.quiet else ():
         print(f"warning: {note}", file=sys.stderr)
     edit = fit(
         model,
@@ -192,61 +204,63 @@ def run(config: Config) -> Path:
         template=PromptTemplate(config.template),
         verbalizer=Verbalizer.of(config.labels, config.separator),
         cache=PrefixCache(model, int(config.cache_gib * 2**30)),
-        checkpoint=None if folder is None else folder.part("state.safetensors"),
+        checkpoint=folder.part("state.safetensors"),
         checkpoint_every=config.checkpoint_every,
-        progress=main_process and not config.quiet,
-        on_step=None if folder is None else lambda state: folder.open(),  # not before: what fit refuses leaves no trace
+        progress=first and not config.quiet,
+        on_step=(lambda state: folder.open()) if first else None,  # not before: what fit refuses leaves no trace
     )
-    if folder is None:
+    if not first:
         return config.out
     folder.open()
     save_edit(edit, folder.path)
     folder.finish(
         {
+            "command": "train",
             "model": {"name": model.name, "sha256": model.sha256, "parameters": model.n_parameters, "device": str(model.device)},
             "data": [t.account() for t in train],
             "validation_data": [t.account() for t in held],
+            "test_data": [t.account() for t in tests],
             "preset": preset,
             "warnings": notes,
             "edit": {"parameters": edit.n_parameters, "share": edit.share, "layers": edit.layers, **edit.record},
             "peak_memory_bytes": peak(model.device),
         }
     )
-    if edit.record["stopped"] and edit.record["stopped"].startswith("the loss"):
-        raise ConfigError(f"{edit.record['stopped']}, in {folder.path}; lower the learning rates or clip the gradient")
+    if config.report:
+        from ..report import leave_report
+
+        leave_report(folder.path)
+    _ended(folder.path, edit.record["stopped"])
     if not config.quiet:
         print(f"{edit!r}\nwritten to {folder.path}")
     return folder.path
 
 
+def _ended(folder: Path, stopped: str | None) -> Path:
+    """The folder of a training that is over.
+
+    Raises:
+        ConfigError: its loss became no number; the folder holds the last good state.
+    """
+    if stopped and stopped.startswith("the loss"):
+        raise ConfigError(f"{stopped}, in {folder}; lower the learning rates or clip the gradient")
+    return folder
+
+
 def _process(device: str) -> tuple[bool, str]:
-    """(whether this process writes, its device), when `accelerate launch` has started several; (True, device) otherwise."""
+    """(whether this process writes and speaks, its device), when a launcher has started several; (True, device) otherwise."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True, device
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    atexit.register(state.destroy_process_group)
     return state.is_main_process, str(state.device)
 
 
 def _read(sources: Sequence[str], config: Config) -> list[Examples]:
     return [load_examples(s, skip_bad=config.skip_bad, limit=config.limit) for s in sources]
-
-
-def _notes(train: Sequence[Example], others: Sequence[Examples]) -> list[str]:
-    """What one should know about the data before trusting a score, with counts."""
-    notes = []
-    counts = class_counts(train)
-    if empty := [c for c, n in counts.items() if not n]:
-        notes.append(f"no {choices(empty)} example among the {len(train)} to train on ({counts}): the edit cannot learn to answer that")
-    for other in others:
-        leak = leakage(train, other)
-        if leak.rows:
-            notes.append(
-                f"{len(leak.rows)} of {leak.total} rows of {other.source} stand in the training data ({100 * leak.share:.1f} %; "
-                f"{leak.same_label} with the same label): a score on them says little"
-            )
-    return notes
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

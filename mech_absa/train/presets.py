@@ -30,6 +30,7 @@ from typing import Any, Literal
 from ..edits.base import Part, Shape
 from ..edits.edit import at_rates
 from ..errors import ConfigError, SiteError, choices
+from ..models import Model
 from ..sites import Site, parse_layers
 
 Loss = Literal["labels", "text"]
@@ -74,8 +75,9 @@ class Preset:
     patience: int = 0
 
     def __post_init__(self):
-        for name, value, low in (("epochs", self.epochs, 0), ("batch_size", self.batch_size, 1), ("accumulate", self.accumulate, 1)):
-            if value < low:
+        least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "clip": 0, "patience": 0}
+        for name, low in least.items():
+            if not (value := getattr(self, name)) >= low:
                 raise ConfigError(f"{name} is {value}; accepted: {low} or more")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule is {self.schedule!r}; accepted: {choices(SCHEDULES)}")
@@ -131,7 +133,51 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
     named = data.get("sites")
     if not isinstance(named, list) or not named:
         raise SiteError(f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed")
-    return [Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named], data
+    try:
+        return [Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named], data
+    except SiteError as error:
+        raise SiteError(f"{path}: {error}") from None
+
+
+def traced_sites(path: str | os.PathLike[str], model: Model, anywhere: bool = False) -> tuple[list[Site], list[str]]:
+    """The sites of a sites.json, for a model: the one they were traced in, or the one that became it by an adapter.
+
+    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and either will do. Weights of another
+    dtype have another hash; there, a model of the same name and sizes is taken for the same, and that is said.
+
+    Args:
+        path: of the file.
+        model: what is to be edited.
+        anywhere: take sites of another model all the same, where this one has them; that is said too.
+
+    Returns:
+        the sites, and sentences for the run's record.
+
+    Raises:
+        SiteError: the file holds no sites, or sites of another model, or this model lacks one.
+    """
+    from ..patch.importance import traced_in
+
+    sites, said = sites_file(path)
+    notes = []
+    traced = said.get("model")
+    if isinstance(traced, dict) and model.sha256 not in (traced.get("sha256"), traced.get("base_sha256")):
+        found = f"these sites were found in {traced.get('name', 'a model')} (weights {str(traced.get('sha256'))[:12]}, {traced.get('n_layers', '?')} layers)"
+        mine = f"{model.name} has others ({model.sha256[:12]}, {model.n_layers} layers)"
+        this = traced_in(model)
+        alike = all(traced.get(k) == this[k] for k in ("name", "n_layers", "n_heads", "d_model"))
+        if alike and traced.get("dtype") != this["dtype"]:
+            notes.append(f"{path}: {found} in {traced.get('dtype')}, so that its weights cannot be compared with those of {model.name}")
+        elif anywhere:
+            notes.append(f"{path}: {found}, and {mine}; they are edited all the same, as was asked for")
+        else:
+            raise SiteError(
+                f"{path}: {found}, and {mine}; trace this model, say the layers with --layers, or give --any-sites to edit there"
+            )
+    try:
+        return [model.check_site(s) for s in sites], notes
+    except SiteError as error:
+        raise SiteError(f"{path}: {error}") from None
 
 
 def range_sites(layers: str | Iterable[int], positions: Iterable[str | int | None] = (LAST_OF_QUERY,), n_layers: int = 10**6) -> list[Site]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -11,9 +12,10 @@ import torch
 from oracles.tiny_models import tiny_folder
 from test_fit import WORDING
 
-from mech_absa.edits import load_edit
+from mech_absa.edits import Edit, Part, load_edit
 from mech_absa.errors import ConfigError
 from mech_absa.models import load_model
+from mech_absa.patch.importance import traced_in
 from mech_absa.sites import Site
 from mech_absa.train import matrix
 from mech_absa.train.__main__ import cli
@@ -50,7 +52,7 @@ def run(data, *flags, out) -> int:
 def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 0
-    assert {p.name for p in out.iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "run.json"}
+    assert {p.name for p in out.iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "report.html", "run.json"}
     model = load_model(tiny_folder("llama"))
     edit = load_edit(out, model)
     record, history = json.loads((out / "run.json").read_text()), pd.read_csv(out / "history.csv")
@@ -87,17 +89,52 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data, tmp_path, capsys, fl
     assert not out.exists()
 
 
-def test_sites_of_another_model_are_refused(data, tmp_path, capsys):
+def test_sites_of_the_base_of_the_adapted_and_of_another_model(data, tmp_path, capsys):
+    """The paper's case: traced after adaptation, edited in the base. `traced_in` of a merged model knows both."""
+    model = load_model(tiny_folder("llama"))
+    merged = Edit.fresh(model, [Part("bitfit", "L0.W_O")])
+    with torch.no_grad():
+        next(iter(merged)).b += 1
+    adapted = merged.merged(model)
+    assert adapted.sha256 != model.sha256
+    sites, out = tmp_path / "sites.json", tmp_path / "run"
+
+    def attempt(about: dict | None, *flags: str, where: str = "L1.resid_post@query.last") -> tuple[int, str]:
+        shutil.rmtree(out, ignore_errors=True)
+        sites.write_text(json.dumps({"sites": [where]} | ({"model": about} if about else {})))
+        code = run(data, "--layers", "", "--sites", str(sites), *flags, out=out)
+        return code, capsys.readouterr().err.strip()
+
+    assert attempt(traced_in(model))[0] == 0
+    assert attempt(traced_in(adapted, model, "bundled"))[0] == 0
+    assert load_edit(out, model).layers == (1,)
+    assert attempt(None)[0] == 0, "an older file does not say"
+    other = load_model(tiny_folder("mistral"))
+    code, said = attempt(traced_in(other))
+    assert code == 2 and "\n" not in said and str(sites) in said and "--any-sites" in said and not out.exists()
+    assert f"found in {other.name} (weights {other.sha256[:12]}, 3 layers)" in said and model.sha256[:12] in said
+    # Adapted alone, the base unknown: of the same name and sizes, but with other weights.
+    code, said = attempt(traced_in(adapted))
+    assert code == 2 and adapted.sha256[:12] in said
+    # Another dtype has another hash: name and sizes decide, and the run says so.
+    assert attempt(traced_in(load_model(tiny_folder("llama"), dtype="bfloat16")))[0] == 0
+    (note,) = [w for w in json.loads((out / "run.json").read_text())["warnings"] if "cannot be compared" in w]
+    assert "bfloat16" in note
+    code, said = attempt(traced_in(model), where="L7.resid_post@query.last")
+    assert code == 2 and str(sites) in said and "3 layers" in said
+
+
+def test_sites_of_another_model_where_they_are_asked_for(data, tmp_path, capsys):
     sites = tmp_path / "sites.json"
-    sites.write_text(json.dumps({"sites": ["L1.resid_post@query.last"], "model": {"sha256": "0" * 64}}))
-    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 2
-    assert "found in a model with weights 000000000000" in capsys.readouterr().err
-    sites.write_text(json.dumps({"sites": ["L7.resid_post@query.last"]}))
-    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 2
-    assert "3 layers" in capsys.readouterr().err
-    sites.write_text(json.dumps({"sites": ["L2.resid_post@query.last"]}))
-    assert run(data, "--layers", "", "--sites", str(sites), out=tmp_path / "run") == 0
-    assert load_edit(tmp_path / "run").layers == (2,)
+    sites.write_text(
+        json.dumps({"sites": ["L2.resid_post@query.last"], "model": {"name": "elsewhere", "sha256": "0" * 64, "n_layers": 32}})
+    )
+    words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE, "--epochs", "1", "--sites", str(sites)]
+    assert cli([*words, "--any-sites", "--out", str(tmp_path / "run"), "--no-report"]) == 0
+    assert "found in elsewhere (weights 000000000000, 32 layers)" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["any_sites"] is True and any("elsewhere" in w and "all the same" in w for w in record["warnings"])
+    assert load_edit(tmp_path / "run").layers == (2,) and not (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...edits.base import Shape
-from ...edits.edit import Edit
+from ...edits.base import Shape, Where, parse_place
+from ...edits.edit import Edit, count
 from ...errors import ConfigError
 from ...evaluate.predictions import Predictions
 from ...evaluate.scores import score
@@ -28,6 +28,7 @@ from ...examples import Example, Examples
 from ...models import Model
 from ...prompts import PromptTemplate, Verbalizer
 from ...records import write_json
+from ...scoring import question
 from ...sites import Site, parse_layers
 from .. import presets
 from ..fit import Task, fit
@@ -63,6 +64,8 @@ class Method:
     def parse(cls, text: str) -> Method:
         """The method that `text` spells."""
         preset, _, where = text.partition("@")
+        if not preset:
+            raise ConfigError(f"--methods names {text!r}; methods look like both@sites, lora@all, loreft@2-3 or zero_shot")
         return cls(preset, where or "sites")
 
     def __str__(self) -> str:
@@ -99,6 +102,49 @@ def domain_name(source: str) -> str:
     stem = source.removeprefix("builtin:").rsplit("/", 1)
     name = stem[0] if re.fullmatch(r"(train|test|dev|val\w*)(\..*)?", stem[-1]) and len(stem) > 1 else Path(stem[-1]).stem
     return re.sub(r"[-_.]?(train|test)$", "", Path(name).name) or name
+
+
+def check(
+    model: Model,
+    domains: Sequence[Domain],
+    made: Sequence[Preset],
+    template: PromptTemplate | None = None,
+    verbalizer: Verbalizer | None = None,
+) -> None:
+    """Nothing, when every training and every test can be run: what cannot is refused now and not after an hour.
+
+    Args:
+        model: that will be edited.
+        domains: whose prompts are all made once.
+        made: everything that will be trained.
+        template, verbalizer: the question and its answers.
+
+    Raises:
+        ConfigError: an edit asks for what its family does not offer, or acts at a role that no training prompt of a domain has.
+        SiteError: the model lacks a place.
+        PromptError: a prompt is too long, or two labels cannot be told apart.
+    """
+    shape = Shape.of(model)
+    template = template or PromptTemplate()
+    acting: dict[str | int, Site] = {}
+    for preset in made:
+        count(preset.parts, shape)
+        places = (parse_place(part.place) for part in preset.parts)
+        acting |= {p.at: p for p in places if isinstance(p, Site) and p.at is not None}
+    (verbalizer or Verbalizer()).label_ids(model.tokenizer, template)
+    for domain in domains:
+        if not domain.train.items or not domain.test.items:
+            raise ConfigError(f"domain {domain.name} has {len(domain.train)} training and {len(domain.test)} test examples; both need some")
+        unseen = dict(acting)
+        for e in domain.train:
+            where = Where(question(model, e, template))
+            unseen = {at: site for at, site in unseen.items() if not bool(where.mask(at).any())}
+        for site in unseen.values():
+            raise ConfigError(
+                f"an edit at {site} was asked for; none of the {len(domain.train)} training prompts of {domain.name} has a token there"
+            )
+        for e in domain.test:
+            question(model, e, template)
 
 
 def run_matrix(
@@ -153,10 +199,10 @@ def run_matrix(
                 on_done(1)
                 continue
             made: list[dict[str, Any]] = []
-            edit, about = (
-                None,
-                {"preset": method.preset, "where": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0},
-            )
+            edit = None
+            about: dict[str, Any] = {
+                "preset": method.preset, "where": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0, "stopped": "",
+            }  # fmt: skip
             reset_peak(model.device)
             if method.preset != ZERO_SHOT:
                 places = method.sites(sites, positions, model.n_layers, seed)

@@ -3,8 +3,8 @@
     python -m mech_absa.train.matrix --methods zero_shot both@sites both@all --sites runs/trace/sites.json --out runs/matrix
     python -m mech_absa.train.matrix --train data/{device,laptop,rest,service}_train.json --test data/{device,laptop,rest,service}_test.json
 
-Leaves `matrix.csv` (a row for method, seed, training and test domain), `summary.csv` (a row a method) and `run.json`. A killed run is
-taken up with `--resume`: trainings that were finished are not repeated.
+Leaves `matrix.csv` (a row for method, seed, training and test domain), `summary.csv` (a row a method), `run.json` and `report.html`. A
+killed run is taken up with `--resume`: trainings that were finished are not repeated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import pandas as pd
 
 from ...cli import command
+from ...edits.base import Shape
 from ...errors import ConfigError
-from ...examples import leakage
+from ...evaluate.caveats import caveats
 from ...generate import DOMAINS
 from ...models import load_model
 from ...progress import bar
@@ -29,9 +30,9 @@ from ...readers import load_examples
 from ...records import RunFolder
 from .. import presets
 from ..presets import Preset
-from . import Domain, Method, domain_name, n_trainings, run_matrix, summary
+from . import ZERO_SHOT, Domain, Method, check, domain_name, n_trainings, run_matrix, summary
 
-FREE = ("out", "resume", "device", "cache_gib", "quiet")
+FREE = ("out", "resume", "device", "cache_gib", "report", "quiet")
 """Settings that do not change a result."""
 
 
@@ -49,6 +50,8 @@ class Config:
     """Of the trainings."""
     sites: Path | None = None
     """The sites.json of a traced run, for methods that say @sites; first, middle, last and random then take as many layers."""
+    any_sites: bool = False
+    """Edit at sites that were found in another model."""
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
     """Where representations are edited, when there is no --sites."""
     model: str = "bundled"
@@ -85,6 +88,8 @@ class Config:
     """A new or empty folder."""
     resume: bool = False
     """Take up the killed run that --out holds."""
+    report: bool = True
+    """Write report.html."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -95,6 +100,17 @@ class Config:
             raise ConfigError(f"--train names {len(self.train)} files of {len(names)} domains; each domain can stand once")
         if not self.methods or not self.seeds:
             raise ConfigError("--methods and --seeds each need at least one")
+        for flag, values in (("--methods", self.methods), ("--seeds", self.seeds)):
+            if twice := [v for v in values if values.count(v) > 1]:
+                raise ConfigError(f"{flag} names {twice[0]} more than once; the same training would count twice")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1")
+        least = {"limit-train": (self.limit_train, 1), "limit-test": (self.limit_test, 1), "cache-gib": (self.cache_gib, 0)}
+        for name, (value, low) in (least | {"seeds": (min(self.seeds), 0)}).items():
+            if value is not None and not value >= low:
+                raise ConfigError(f"--{name} is {value}; accepted: {low} or more")
+        if len(self.labels) not in (2, 3):
+            raise ConfigError(f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed")
 
 
 def main(config: Config) -> Path:
@@ -107,17 +123,20 @@ def main(config: Config) -> Path:
         Domain(domain_name(a), _read(a, config, config.limit_train), _read(b, config, config.limit_test))
         for a, b in zip(config.train, config.test, strict=True)
     ]
+    template, verbalizer = PromptTemplate(config.template), Verbalizer.of(config.labels, config.separator)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
-    sites = presets.read_sites(config.sites) if config.sites is not None else []
-    for site in sites:
-        model.check_site(site)
+    sites, notes = presets.traced_sites(config.sites, model, config.any_sites) if config.sites is not None else ([], [])
     methods = [Method.parse(m) for m in config.methods]
     positions = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]
-    from ...edits.base import Shape
 
-    for method in methods:  # what a method asks for is refused now, not after an hour
-        if method.preset != "zero_shot":
-            presets.named(method.preset, method.sites(sites, positions, model.n_layers, 0), Shape.of(model), config.rank)
+    def change(preset: Preset) -> Preset:
+        given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
+        return preset.rates(config.lr_scale).but(**given)
+
+    trained = [m for m in methods if m.preset != ZERO_SHOT]
+    places = [(m, m.sites(sites, positions, model.n_layers, seed)) for m in trained for seed in config.seeds]
+    check(model, domains, [change(presets.named(m.preset, at, Shape.of(model), config.rank)) for m, at in places], template, verbalizer)
+    notes += dict.fromkeys(note for d in domains for note in caveats(d.train.items, [o.test for o in domains], d.name))
     said: dict[str, Any] = vars(config) | {
         "model_sha256": model.sha256,
         "data_sha256": [e.sha256 for d in domains for e in (d.train, d.test)],
@@ -125,10 +144,6 @@ def main(config: Config) -> Path:
     folder = RunFolder(config.out, said, resume=config.resume, free=FREE)
     if folder.finished:
         return folder.path
-
-    def change(preset: Preset) -> Preset:
-        given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
-        return preset.rates(config.lr_scale).but(**given)
 
     folder.open()
     with bar("trainings", n_trainings(domains, methods, config.seeds), config.quiet) as advance:
@@ -142,8 +157,8 @@ def main(config: Config) -> Path:
             rank=config.rank,
             change=change,
             validation=config.validation,
-            template=PromptTemplate(config.template),
-            verbalizer=Verbalizer.of(config.labels, config.separator),
+            template=template,
+            verbalizer=verbalizer,
             budget=int(config.cache_gib * 2**30),
             parts=folder.part("rows"),
             on_done=advance,
@@ -151,25 +166,25 @@ def main(config: Config) -> Path:
     table, short = pd.DataFrame(rows), summary(rows)
     folder.write("matrix.csv", partial(table.to_csv, index=False))
     folder.write("summary.csv", partial(short.to_csv, index=False))
-    leaks = {d.name: leakage(d.train.items, d.test.items) for d in domains}
+    for row in table[table["stopped"].fillna("").str.startswith("the loss")].drop_duplicates(["method", "train", "seed"]).itertuples():
+        notes.append(f"{row.method} trained on {row.train} with seed {row.seed}: {row.stopped}")
     folder.finish(
         {
+            "command": "train.matrix",
             "model": {"name": model.name, "sha256": model.sha256, "parameters": model.n_parameters, "device": str(model.device)},
-            "domains": {
-                d.name: {"train": len(d.train), "test": len(d.test), "classes": d.train.counts(), "leaked": len(leaks[d.name].rows)}
-                for d in domains
-            },
+            "domains": {d.name: {"train": d.train.account(), "test": d.test.account()} for d in domains},
             "sites": [str(s) for s in sites],
             "trainings": n_trainings(domains, methods, config.seeds),
+            "warnings": notes,
         }
     )
+    if config.report:
+        from ...report import leave_report
+
+        leave_report(folder.path)
     if not config.quiet:
-        for name, leak in leaks.items():
-            if leak.rows:
-                print(
-                    f"warning: {len(leak.rows)} of {leak.total} test rows of {name} stand in its training data ({100 * leak.share:.1f} %)",
-                    file=sys.stderr,
-                )
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
         print(short.round(4).to_string(index=False))
         print(f"written to {folder.path}")
     return folder.path

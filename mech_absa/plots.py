@@ -6,7 +6,8 @@ states were moved. Nothing here loads a model or imports torch: figures are made
     heatmap(map)  lines(map)  heads(map)          where: role x layer with intervals, curves over layers, head x layer
     example_map(effects, id)                      one prompt, word by word
     layer_ranges  position_bars                   accuracy against the edited layers and positions (Li et al. 2025, Figures 4 and 5)
-    parameters  domains  faithfulness  pruning  ranks  agreement
+    parameters  domains  differences  faithfulness  pruning  ranks  agreement
+    effects_and_edits                             does tracing tell where to edit?
 
 Functions that take a map of several panels make a figure; those of one panel draw on the `ax` they are given, or make a figure of their
 own. Either way they return the figure, which shows itself in a notebook. `save` writes PNG and PDF, the same bytes for the same figure.
@@ -791,6 +792,82 @@ def domains(
         on.set_ylabel("trained on")
         _bar(figure, mesh, [on], f"{metric.replace('_', ' ')} (%)")
         return _finish(figure, on, ax is None, title, note)
+
+
+def differences(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    unit: str = "points of accuracy",
+    title: str = "Difference to the reference",
+    note: str = "",
+) -> Figure:
+    """Paired differences with their intervals, a row each, about a line at 0.
+
+    Args:
+        table: columns `name`, `difference`, `low`, `high` (0 to 1, drawn in points); optional `p`. Rows with a p of 0.05 or more are hollow.
+        unit: for the axis.
+    """
+    _need(table, "name", "difference", "low", "high")
+    with style():
+        figure, on = _single(ax, COLUMN + 0.9, 0.5 + 0.17 * len(table))
+        on.axvline(0, color=SOFT, linewidth=0.7)
+        y = np.arange(len(table))
+        x = 100 * table["difference"].to_numpy(float)
+        ends = np.clip(np.stack([x - 100 * table["low"].to_numpy(float), 100 * table["high"].to_numpy(float) - x]), 0, None)
+        on.errorbar(x, y, xerr=ends, fmt="none", ecolor=CYCLE[0], elinewidth=1.0, capsize=2)
+        clear = (table["p"] < 0.05).to_numpy() if "p" in table else np.ones(len(table), bool)
+        for mask, fill, label in ((clear, CYCLE[0], "p < 0.05"), (~clear, "white", "p ≥ 0.05")):
+            on.scatter(
+                x[mask], y[mask], s=16, facecolor=fill, edgecolor=CYCLE[0], linewidth=0.9, zorder=3, label=label if "p" in table else None
+            )
+        on.set_yticks(y, [str(n) for n in table["name"]])
+        on.set_ylim(len(table) - 0.5, -0.5)
+        on.set_xlabel(unit)
+        return _finish(figure, on, ax is None, title, note)
+
+
+def effects_and_edits(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Does tracing tell where to edit?",
+    note: str = "",
+) -> Figure:
+    """Score of an edit against what tracing said of the place it edits, a colour a method, with Spearman's rho and its interval.
+
+    The claim of Hase et al. 2023 (arXiv 2301.04213) is that the two have little to do with one another.
+
+    Args:
+        table: columns `aie` and `accuracy` (0 to 1), one row a place; optional `method`, `accuracy_low`, `accuracy_high`, and `size` (how
+            many layers the place has), which is told by the marker. A method of fewer than 3 places gets no rho.
+        metric: the column drawn.
+    """
+    from .stats import spearman_interval
+
+    _need(table, "aie", metric)
+    with style():
+        figure, on = _single(ax, COLUMN + 0.5, 2.5)
+        sizes = sorted(table["size"].unique()) if "size" in table else []
+        for i, (name, rows) in enumerate(_groups(table, "method")):
+            colour, x, y, ends = CYCLE[i % len(CYCLE)], rows["aie"].to_numpy(float), 100 * rows[metric].to_numpy(float), _ends(rows, metric)
+            label = name
+            if len(rows) > 2:
+                rho = spearman_interval(x, y)
+                label = f"{name}  ρ = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]".strip()
+            if ends is not None:
+                on.errorbar(x, y, yerr=100 * ends, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.6)
+            markers = rows["size"].map({n: MARKERS[j % len(MARKERS)] for j, n in enumerate(sizes)}) if sizes else pd.Series("o", rows.index)
+            for marker in markers.unique():
+                on.scatter(x[markers == marker], y[markers == marker], s=14, color=colour, marker=marker, linewidths=0, alpha=0.9)
+            on.plot([], [], color=colour, marker="o", linestyle="", label=label)
+        if len(sizes) > 1:
+            for j, n in enumerate(sizes):
+                on.plot([], [], color=SOFT, marker=MARKERS[j % len(MARKERS)], linestyle="", label="1 layer" if n == 1 else f"{n} layers")
+        on.set_xlabel("AIE of the place")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%) of editing it")
+        return _finish(figure, on, ax is None, title, note, 1)
 
 
 # ---- how true: checks of the method -------------------------------------------------------------------------------------------

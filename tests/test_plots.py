@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.patches import Rectangle
 
 from mech_absa import plots
@@ -253,6 +253,36 @@ def test_curves_are_sorted_and_named(draw, x, y):
     factor = 1 if y == "faithfulness" else 100
     assert lines["exact"].get_ydata() == pytest.approx([0.2 * factor, 0.5 * factor, 0.9 * factor])
     assert lines["random"].get_xdata() == pytest.approx([1, 2, 4] if x == "rank" else [10, 20, 40])
+
+
+def test_differences_stand_in_points_and_uncertain_ones_are_hollow():
+    table = pd.DataFrame(
+        {"name": ["near", "far"], "difference": [0.01, -0.2], "low": [-0.02, -0.25], "high": [0.03, -0.1], "p": [0.4, 0.001]}
+    )
+    figure = plots.differences(table, unit="points")
+    ax = figure.axes[0]
+    clear, unclear = (c for c in ax.collections if isinstance(c, PathCollection))
+    assert clear.get_offsets().tolist() == [[-20, 1]] and unclear.get_offsets().tolist() == [[1, 0]]
+    assert unclear.get_facecolor().tolist() == [[1, 1, 1, 1]] and clear.get_facecolor().tolist() != [[1, 1, 1, 1]]
+    (bars,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    np.testing.assert_allclose([path[:, 0] for path in bars.get_segments()], [[-2, 3], [-25, -10]], atol=1e-9)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["near", "far"] and ax.yaxis_inverted()
+
+
+def test_effects_and_edits_rank_each_method_by_itself():
+    table = pd.DataFrame(
+        {
+            "aie": [0.1, 0.2, 0.3, 0.4] * 2,
+            "accuracy": [0.5, 0.6, 0.7, 0.9, 0.9, 0.7, 0.6, 0.5],
+            "method": ["up"] * 4 + ["down"] * 4,
+            "size": [1, 1, 2, 2] * 2,
+        }
+    )
+    figure = plots.effects_and_edits(table)
+    text = words(figure)
+    assert "up  ρ = 1.00" in text and "down  ρ = -1.00" in text and "2 layers" in text
+    points = np.concatenate([c.get_offsets() for c in figure.axes[0].collections if isinstance(c, PathCollection)])
+    assert sorted(map(tuple, points.tolist())) == sorted(zip(table["aie"], 100 * table["accuracy"], strict=True))
 
 
 def test_agreement_pairs_cells_by_their_names():

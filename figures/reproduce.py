@@ -115,7 +115,7 @@ class Sizes:
     """Training examples a domain where methods are compared."""
     few: int = 128
     """The same where places are compared: few enough that the best do not all answer everything."""
-    real_train: int = 1000
+    real_train: int | None = None
     test: int | None = 320
     """Test examples a built-in domain."""
     real_test: int | None = None

@@ -1,0 +1,136 @@
+"""What the site takes from the project at build time, so that it cannot go stale.
+
+As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
+
+    <!-- help: train.matrix -->                 what `python -m mech_absa.train.matrix --help` prints
+    <!-- include: benchmarks/README.md sweep --> what stands there between `<!-- sweep: begin -->` and `<!-- sweep: end -->`
+    <!-- include: CITATION.cff yaml -->         the whole file as a block of code
+    <!-- include: mech_absa/assets/README.md --> the whole file as a part of the page, without its title
+    <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
+
+`figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they
+are written (a string in them is a list of axes, not a forward reference), and `a, b: what they are` in a docstring speaks of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PICTURES = {"img/heatmap.png": ROOT / "figures" / "readme_heatmap.png"}
+MARK = re.compile(r"^<!-- (help|include|svg): (\S+)(?: (\S+))? -->$", flags=re.MULTILINE)
+WIDTH = "96"
+
+
+def help_text(command: str) -> str:
+    """What `--help` of a command prints on a terminal of `WIDTH` columns without colours."""
+    printed = io.StringIO()
+    argv, environment = sys.argv, dict(os.environ)
+    os.environ |= {"COLUMNS": WIDTH, "NO_COLOR": "1", "TERM": "dumb"}
+    sys.argv = [f"mech_absa.{command}", "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the module may have been imported already
+            runpy.run_module(f"mech_absa.{command}", run_name="__main__", alter_sys=True)
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ |= environment
+    lines = (line.rstrip() for line in printed.getvalue().strip().splitlines())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def included(path: str, part: str | None) -> str:
+    """A file of the project, or a part of it, as Markdown."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".md"):
+        return f"```{part or 'text'}\n{text.strip()}\n```"
+    if part is None:
+        return text.split("\n", 1)[1].strip()
+    found = re.search(rf"<!-- {part}: begin -->\n(.*?)\n<!-- {part}: end -->", text, flags=re.DOTALL)
+    if found is None:
+        raise ValueError(f"{path} has no part {part}")
+    return found[1]
+
+
+def filled(markdown: str) -> str:
+    """A page with its comments replaced."""
+
+    def replace(match: re.Match[str]) -> str:
+        kind, what, more = match.groups()
+        if kind == "help":
+            return f"```text\n{help_text(what)}\n```"
+        if kind == "include":
+            return included(what, more)
+        return (ROOT / "docs" / "img" / f"{what}.svg").read_text(encoding="utf-8")
+
+    return MARK.sub(replace, markdown)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs: the text of a page before it becomes HTML."""
+    return filled(markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs: the pictures that stand elsewhere in the project."""
+    from mkdocs.structure.files import File
+
+    for uri, path in PICTURES.items():
+        files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
+ITEM = re.compile(r"^( {4})(\w+(?:, \w+)+):((?:.*\n?)(?: {5,}.*\n?)*)", flags=re.MULTILINE)
+
+
+def each(docstring: str) -> str:
+    """Items that explain several names, `a, b: text`, as one item a name."""
+    return ITEM.sub(lambda m: "".join(f"{m[1]}{name}:{m[3].rstrip()}\n" for name in m[2].split(", ")), docstring)
+
+
+with contextlib.suppress(ImportError):
+    import griffe
+
+    SHAPED = {"Float", "Int", "Bool", "Shaped", "Num"}
+
+    def spelled(annotation: Any) -> Any:
+        """The annotation, with the axes of every shape inside it as a string again."""
+        if isinstance(annotation, griffe.ExprSubscript):
+            if str(annotation.left) in SHAPED and isinstance(annotation.slice, griffe.ExprTuple):
+                first, *axes = annotation.slice.elements
+                annotation.slice.elements = [first, *(a if str(a)[:1] in "'\"" else repr(str(a)) for a in axes)]
+            else:
+                annotation.slice = spelled(annotation.slice)
+        elif isinstance(annotation, griffe.ExprTuple):
+            annotation.elements = [spelled(e) for e in annotation.elements]
+        elif isinstance(annotation, griffe.ExprBinOp):
+            annotation.left, annotation.right = spelled(annotation.left), spelled(annotation.right)
+        return annotation
+
+    def one_by_one(thing: Any) -> None:
+        if thing.docstring is not None:
+            thing.docstring.value = each(thing.docstring.value)
+
+    class House(griffe.Extension):
+        """The house style of docstrings, as Griffe needs it."""
+
+        def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+            func.returns = spelled(func.returns)
+            for parameter in func.parameters:
+                parameter.annotation = spelled(parameter.annotation)
+            one_by_one(func)
+
+        def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+            one_by_one(cls)
+
+        def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
+            attr.annotation = spelled(attr.annotation)

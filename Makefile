@@ -2,13 +2,14 @@
 # make test      the test suite (minutes); make test-slow for the long ones
 # make figures   every figure and table, from the results kept in figures/results (minutes, no model)
 # make reproduce those results anew, in under 90 minutes on two cores; ME_ABSC=folder of the paper's data adds the studies of real reviews
+# make docs      the pages of docs/ and the API reference as a site, site/index.html, that opens from disk
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
 
-.PHONY: demo test test-slow figures reproduce clean
+.PHONY: demo test test-slow figures reproduce docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -34,5 +35,10 @@ figures: $(STAMP)
 reproduce: $(STAMP)
 	$(BIN)/python figures/reproduce.py $(if $(ME_ABSC),--me-absc $(ME_ABSC))
 
+docs: $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo site/index.html
+
 clean:
-	rm -rf $(VENV) $(DEMO) build
+	rm -rf $(VENV) $(DEMO) build site

@@ -4,13 +4,15 @@
     python -m mech_absa.evaluate --edit runs/seed0 runs/seed1 runs/seed2 --data test.xml --train-data train.xml --side-effects
     python -m mech_absa.evaluate --predictions gpt.csv --data test.jsonl
 
-Several edits are scored one by one, and together as seeds of one method. The run leaves `scores.csv`, `predictions.parquet` and
-`run.json`; with `--compare` also `comparisons.csv`, with several edits `aggregate.csv`, with `--side-effects` `side_effects.json`.
+Several edits are scored one by one, and together as seeds of one method. The run leaves `scores.csv`, `predictions.parquet`, `run.json` and
+`report.html`; with `--compare` also `comparisons.csv`, with several edits `aggregate.csv`, with `--side-effects` `side_effects.json`.
 Everything is computed before the first file is written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import sys
 import time
@@ -28,10 +30,11 @@ from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder, plain, sha256_file, write_json
 from ..scoring import Applicable
+from .caveats import caveats
 from .predictions import Decode, Predictions, asked_with, predict, read_predictions
 from .scores import Scores, aggregate, compare, score
 
-FREE = ("device", "batch_size", "out")
+FREE = ("device", "batch_size", "report", "out")
 """Settings that do not change a result."""
 
 
@@ -79,6 +82,8 @@ class Config:
     """float32, bfloat16, float16 or float64."""
     batch_size: int = 32
     """Prompts a forward pass."""
+    report: bool = True
+    """Write report.html."""
     out: Path | None = None
     """A new or empty folder; runs/evaluate-<time> by default."""
 
@@ -93,8 +98,9 @@ class Config:
             raise ConfigError("--side-effects was given without an edit; name one with --edit")
         if self.texts is not None and not self.side_effects:
             raise ConfigError("--texts was given without --side-effects, which alone reads it")
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch-size is {self.batch_size}; at least 1 is needed")
+        for name, value, least in (("batch-size", self.batch_size, 1), ("draws", self.draws, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ConfigError(f"--{name} is {value}; accepted: {least} or more")
         for name, values in (("--data", self.data), ("--edit", self.edit)):
             if repeated := next((v for v in values if values.count(v) > 1), None):
                 raise ConfigError(f"{name} names {repeated} more than once")
@@ -154,6 +160,7 @@ def run(config: Config) -> Path:
 
     systems += [answers(edit, name) for edit, name in zip(edits, names(config.edits), strict=True)]
     seen = [e for t in train for e in t] if train else None
+    notes = [*caveats(seen, data), *(trained_on(config.edits, data) if seen is None else ())]
     how: dict[str, Any] = {"level": config.level, "draws": config.draws, "seed": config.seed}
     scores = [[score(p, train=seen, **how) for p in system] for system in systems]
     comparisons, aggregates, effects = [], [], {}
@@ -187,14 +194,36 @@ def run(config: Config) -> Path:
             "labels": [w for _, w in verbalizer.words],
             "data": [d.account() for d in data],
             "train": [d.account() for d in train],
+            "warnings": notes,
             "predictions": [{"file": str(p), "sha256": sha256_file(p)} for p in config.predictions],
             "scores": finite(
                 [{"system": s.name, "data": s.data, "leaked": s.leaked} | _scores_record(s) for system in scores for s in system]
             ),
         }
     )
+    if config.report:
+        from ..report import leave_report
+
+        leave_report(folder.path)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     _show(scores, comparisons, aggregates, effects)
     return folder.path
+
+
+def trained_on(edits: Sequence[str], data: Sequence[Examples]) -> list[str]:
+    """Which test files are, to the byte, files that an edit was trained on, by the run record that lies beside the edit."""
+    said = []
+    for name in edits:
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            record = json.loads((Path(name) / "run.json").read_text(encoding="utf-8"))
+            known = {d.get("sha256") for d in record.get("data", [])}
+            said += [
+                f"{name} was trained on this very file, {d.source} ({len(d)} rows): a score on it says little"
+                for d in data
+                if d.sha256 in known
+            ]
+    return said
 
 
 def _account(data: Examples) -> None:
@@ -236,10 +265,6 @@ def _show(scores: list[list[Scores]], comparisons: list, aggregates: list, effec
     import pandas as pd
 
     show(pd.concat([s.summary() for system in scores for s in system], ignore_index=True), "Scores")
-    for s in {s.data: s for system in scores for s in system if s.leaked}.values():
-        print(
-            f"warning: {s.leaked} of {s.all.n} rows of {s.data} stand in the training data; rows `unseen` are without them", file=sys.stderr
-        )
     for c in comparisons:
         d = c.difference
         print(

@@ -20,7 +20,7 @@ from .page import write_report
 
 @dataclass(frozen=True)
 class Config:
-    """Write one self-contained page about a run, or about several side by side: traces, trainings, evaluations."""
+    """Write one self-contained page about a run, or about several side by side: traces, trainings, evaluations, domain matrices."""
 
     folders: Positional[tuple[Path, ...]]
     """Folders that commands left (--out)."""

@@ -39,7 +39,7 @@ def write_report(folder: str | Path | Iterable[str | Path], out: str | Path | No
     """`report.html` of a run, or of several side by side.
 
     Args:
-        folder: of a trace, a training or an evaluation; or several.
+        folder: of a trace, a training, an evaluation or a domain matrix; or several.
         out: the file; default `report.html` in the (first) folder, `comparison.html` for several.
 
     Returns:
@@ -474,12 +474,84 @@ def predictions(run: Run, most: int = PREDICTIONS) -> tuple[dict[str, Any], int]
     return {"systems": systems, "labels": labels, "rows": rows}, total
 
 
+# ---- a domain matrix --------------------------------------------------------------------------------------------------------------
+
+
+def matrix_view(run: Run, budget: int) -> dict[str, Any]:
+    """What the template says of every domain against every domain."""
+    record, config, table = run.record, run.config, run.tables["matrix.csv"]
+    rows = summary_rows(run.tables["summary.csv"])
+    accounts = [d for d in (record.get("domains") or {}).values() if isinstance(d, dict)]
+    both = {word: _sources({"data": [d[word] for d in accounts if isinstance(d.get(word), dict)]}) for word in ("train", "test")}
+    facts = [
+        ("Model", _model(record, config)), ("Domains", ", ".join(map(str, table["test"].drop_duplicates()))),
+        ("Trainings", record.get("trainings")), ("Seeds", ", ".join(map(str, config.get("seeds") or []))),
+        ("Sites", ", ".join(map(str, record.get("sites") or []))), ("Rank", config.get("rank")), ("Epochs", config.get("epochs")),
+        ("Validation share", config.get("validation")), ("Device", (record.get("model") or {}).get("device")),
+        ("Time", f"{number(record.get('seconds'), 3)} s" if record.get("seconds") is not None else None),
+    ]  # fmt: skip
+    return _basics(run) | {
+        "facts": [(k, number(v)) for k, v in facts if v not in (None, "")], "domains": both, "summary": rows,
+        "charts": [
+            {"name": words, "chart": interval_chart(drawn, "accuracy (%)")}
+            for words, drawn in (("Tested on the domain that was trained on", _spread(rows, "in")), ("Tested on the other domains", _spread(rows, "out")))
+            if drawn
+        ],
+        "maps": domain_maps(table), "data": {"kind": "matrix"},
+    }  # fmt: skip
+
+
+def summary_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row a method; columns that an older run lacks are None."""
+    columns = ("method", "trainable", "share", "seeds", "seconds", "peak_memory_mib")
+    measured = [f"{m}_{where}{sd}" for m in ("accuracy", "macro_f1") for where in ("in", "out") for sd in ("", "_sd")]
+    return [{c: r.get(c) for c in (*columns, *measured)} for r in rows_of(table)]
+
+
+def _spread(rows: Sequence[dict[str, Any]], where: str) -> list[tuple[str, float, float | None, float | None]]:
+    """(method, accuracy, one standard deviation over the seeds below, and above), in percent."""
+    drawn = []
+    for r in rows:
+        mean, sd = r[f"accuracy_{where}"], r[f"accuracy_{where}_sd"]
+        if mean is not None:
+            drawn.append((str(r["method"]), 100 * mean, *((None, None) if sd is None else (100 * (mean - sd), 100 * (mean + sd)))))
+    return drawn
+
+
+def domain_maps(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """One heat map a method: training domain x test domain, means over seeds, all on one scale."""
+    table = table.assign(train=table["train"].fillna(""))
+    tests = [str(t) for t in table["test"].drop_duplicates()]
+    means = table.groupby(["method", "train", "test"])["accuracy"].mean()
+    low, high = float(means.min()), float(means.max())
+    majority = table.groupby("test")["majority"].mean() if "majority" in table else {}
+    found = []
+    for method, of in table.groupby("method", sort=False):
+        lines = []
+        for train, rows in of.groupby("train", sort=False):
+            cells = []
+            for test in tests:
+                seeds = rows[rows["test"] == test]["accuracy"].dropna()
+                if seeds.empty:
+                    cells.append(None)
+                    continue
+                mean = float(seeds.mean())
+                spread = f" ± {100 * seeds.std(ddof=1):.1f}" if len(seeds) > 1 else ""
+                said = (
+                    f"{method}, {f'trained on {train}' if train else 'untrained'}, tested on {test}: {', '.join(percent(x) for x in seeds)}"
+                )
+                cells.append({"mean": mean, "spread": spread, "said": said, "v": (mean - low) / ((high - low) or 1), "own": train == test})
+            lines.append((str(train), cells))
+        found.append({"method": str(method), "tests": tests, "lines": lines, "majority": [majority.get(t) for t in tests]})
+    return found
+
+
 # ---- several runs ---------------------------------------------------------------------------------------------------------------
 
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """Runs of one kind side by side."""
-    traces, trainings, evaluations = ([r for r in runs if r.kind == k] for k in ("trace", "train", "evaluate"))
+    traces, trainings, evaluations, matrices = ([r for r in runs if r.kind == k] for k in ("trace", "train", "evaluate", "matrix"))
     histories = [(r.name, r.tables["history.csv"]) for r in trainings if "history.csv" in r.tables]
     scores = [{**row, "run": r.name} for r in evaluations for row in score_rows(r.tables["scores.csv"])]
     everything = [r for r in scores if r["subset"] == "all"] or scores
@@ -487,6 +559,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [{"name": r.name, "word": WORDS[r.kind]} for r in runs], "traces": _trace_table(traces), "agreement": _agreement(traces),
         "trainings": [_training_row(r) for r in trainings], "charts": history_charts(histories) if len(histories) > 1 else [],
         "scores": scores, "chart": accuracy_chart(everything, ("run", "system", "data")),
+        "matrices": [{**row, "run": r.name} for r in matrices for row in summary_rows(r.tables["summary.csv"])],
     }  # fmt: skip
 
 
@@ -548,5 +621,5 @@ def _training_row(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-VIEWS = {"trace": trace_view, "train": train_view, "evaluate": evaluate_view}
+VIEWS = {"trace": trace_view, "train": train_view, "evaluate": evaluate_view, "matrix": matrix_view}
 __all__ = ["embedded", "leave_report", "nice", "render", "write_report"]

@@ -1,7 +1,7 @@
 """Run folders as they lie on disk -> tables and records, and nothing else.
 
-A folder is told by its files: `effects.parquet` is a trace, `edit.json` a training, `scores.csv` an evaluation. Everything that a run may
-lack (an older record, no selection, no side effects) is absent here too, never a made-up value.
+A folder is told by its files: `effects.parquet` is a trace, `edit.json` a training, `scores.csv` an evaluation, `matrix.csv` a domain
+matrix. Everything that a run may lack (an older record, no selection, no side effects) is absent here too, never a made-up value.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pandas as pd
 
 from ..errors import DataError
 
-Kind = Literal["trace", "train", "evaluate"]
-SIGNS: dict[str, Kind] = {"effects.parquet": "trace", "edit.json": "train", "scores.csv": "evaluate"}
-WORDS: dict[str, str] = {"trace": "Trace", "train": "Training", "evaluate": "Evaluation"}
+Kind = Literal["trace", "train", "evaluate", "matrix"]
+SIGNS: dict[str, Kind] = {"effects.parquet": "trace", "edit.json": "train", "scores.csv": "evaluate", "matrix.csv": "matrix"}
+WORDS: dict[str, str] = {"trace": "Trace", "train": "Training", "evaluate": "Evaluation", "matrix": "Domain matrix"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,13 @@ FILES: dict[str, tuple[str, ...]] = {
     "trace": ("effects.parquet", "pairs.parquet", "importance.csv", "about.json", "sites.json"),
     "train": ("history.csv", "edit.json"),
     "evaluate": ("scores.csv", "predictions.parquet", "comparisons.csv", "aggregate.csv", "side_effects.json"),
+    "matrix": ("matrix.csv", "summary.csv"),
 }
 NEEDED = {
     "trace": ("effects.parquet", "pairs.parquet", "importance.csv", "about.json"),
     "train": ("edit.json",),
     "evaluate": ("scores.csv",),
+    "matrix": ("matrix.csv", "summary.csv"),
 }
 EFFECT_COLUMNS = ["example_id", "kind", "layer", "head", "position", "role", "patched", "effect"]
 
@@ -66,7 +68,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; the --out folder of a trace, a training or an evaluation is needed")
+        raise DataError(f"there is no folder {folder}; the --out folder of a trace, a training, an evaluation or a domain matrix is needed")
     kind = next((k for sign, k in SIGNS.items() if (folder / sign).is_file()), None)
     if kind is None:
         raise DataError(f"{folder} holds no run: none of {', '.join(SIGNS)} is there; the --out folder of a finished run is needed")

@@ -40,7 +40,7 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     assert run(*flags, "--side-effects") == 0
     out = files / "out"
     assert {p.name for p in out.iterdir()} == {
-        "scores.csv", "predictions.parquet", "comparisons.csv", "aggregate.csv", "side_effects.json", "run.json",
+        "scores.csv", "predictions.parquet", "comparisons.csv", "aggregate.csv", "side_effects.json", "run.json", "report.html",
     }  # fmt: skip
     scores = pd.read_csv(out / "scores.csv")
     examples = load_examples(data)

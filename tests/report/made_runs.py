@@ -213,6 +213,36 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
     )
 
 
+def matrix_folder(folder: Path, seed: int = 0) -> Path:
+    """What the matrix command leaves: two methods and the model as it is, on two domains, two seeds."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for method, trains, size in (
+        ("zero_shot", ("",), 0),
+        ("both@<sites>", ("lapt&op", "rest"), 7692),
+        ("lora@all", ("lapt&op", "rest"), 99000),
+    ):
+        for train in trains:
+            for s in (0, 1) if train else (0,):
+                for test in ("lapt&op", "rest"):
+                    accuracy = 2 * int(rng.integers(25, 48)) / 100  # means of two are whole percents
+                    rows.append(
+                        {"method": method, "train": train, "test": test, "in_domain": train == test, "seed": s, "n": 100, "accuracy": accuracy,
+                         "macro_f1": accuracy - 0.1, "majority": 0.6, "trainable": size, "share": size / 1e6, "seconds": 3.5, "stopped": "",
+                         "peak_memory_bytes": 5 << 28}
+                    )  # fmt: skip
+    from mech_absa.train.matrix import summary
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "matrix.csv", index=False)
+    summary(rows).to_csv(folder / "summary.csv", index=False)
+    account = {"source": "x_train.jsonl", "examples": 480, "classes": {"positive": 300}}
+    record = {"model": {"name": "made-up-12l", "parameters": 1234567}, "trainings": 9, "sites": ["L5.resid_post@query.last"],
+              "domains": {d: {"train": account, "test": account | {"source": "x_test.jsonl"}} for d in ("lapt&op", "rest")},
+              "warnings": ["rest: 4 of 100 rows of x_test.jsonl stand in the training data"]}  # fmt: skip
+    return _record(folder, "train.matrix", record)
+
+
 def _record(folder: Path, command: str, record: dict[str, Any]) -> Path:
     config = {"data": ["reviews & more.jsonl"], "model": "made-up-12l", "seed": 0}
     write_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from made_runs import NASTY, evaluate_folder, importance_of, made_effects, trace_folder, train_folder
 
 from mech_absa.errors import DataError
-from mech_absa.report import write_report
+from mech_absa.report import leave_report, write_report
 from mech_absa.report.__main__ import cli
 from mech_absa.report.charts import Line, line_chart, ticks
 from mech_absa.report.maps import NOTHING, quantised, spaced
@@ -24,7 +25,7 @@ from mech_absa.report.page import embedded
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
 CLOSED_BY_OTHERS = {"circle", "line", "polyline", "polygon", "path", "rect"}
-KINDS = ("trace", "train", "evaluate", "comparison")
+KINDS = ("trace", "train", "evaluate", "matrix", "comparison")
 
 
 class Page(HTMLParser):
@@ -221,10 +222,40 @@ def test_scores_and_confusions_are_printed(pages, runs):
     assert "text · kl 0.012" in said
 
 
+def test_the_matrix_is_that_of_the_table(pages, runs):
+    text, page, _ = read(pages["matrix"])
+    said = " ".join(" ".join(page.said).split())
+    table = pd.read_csv(runs["matrix"] / "matrix.csv", keep_default_na=False)
+    for (method, train, test), rows in table.groupby(["method", "train", "test"]):
+        seeds = (100 * rows["accuracy"]).tolist()
+        spread = f" ± {abs(seeds[0] - seeds[1]) / 2**0.5:.1f}" if len(seeds) > 1 else ""
+        told = f"{method}, {f'trained on {train}' if train else 'untrained'}, tested on {test}: {', '.join(f'{x:.1f}' for x in seeds)}"
+        where = text.index(f'title="{html.escape(told)}"')
+        assert f">{sum(seeds) / len(seeds):.1f}<small>{spread}</small>" in text[where : where + 400]
+    assert text.count('class="n own"') == 4, "the same domain in both, for each of two methods"
+    assert text.count('style="--v:0.000') == 1 == text.count('style="--v:1.000'), "one scale for all maps"
+    short = pd.read_csv(runs["matrix"] / "summary.csv")
+    for row in short.itertuples():
+        assert f"{row.method} {row.trainable:,}" in said and f"{100 * row.accuracy_in:.1f}" in said
+    assert "rest: 4 of 100 rows of x_test.jsonl" in said and "most frequent class 60.0 60.0" in said
+
+
+def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):
+    folder = train_folder(tmp_path / "t")
+    kept = (folder / "edit.json").read_text()
+    (folder / "history.csv").write_bytes(b"\xff\xfe\x00")
+    assert leave_report(folder) is None
+    said = capsys.readouterr().err
+    assert "report.html could not be written (DataError" in said and said.count("\n") == 1
+    assert (folder / "edit.json").read_text() == kept and not (folder / "report.html").exists()
+    (folder / "history.csv").unlink()
+    assert leave_report(folder) == folder / "report.html"
+
+
 def test_a_comparison_sets_runs_side_by_side(pages, runs):
     text, page, data = read(pages["comparison"])
     said = " ".join(" ".join(page.said).split())
-    assert len(data["runs"]) == 5 and "Comparison of 5 runs" in said
+    assert len(data["runs"]) == 6 and "Comparison of 6 runs" in said
     a, b = (pd.read_csv(runs[k] / "importance.csv") for k in ("trace", "trace2"))
     both = a.merge(b, on=["kind", "layer", "head", "role"])
     rho = both["aie_x"].rank().corr(both["aie_y"].rank())

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PICTURES = {"img/heatmap.png": ROOT / "figures" / "readme_heatmap.png"}
 MARK = re.compile(r"^<!-- (help|include|svg): (\S+)(?: (\S+))? -->$", flags=re.MULTILINE)
-WIDTH = "96"
+WIDTH = "84"
 
 
 def help_text(command: str) -> str:

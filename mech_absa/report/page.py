@@ -529,7 +529,7 @@ def domain_maps(table: pd.DataFrame) -> list[dict[str, Any]]:
     for method, of in table.groupby("method", sort=False):
         lines = []
         for train, rows in of.groupby("train", sort=False):
-            cells = []
+            cells: list[dict[str, Any] | None] = []
             for test in tests:
                 seeds = rows[rows["test"] == test]["accuracy"].dropna()
                 if seeds.empty:

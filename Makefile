@@ -30,10 +30,10 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 figures: $(STAMP)
-	$(BIN)/python figures/make.py
+	$(BIN)/python -m figures.make
 
 reproduce: $(STAMP)
-	$(BIN)/python figures/reproduce.py $(if $(ME_ABSC),--me-absc $(ME_ABSC))
+	$(BIN)/python -m figures.reproduce $(if $(ME_ABSC),--me-absc $(ME_ABSC))
 
 docs: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -1,9 +1,9 @@
 """Every result that `figures/` draws, made anew: `make reproduce`.
 
-    python figures/reproduce.py                                       the bundled model on its built-in reviews
-    python figures/reproduce.py --me-absc ../data/me_absc             and on the paper's data
-    python figures/reproduce.py --fast                                the same commands on a handful of examples
-    python figures/reproduce.py --only windows ranks                  these studies alone
+    python -m figures.reproduce                                       the bundled model on its built-in reviews
+    python -m figures.reproduce --me-absc ../data/me_absc             and on the paper's data
+    python -m figures.reproduce --fast                                the same commands on a handful of examples
+    python -m figures.reproduce --only windows ranks                  these studies alone
 
 A study asks one question and is a few public commands (`python -m mech_absa.patch`, `python -m mech_absa.train.matrix`), each a process of its own;
 `--jobs` of them run side by side, one thread each. They leave their folders and logs under `runs/reproduce/<study>/<step>`. A command that
@@ -533,4 +533,4 @@ def _note_times(path: Path, study: str, seconds: Mapping[str, float], order: lis
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(Config, run, "python figures/reproduce.py"))
+    raise SystemExit(command(Config, run, "python -m figures.reproduce"))

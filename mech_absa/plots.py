@@ -810,7 +810,7 @@ def differences(
     """
     _need(table, "name", "difference", "low", "high")
     with style():
-        figure, on = _single(ax, COLUMN + 0.9, 0.5 + 0.17 * len(table))
+        figure, on = _single(ax, COLUMN + 0.9, 0.6 + 0.17 * max(len(table), 4))
         on.axvline(0, color=SOFT, linewidth=0.7)
         y = np.arange(len(table))
         x = 100 * table["difference"].to_numpy(float)
@@ -848,7 +848,7 @@ def effects_and_edits(
 
     _need(table, "aie", metric)
     with style():
-        figure, on = _single(ax, COLUMN + 0.5, 2.5)
+        figure, on = _single(ax, COLUMN + 0.5, 2.9)
         sizes = sorted(table["size"].unique()) if "size" in table else []
         for i, (name, rows) in enumerate(_groups(table, "method")):
             colour, x, y, ends = CYCLE[i % len(CYCLE)], rows["aie"].to_numpy(float), 100 * rows[metric].to_numpy(float), _ends(rows, metric)
@@ -866,7 +866,7 @@ def effects_and_edits(
             for j, n in enumerate(sizes):
                 on.plot([], [], color=SOFT, marker=MARKERS[j % len(MARKERS)], linestyle="", label="1 layer" if n == 1 else f"{n} layers")
         on.set_xlabel("AIE of the place")
-        on.set_ylabel(f"{metric.replace('_', ' ')} (%) of editing it")
+        on.set_ylabel(f"{metric.replace('_', ' ')} (%)\nof editing it")
         return _finish(figure, on, ax is None, title, note, 1)
 
 

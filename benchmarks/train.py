@@ -160,7 +160,8 @@ class Peer:
                 optimiser.step()
                 for p in self.parameters:
                     if "R" in p:
-                        p["R"].data = torch.linalg.qr(p["R"].data.T)[0].T
+                        Q, upper = torch.linalg.qr(p["R"].data.T)
+                        p["R"].data = (Q * upper.diagonal().sign()).T
         return first
 
     def close(self) -> None:

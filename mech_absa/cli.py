@@ -53,7 +53,8 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
             print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; give the same flags with --resume to go on", file=sys.stderr)
+        again = "; give the same flags with --resume to go on" if any(f.name == "resume" for f in dataclasses.fields(config)) else ""  # type: ignore[arg-type]
+        print(f"{prog}: interrupted{again}", file=sys.stderr)
         return 130
 
 

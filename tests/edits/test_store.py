@@ -12,7 +12,7 @@ from test_edits import EVERYWHERE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit
-from mech_absa.errors import EditError
+from mech_absa.errors import EditError, ModelError
 from mech_absa.models import load_model, weights_hash
 from mech_absa.prompts import Tokens
 
@@ -137,7 +137,21 @@ def test_a_merged_folder_runs_in_hugging_face(arch, tmp_path):
     for tokens in prompts(model):
         with torch.no_grad():
             torch.testing.assert_close(hf(tokens.ids).logits, logits(model, tokens, edit), **CLOSE)
-    load_model(tmp_path / "merged")  # the folder is whole: tokenizer, configuration, and logits that agree
+    back = load_model(tmp_path / "merged")  # the folder is whole: tokenizer, configuration, and the same logits
+    for tokens in prompts(model):
+        torch.testing.assert_close(logits(back, tokens), logits(model, tokens, edit), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "arch, place", [("gpt2", "L1.attn_out"), ("pythia", "L1.attn_out"), ("bloom", "L2.mlp_out"), ("gptj", "L2.mlp_out")]
+)
+def test_a_merged_reft_is_read_back(arch, place, tmp_path):
+    model = tiny_model(arch)
+    edit = loud(model, Part("loreft", place))
+    back = load_model(merge(edit, model, tmp_path / "merged"))
+    tokens = Tokens.stack(prompts(model))
+    torch.testing.assert_close(logits(back, tokens), logits(model, tokens, edit), **CLOSE)
+    assert not torch.allclose(logits(back, tokens), logits(model, tokens), **CLOSE)
 
 
 def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
@@ -148,6 +162,13 @@ def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
     tokens = prompts(llama)[1]
     with torch.no_grad():
         torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
+    # Reading it back gives the same logits or, where the conversion drops biases of Llama, a refusal: never other logits.
+    try:
+        back = load_model(tmp_path / "merged")
+    except ModelError as error:
+        assert "logits differ" in str(error)
+    else:
+        torch.testing.assert_close(logits(back, tokens), logits(llama, tokens, edit), **CLOSE)
 
 
 def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path):

@@ -2,7 +2,8 @@
 
 JoLA, Lai et al. 2025 (arXiv 2502.01179): every head's output is scaled and shifted, each through a hard-concrete gate (Louizos et al.
 2018, arXiv 1712.01312) whose expected openness is charged, so that most gates close. LoFiT, Yin et al. 2024 (arXiv 2406.01563), is two
-edits in a row: scales with an L1 charge choose the heads, and `steering` vectors at the chosen ones are trained (`z + v`).
+edits in a row: scales with an L1 charge choose the heads, and `steering` vectors at the chosen ones are trained (`z + v`);
+`mech_absa.train.lofit` does both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class HeadGate(SiteIntervention):
 
     While training, g = clamp(stretch(sigmoid((log u - log(1-u) + log_alpha) / temperature))) for a fresh u; in evaluation u = 1/2. The
     charge is lambda L0(g_a) + (1 - lambda) L0(g_m) with lambda = 0.1 exp(-0.01 step) and L0(g) = sigmoid(log_alpha - temperature
-    log(-low / high)). `gates="none"` leaves both open and charges |m| instead, which is LoFiT's first phase.
+    log(-low / high)). `gates="none"` is LoFiT's first phase: the scale alone, (1 + m) * z, with |m| charged; a shift would learn the task in
+    its stead, and the scales would say nothing of the heads.
     """
 
     family = "head_gate"
@@ -40,13 +42,13 @@ class HeadGate(SiteIntervention):
             raise ConfigError(f"gates is {gates!r} at {place}; accepted: hard_concrete or none")
         self.gated, self.charge = gates == "hard_concrete", charge
         self.m = parameter(self.width)
-        self.a = parameter(self.width)
+        self.a = parameter(self.width) if self.gated else None
         self.log_alpha = parameter(2) if self.gated else None
 
     def reset(self, model: Model, generator: torch.Generator) -> None:
         nn.init.normal_(self.m, std=1e-3, generator=generator)
-        nn.init.normal_(self.a, std=1e-3, generator=generator)
-        if self.log_alpha is not None:
+        if self.a is not None and self.log_alpha is not None:
+            nn.init.normal_(self.a, std=1e-3, generator=generator)
             nn.init.zeros_(self.log_alpha)
 
     def gates(self) -> Float[Tensor, 2]:
@@ -73,5 +75,7 @@ class HeadGate(SiteIntervention):
         return self.charge * (balance * a + (1 - balance) * m)
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
+        if self.a is None:
+            return (1 + self.m.to(h.dtype)) * h
         g_m, g_a = self.gates().to(h.dtype)
         return (1 + g_m * self.m.to(h.dtype)) * h + g_a * self.a.to(h.dtype)

@@ -10,7 +10,7 @@ whatever the model computes in.
 | `prob_label` | P(gold) / sum over the labels of P(label) | labels |
 | `logprob` | log P(gold) | normaliser |
 | `logit_diff` | score(gold) - score(foil); without a foil, minus the mean of the other labels | labels |
-| `kl` | -KL(clean || this run) over the vocabulary at the answer; 0 is the clean run | vocabulary |
+| `kl` | -KL(clean ‖ this run) over the vocabulary at the answer; 0 is the clean run | vocabulary |
 
 `prob` saturates: a restored state that moves a confident model further shows little. `logit_diff` is linear in the residual stream and
 splits into parts, but reads changes that no sampled answer would show. Report both where they disagree.

@@ -141,6 +141,22 @@ def test_the_eight_lines_are_those_of_the_readme():
     )
 
 
+def constants(path: Path) -> set[str]:
+    """The fixed parts of all texts in a module, f-strings in pieces."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {n.value.strip() for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def test_the_messages_that_are_explained_exist():
+    """Every message quoted in a question holds a fixed part, several words long, of a text in the code."""
+    known = {t for p in (ROOT / "mech_absa").rglob("*.py") for t in constants(p) if len(t) >= 12 and " " in t}
+    titles = re.findall(r'^\?\?\? question "(.+)"$', (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    quoted = [q for title in titles for q in re.findall(r"`([^`]+)`", title) if q.count(" ") >= 4]
+    assert len(quoted) >= 15
+    for message in quoted:
+        assert any(t in message or message in t for t in known), f"no message of the code reads like {message!r}"
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------------------
 
 

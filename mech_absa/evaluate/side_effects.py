@@ -13,7 +13,7 @@ question, drawn at random, get the same answer. A model that always answers `pos
 
 | measure | formula | nothing changed |
 |---|---|---|
-| KL | mean over tokens of KL(P_base || P_edited) of the next token, nats | 0 |
+| KL | mean over tokens of KL(P_base ‖ P_edited) of the next token, nats | 0 |
 | top-1 | share of tokens with the same most probable next token | 1 |
 | consistency | mean over examples of the share of pairs of templates with the same answer | the base's |
 | one label | share of mixed-polarity sentences all of whose aspects get one answer (never right) | the base's |

@@ -54,7 +54,9 @@ class Study:
     def path(self, name: str) -> Path:
         path = self.folder / name
         if not path.exists():
-            raise DataError(f"{path} is missing; `make reproduce`, or python -m figures.reproduce --only {self.folder.name}, makes it")
+            raise DataError(
+                f"{self.folder.name}/{name} is missing among the results; `make reproduce`, or python -m figures.reproduce --only {self.folder.name}, makes it"
+            )
         return path
 
     def table(self, name: str) -> pd.DataFrame:

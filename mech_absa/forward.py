@@ -170,7 +170,7 @@ def _mlp(mlp: Any, h: Float[Tensor, "*token d_model"], tap: Callable[[nn.Module,
         hidden = act(tap(mlp.hook_pre, linear(h, mlp.W_in.T, mlp.b_in)))
     else:
         gate = tap(mlp.hook_pre, linear(h, mlp.W_gate.T))
-        hidden = act(gate) * tap(mlp.hook_pre_linear, linear(h, mlp.W_in.T)) + mlp.b_in
+        hidden = torch.addcmul(mlp.b_in, act(gate), tap(mlp.hook_pre_linear, linear(h, mlp.W_in.T)))
     return linear(tap(mlp.hook_post, hidden), mlp.W_out.T, mlp.b_out)
 
 

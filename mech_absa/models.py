@@ -452,7 +452,7 @@ def _mlp(mlp: Any, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_
         return mlp(x[None])[0]
     if kind == "MLP":
         return linear(linear(x, mlp.W_in.T, mlp.b_in, act), mlp.W_out.T, mlp.b_out)
-    hidden = linear(x, mlp.W_gate.T, None, act) * linear(x, mlp.W_in.T) + mlp.b_in
+    hidden = torch.addcmul(mlp.b_in, linear(x, mlp.W_gate.T, None, act), linear(x, mlp.W_in.T))
     return linear(hidden, mlp.W_out.T, mlp.b_out)
 
 

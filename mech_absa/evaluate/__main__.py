@@ -258,7 +258,10 @@ def _write(folder: RunFolder, scores: list[list[Scores]], comparisons: list, agg
         if parts:
             folder.write(name, partial(pd.DataFrame([p.row() for p in parts]).to_csv, index=False))
     if effects:
-        write_json(folder.path / "side_effects.json", finite({name: e.record() for name, e in effects.items()}))
+        write_json(
+            folder.path / "side_effects.json",
+            finite({n: e.record() | {"summary": e.summary().rename(columns={"": "note"}).to_dict("records")} for n, e in effects.items()}),
+        )
 
 
 def _show(scores: list[list[Scores]], comparisons: list, aggregates: list, effects: dict) -> None:

@@ -59,6 +59,8 @@ def line_chart(
     ys = [y for _, y in points] + ends + ([0.0] if zero else [])
     xs = [x for x, _ in points]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    if y0 == y1 and not zero:  # one value throughout: in the middle, with room to either side
+        y0, y1 = y0 - 0.05 * (abs(y0) or 1), y1 + 0.05 * (abs(y1) or 1)
     y1 = y1 if y1 > y0 else y0 + 1
     y0, y1 = (y0 - 0.04 * (y1 - y0) if y0 < 0 or not zero else y0), y1 + 0.04 * (y1 - y0)
     left, right, top, bottom = 56, 10, 8, 34
@@ -127,7 +129,7 @@ def interval_chart(
     if not ends:
         return Markup("")
     low, high = max(0.0, min(ends) - 3), min(100.0, max(ends) + 3)
-    name_width, width, step = 190, 620, 22
+    name_width, width, step = min(290, max(120, 7 * max(len(name) for name, *_ in rows) + 12)), 640, 22
     height = step * len(rows) + 40
 
     def px(v: Number) -> float:
@@ -140,7 +142,7 @@ def interval_chart(
     out.append(f'<text class="axis" x="{(name_width + width) / 2:.0f}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>')
     for i, (name, y, lo, hi) in enumerate(rows):
         at = 4 + step * (i + 0.5)
-        cut = name if len(name) <= 32 else name[:31] + "…"
+        cut = name if len(name) <= 40 else name[:18] + "…" + name[-21:]
         out.append(
             f'<text class="tick name" x="{name_width - 8}" y="{at + 3.5:.1f}" text-anchor="end">{escape(cut)}<title>{escape(name)}</title></text>'
         )

@@ -296,7 +296,7 @@ def train_view(run: Run, budget: int) -> dict[str, Any]:
     model = _model(record, {"model": (edit.get("base") or {}).get("name")})
     share = edit.get("share")
     facts = [
-        ("Model", model), ("Preset", preset.get("name")), ("Sites", ", ".join(map(str, edit.get("sites") or []))),
+        ("Model", model), ("Preset", preset.get("name")), ("Sites", " ".join(map(str, edit.get("sites") or []))),
         ("Trainable parameters", f"{edit.get('n_parameters', 0):,}" + (f" ({100 * share:.3g} % of the model)" if share else "")),
         ("Epochs", preset.get("epochs")), ("Batch size", preset.get("batch_size")), ("Schedule", preset.get("schedule")), ("Loss", preset.get("loss")),
         ("Seed", run.config.get("seed")), ("Stopped", trained.get("stopped")),
@@ -307,7 +307,7 @@ def train_view(run: Run, budget: int) -> dict[str, Any]:
     known = {
         k: v
         for k, v in trained.items()
-        if isinstance(v, (int, float, str, bool)) and str(v) and k not in ("stopped", "share", "parameters")
+        if isinstance(v, (int, float, str, bool)) and str(v).strip() and k not in ("stopped", "share", "parameters", "seed", "data_sha256")
     }
     return _basics(run) | {
         "facts": [(k, number(v)) for k, v in facts if v not in (None, "")], "formulas": edit.get("formulas") or {}, "parts": _parts(edit.get("parts") or []),
@@ -376,8 +376,8 @@ def evaluate_view(run: Run, budget: int) -> dict[str, Any]:
     return _basics(run) | {
         "facts": [(k, v) for k, v in facts if v], "scores": table,
         "chart": accuracy_chart(everything, ("system", "data")),
-        "confusions": confusions(record), "comparisons": rows_of(run.tables["comparisons.csv"]) if "comparisons.csv" in run.tables else [],
-        "aggregate": rows_of(run.tables["aggregate.csv"]) if "aggregate.csv" in run.tables else [],
+        "confusions": confusions(record), "comparisons": comparison_rows(run.tables.get("comparisons.csv")),
+        "aggregate": aggregate_rows(run.tables.get("aggregate.csv")),
         "effects": side_effects(run.notes.get("side_effects.json") or {}), "train": _sources(record, "train"),
         "shown": len(answers["rows"]), "total": total, "data": {"kind": "evaluate", "predictions": answers},
     }  # fmt: skip
@@ -412,6 +412,44 @@ def accuracy_chart(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Mark
     return interval_chart(drawn, "accuracy (%)", [hundred(r, "majority") for r in rows])
 
 
+def comparison_rows(table: pd.DataFrame | None) -> list[dict[str, str]]:
+    """Two systems on the same rows, spelled out: columns -> text."""
+
+    def points(r: dict[str, Any], what: str, low: str, high: str) -> str:
+        return f"{_signed(r.get(what))} [{_signed(r.get(low))}, {_signed(r.get(high))}]"
+
+    return [
+        {
+            "first": f"{r.get('first')}", "second": f"{r.get('second')}", "data": str(r.get("data") or ""), "n": number(r.get("n")),
+            "accuracy, points": points(r, "difference", "difference_low", "difference_high"), "p (sentences)": number(r.get("p_sign_flip"), 2),
+            "macro-F1, points": points(r, "macro_f1_difference", "macro_f1_low", "macro_f1_high"),
+            "right alone": f"{number(r.get('only_first_right'))} : {number(r.get('only_second_right'))}", "p (McNemar)": number(r.get("p_mcnemar"), 2),
+        }
+        for r in ([] if table is None else rows_of(table))
+    ]  # fmt: skip
+
+
+def aggregate_rows(table: pd.DataFrame | None) -> list[dict[str, str]]:
+    """Several edits taken as seeds of one method, spelled out; intervals of shares end at 0 and 100."""
+
+    def spread(r: dict[str, Any], what: str) -> str:
+        low, high = (None if r.get(f"{what}_{end}") is None else min(1.0, max(0.0, r[f"{what}_{end}"])) for end in ("low", "high"))
+        return f"{percent(r.get(what))} ± {percent(r.get(f'{what}_sd'))} [{percent(low)}, {percent(high)}]"
+
+    return [
+        {
+            "system": str(r.get("system")), "data": str(r.get("data") or ""), "seeds": number(r.get("seeds")),
+            "accuracy, % ± sd": spread(r, "accuracy"), "macro-F1, % ± sd": spread(r, "macro_f1"),
+        }
+        for r in ([] if table is None else rows_of(table))
+    ]  # fmt: skip
+
+
+def _signed(share: Any) -> str:
+    x = maps.digits(share, 12)
+    return "–" if x is None else f"{100 * x:+.1f}".replace("-", "−")
+
+
 def confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The confusion matrix of every system and data set, over all rows."""
     found = []
@@ -430,8 +468,11 @@ def confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def side_effects(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every edit's side effects as flat rows: what, value."""
-    return [{"name": name, "rows": _flat(record)} for name, record in found.items()]
+    """Every edit's side effects: the table for reading where the run has one, and every number as a flat row."""
+    return [
+        {"name": name, "table": record.get("summary") or [], "rows": _flat({k: v for k, v in record.items() if k != "summary"})}
+        for name, record in found.items()
+    ]
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -486,17 +527,13 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
     facts = [
         ("Model", _model(record, config)), ("Domains", ", ".join(map(str, table["test"].drop_duplicates()))),
         ("Trainings", record.get("trainings")), ("Seeds", ", ".join(map(str, config.get("seeds") or []))),
-        ("Sites", ", ".join(map(str, record.get("sites") or []))), ("Rank", config.get("rank")), ("Epochs", config.get("epochs")),
+        ("Sites", " ".join(map(str, record.get("sites") or []))), ("Rank", config.get("rank")), ("Epochs", config.get("epochs")),
         ("Validation share", config.get("validation")), ("Device", (record.get("model") or {}).get("device")),
         ("Time", f"{number(record.get('seconds'), 3)} s" if record.get("seconds") is not None else None),
     ]  # fmt: skip
     return _basics(run) | {
         "facts": [(k, number(v)) for k, v in facts if v not in (None, "")], "domains": both, "summary": rows,
-        "charts": [
-            {"name": words, "chart": interval_chart(drawn, "accuracy (%)")}
-            for words, drawn in (("Tested on the domain that was trained on", _spread(rows, "in")), ("Tested on the other domains", _spread(rows, "out")))
-            if drawn
-        ],
+        "chart": interval_chart(_spread(rows), "accuracy (%)"),
         "maps": domain_maps(table), "data": {"kind": "matrix"},
     }  # fmt: skip
 
@@ -508,13 +545,16 @@ def summary_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{c: r.get(c) for c in (*columns, *measured)} for r in rows_of(table)]
 
 
-def _spread(rows: Sequence[dict[str, Any]], where: str) -> list[tuple[str, float, float | None, float | None]]:
-    """(method, accuracy, one standard deviation over the seeds below, and above), in percent."""
-    drawn = []
+def _spread(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, float | None, float | None]]:
+    """(method and where, accuracy, one standard deviation over the seeds below, and above), in percent."""
+    drawn: list[tuple[str, float, float | None, float | None]] = []
     for r in rows:
-        mean, sd = r[f"accuracy_{where}"], r[f"accuracy_{where}_sd"]
-        if mean is not None:
-            drawn.append((str(r["method"]), 100 * mean, *((None, None) if sd is None else (100 * (mean - sd), 100 * (mean + sd)))))
+        for where, words in (("in", " in domain" if r["trainable"] else ""), ("out", " across")):
+            mean, sd = r[f"accuracy_{where}"], r[f"accuracy_{where}_sd"]
+            if mean is not None:
+                drawn.append(
+                    (f"{r['method']}{words}", 100 * mean, *((None, None) if sd is None else (100 * (mean - sd), 100 * (mean + sd))))
+                )
     return drawn
 
 

@@ -199,12 +199,24 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
     columns = ["system", "data", "id", "sentence", "aspect", "gold", "predicted", "correct", *(f"logprob_{c}" for c in labels)]
     pd.DataFrame(rows, columns=columns).to_parquet(folder / "predictions.parquet", index=False)
     pd.DataFrame(scores).to_csv(folder / "scores.csv", index=False)
-    pd.DataFrame([{"first": "paper", "second": "base", "n": n, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.001}]).to_csv(
-        folder / "comparisons.csv", index=False
-    )
+    against = {"first": "paper", "second": "base", "data": "test.jsonl", "n": n, "difference": 0.3, "difference_low": -0.1, "difference_high": 0.5,
+               "p_sign_flip": 0.001, "macro_f1_difference": 0.25, "macro_f1_low": 0.2, "macro_f1_high": 0.3, "only_first_right": 14,
+               "only_second_right": 2, "p_mcnemar": 0.0042}  # fmt: skip
+    pd.DataFrame([against]).to_csv(folder / "comparisons.csv", index=False)
+    together = {"system": "2 edits", "data": "test.jsonl", "seeds": 2, "accuracy": 0.9, "accuracy_sd": 0.05, "accuracy_low": 0.4, "accuracy_high": 1.4,
+                "macro_f1": 0.8, "macro_f1_sd": 0.1, "macro_f1_low": 0.1, "macro_f1_high": 1.5}  # fmt: skip
+    pd.DataFrame([together]).to_csv(folder / "aggregate.csv", index=False)
     write_json(
         folder / "side_effects.json",
-        {"paper": {"text": {"kl": 0.012, "top1": 0.98}, "reliability": {"value": 0.3, "low": 0.1, "high": 0.5}}},
+        {
+            "paper": {
+                "text": {"kl": 0.012, "top1": 0.98},
+                "reliability": {"value": 0.3, "low": 0.1, "high": 0.5},
+                "summary": [
+                    {"measure": "unrelated text: KL", "base": "-", "edited": "0.0120 nats", "note": "top-1 the same at 98.0 % of 878"}
+                ],
+            }
+        },
     )
     return _record(
         folder,

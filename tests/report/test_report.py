@@ -219,7 +219,9 @@ def test_scores_and_confusions_are_printed(pages, runs):
     for row in record["scores"][0]["all"]["confusion"]:
         assert " ".join(map(str, row)) in said
     assert "3 of 40 rows of test.jsonl stand in the training data of paper" in said
-    assert "text · kl 0.012" in said
+    assert "text · kl 0.012" in said and "unrelated text: KL - 0.0120 nats top-1 the same at 98.0 % of 878" in said
+    assert "paper base test.jsonl 40 +30.0 [−10.0, +50.0] 0.001 +25.0 [+20.0, +30.0] 14 : 2 0.0042" in said
+    assert "2 edits test.jsonl 2 90.0 ± 5.0 [40.0, 100.0] 80.0 ± 10.0 [10.0, 100.0]" in said, "shares end at 100"
 
 
 def test_the_matrix_is_that_of_the_table(pages, runs):
@@ -237,7 +239,7 @@ def test_the_matrix_is_that_of_the_table(pages, runs):
     short = pd.read_csv(runs["matrix"] / "summary.csv")
     for row in short.itertuples():
         assert f"{row.method} {row.trainable:,}" in said and f"{100 * row.accuracy_in:.1f}" in said
-    assert "rest: 4 of 100 rows of x_test.jsonl" in said and "most frequent class 60.0 60.0" in said
+    assert "rest: 4 of 100 rows of x_test.jsonl" in said and "majority 60.0 60.0" in said
 
 
 def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):

@@ -6,6 +6,7 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
     <!-- include: benchmarks/README.md sweep --> what stands there between `<!-- sweep: begin -->` and `<!-- sweep: end -->`
     <!-- include: CITATION.cff yaml -->         the whole file as a block of code
     <!-- include: mech_absa/assets/README.md --> the whole file as a part of the page, without its title
+    <!-- rest: train -->                        the reference of the modules of a room that no page of docs/api names; `.` is the package itself
     <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
 
 `figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {"img/heatmap.png": ROOT / "figures" / "readme_heatmap.png"}
-MARK = re.compile(r"^<!-- (help|include|svg): (\S+)(?: (\S+))? -->$", flags=re.MULTILINE)
+MARK = re.compile(r"^<!-- (help|include|rest|svg): (\S+)(?: (\S+))? -->$", flags=re.MULTILINE)
 WIDTH = "84"
 
 
@@ -61,6 +62,19 @@ def included(path: str, part: str | None) -> str:
     return found[1]
 
 
+def shown() -> set[str]:
+    """Modules that a page of the reference names."""
+    pages = (p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "api").glob("*.md"))
+    return {name for text in pages for name in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)}
+
+
+def rest(room: str) -> str:
+    """The reference of the other modules of a room."""
+    folder = ROOT / "mech_absa" / ("" if room == "." else room)
+    names = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    return "\n".join(f"::: {n}\n    options: {{heading_level: 2, show_root_full_path: true}}\n" for n in names if n not in shown())
+
+
 def filled(markdown: str) -> str:
     """A page with its comments replaced."""
 
@@ -70,6 +84,8 @@ def filled(markdown: str) -> str:
             return f"```text\n{help_text(what)}\n```"
         if kind == "include":
             return included(what, more)
+        if kind == "rest":
+            return rest(what)
         return (ROOT / "docs" / "img" / f"{what}.svg").read_text(encoding="utf-8")
 
     return MARK.sub(replace, markdown)

@@ -215,10 +215,17 @@ def test_every_command_is_documented():
     assert {line.split("-m mech_absa.")[1].split()[0] for line in commands(DOCS / "commands.md")} == runnable_modules()
 
 
+def built():
+    """`docs/build.py` as a module."""
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_help_is_that_of_the_command():
-    build = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    module = importlib.util.module_from_spec(build)
-    build.loader.exec_module(module)
+    module = built()
     text = module.help_text("verify")
     assert "--model" in text and "Hugging Face" in text and max(map(len, text.splitlines())) <= 100
     assert "--out" in module.filled("x\n<!-- help: generate -->\ny")
@@ -309,6 +316,7 @@ def test_numbers_are_quoted():
 
 def test_every_public_name_has_its_place_in_the_reference():
     pages = {p: p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.md")}
+    pages = {p: built().filled(text) for p, text in pages.items()}
     shown = {m for text in pages.values() for m in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)}
     listed = dict(re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\]", pages[DOCS / "api" / "index.md"], flags=re.MULTILINE))
     assert set(listed) == set(mech_absa.__all__)
@@ -317,6 +325,8 @@ def test_every_public_name_has_its_place_in_the_reference():
         assert home in shown or (module in shown and hasattr(importlib.import_module(module), attribute)), (
             f"{public} is at {home}, which no page shows"
         )
+    own = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "mech_absa").rglob("*.py") if not p.stem.startswith("_")}
+    assert own <= shown, f"no page of the reference shows {sorted(own - shown)}"
 
 
 def test_every_public_thing_is_explained():

@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -350,26 +351,47 @@ def test_what_counts_as_fetched():
     assert not FETCHED.search('<a href="https://x.org">') and not FETCHED.search('<script src="a.js">')
 
 
-def test_the_site_builds_and_asks_nothing_of_a_network(tmp_path):
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
-    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
-    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
-        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built pages; a warning of the build is an error."""
+    for name in ("mkdocs", "mkdocstrings", "material"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    pages = list((tmp_path / "site").rglob("*.html"))
+    return folder
+
+
+def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
+    pages = list(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert not (found := FETCHED.search(text)), f"{page.name} fetches {found[0]}"
-        assert not re.search(r"<!-- (help|include|svg): ", text), page.name
-    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"<!-- (help|include|rest|svg): ", text), page.name
+    for style in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style.name
     reference = "".join(p.read_text(encoding="utf-8") for p in pages if p.parent.name == "api")
     assert "batch pos d_model" in re.sub(r"<[^>]+>", "", reference)  # axes are shown as they are written
-    assert (tmp_path / "site" / "search" / "search_index.js").exists()  # search from disk needs the index as a script
+
+
+def test_search_works_from_disk(site, tmp_path):
+    browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed, so the search cannot be tried")
+    log = tmp_path / "net.json"
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
+             "--proxy-server=127.0.0.1:9", "--enable-logging=stderr", "--virtual-time-budget=8000"]  # fmt: skip
+    done = subprocess.run(
+        [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom", f"file://{site}/index.html?q=counterfactual"],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert re.search(r"\d+ matching documents", done.stdout), done.stdout[-500:]
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line and "error" in line.lower()]
+    asked = re.findall(r'"initiator":"(?:file://|null)".*?"url":"([^"]+)"', log.read_text(encoding="utf-8"))
+    assert not [url for url in asked if not url.startswith(("data:", "file:", "blob:"))]
 
 
 @pytest.mark.slow

@@ -15,7 +15,9 @@ from test_fit import WORDING
 from mech_absa.edits import Edit, Part, load_edit
 from mech_absa.errors import ConfigError
 from mech_absa.models import load_model
-from mech_absa.patch.importance import traced_in
+from mech_absa.patch.__main__ import cli as patch_cli
+from mech_absa.patch.importance import load_sites, traced_in
+from mech_absa.report import page
 from mech_absa.sites import Site
 from mech_absa.train import matrix
 from mech_absa.train.__main__ import cli
@@ -159,6 +161,67 @@ def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
     )
     assert "the loss was" in (said := capsys.readouterr().err) and str(tmp_path / "run") in said
     assert all(bool(torch.isfinite(p).all()) for p in load_edit(tmp_path / "run").parameters())
+
+
+def test_a_broken_loss_is_said_again_when_the_run_is_resumed(data, tmp_path, capsys):
+    words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE, "--preset", "red", "--layers", "all", "--positions",
+             "all", "--lr-representation", "1e37", "--clip", "0", "--epochs", "4", "--out", str(tmp_path / "run"), "--quiet"]  # fmt: skip
+    assert cli(words) == 2
+    first = capsys.readouterr().err
+    assert "the last good state was kept" in first and (tmp_path / "run" / "report.html").exists()
+    assert cli([*words, "--resume"]) == 2 and capsys.readouterr().err == first
+
+
+def test_a_report_that_fails_loses_no_run(data, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(page, "write_report", broken)
+    assert run(data, out=tmp_path / "run") == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "run.json"}
+    assert "report.html could not be written (MemoryError: no room); all other files are there" in capsys.readouterr().err
+
+
+def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path, capsys):
+    """The paper's order, by its commands: adapt, trace the adapted model, edit the base where the trace points; and nowhere else."""
+    common = ["--template", TEMPLATE, "--quiet", "--no-report"]
+    base = ["--model", str(tiny_folder("llama")), *common]
+    assert (
+        cli([*base, "--data", data["train"], "--layers", "1", "--preset", "lora_o", "--epochs", "1", "--out", str(tmp_path / "adapter")])
+        == 0
+    )
+    traced = [
+        "--data",
+        data["train"],
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--keep",
+        "all",
+        "--noise-draws",
+        "1",
+        "--by",
+        "role",
+        "--no-figures",
+    ]
+    assert patch_cli([*base, *traced, "--sites", "resid_post", "--out", str(tmp_path / "trace")]) == 0
+    said, model = json.loads((tmp_path / "trace" / "sites.json").read_text())["model"], load_model(tiny_folder("llama"))
+    assert said == traced_in(load_edit(tmp_path / "adapter", model).merged(model), model, str(tmp_path / "adapter"))
+    assert said["base_sha256"] == model.sha256 != said["sha256"]
+    sites = ["--sites", str(tmp_path / "trace" / "sites.json")]
+    assert cli([*base, "--data", data["train"], *sites, "--epochs", "1", "--out", str(tmp_path / "edit")]) == 0
+    assert [str(s.layer) for s in load_sites(tmp_path / "trace" / "sites.json")] == [
+        str(layer) for layer in load_edit(tmp_path / "edit").layers
+    ]
+    grid = ["--train", data["train"], "--test", data["test"], "--methods", "both@sites", "--seeds", "0", "--epochs", "1", *sites]
+    assert matrix_cli([*base, *grid, "--out", str(tmp_path / "matrix")]) == 0
+    capsys.readouterr()
+    other = ["--model", str(tiny_folder("mistral")), *common]
+    assert matrix_cli([*other, *grid, "--out", str(tmp_path / "elsewhere")]) == 2
+    assert (
+        "these sites were found in" in (err := capsys.readouterr().err) and err.count("\n") == 1 and not (tmp_path / "elsewhere").exists()
+    )
+    assert matrix_cli([*other, *grid, "--any-sites", "--out", str(tmp_path / "elsewhere")]) == 0
+    assert any("all the same" in w for w in json.loads((tmp_path / "elsewhere" / "run.json").read_text())["warnings"])
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):

@@ -254,7 +254,10 @@ def _process(device: str) -> tuple[bool, str]:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if not cpu:  # the loss is summed on the CPU, the gradients where they are
+        torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
+    state = PartialState(cpu=cpu)
     atexit.register(state.destroy_process_group)
     return state.is_main_process, str(state.device)
 

@@ -28,7 +28,11 @@ from .base import Matrix
 from .edit import Edit
 from .lowrank import DoRA, LoRA
 
-BIASES = {"attn.b_O": ("attention_bias", "self_attn.o_proj.bias"), "mlp.b_out": ("mlp_bias", "mlp.down_proj.bias")}
+BIASES = {
+    "attn.b_Q": ("attention_bias", "self_attn.q_proj.bias"), "attn.b_K": ("attention_bias", "self_attn.k_proj.bias"),
+    "attn.b_V": ("attention_bias", "self_attn.v_proj.bias"), "attn.b_O": ("attention_bias", "self_attn.o_proj.bias"),
+    "mlp.b_out": ("mlp_bias", "mlp.down_proj.bias"),
+}  # fmt: skip
 """Biases that Llama has on request: ours -> (the setting, its name in a layer)."""
 
 
@@ -140,7 +144,7 @@ def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
     """
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     assert match is not None
-    setting, theirs = BIASES.get(match[2], ("", ""))
+    setting, theirs = BIASES.get(match[2].replace("._", "."), ("", ""))  # grouped keys and values have names of their own
     kind = type(hf).__name__
     if kind != "LlamaForCausalLM" or not setting:
         raise EditError(
@@ -155,7 +159,7 @@ def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
             if p.ndim == 1:
                 p.zero_()
         hf.load_state_dict(state, strict=False)
-    hf.get_parameter(f"model.layers.{match[1]}.{theirs}").copy_(value)
+    hf.get_parameter(f"model.layers.{match[1]}.{theirs}").copy_(value.flatten())
     return hf
 
 

@@ -171,6 +171,21 @@ def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
         torch.testing.assert_close(logits(back, tokens), logits(llama, tokens, edit), **CLOSE)
 
 
+def test_llama_gets_the_biases_that_were_trained(llama, tmp_path):
+    """BitFit at every matrix that can have a bias, and low-rank edits beside it, through the weights of Hugging Face's model."""
+    parts = [Part("bitfit", f"L1.{m}") for m in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")] + [
+        Part("lora", "L1.W_K"),
+        Part("dora", "L2.W_O"),
+    ]
+    edit = loud(llama, *parts)
+    merge(edit, llama, tmp_path / "merged")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    tokens = prompts(llama)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
+        assert not torch.allclose(hf(tokens.ids).logits, logits(llama, tokens), **CLOSE)
+
+
 def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path):
     model = tiny_model("mistral")
     with pytest.raises(EditError, match="has none there"):

@@ -173,7 +173,7 @@ def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
 
 def test_llama_gets_the_biases_that_were_trained(llama, tmp_path):
     """BitFit at every matrix that can have a bias, and low-rank edits beside it, through the weights of Hugging Face's model."""
-    parts = [Part("bitfit", f"L1.{m}") for m in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")] + [
+    parts = [Part("bitfit", f"L1.{m}") for m in ("W_Q", "W_K", "W_V", "W_O", "W_out")] + [
         Part("lora", "L1.W_K"),
         Part("dora", "L2.W_O"),
     ]

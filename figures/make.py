@@ -98,7 +98,7 @@ class Study:
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
         seeds = sorted({s for r in self.record["runs"].values() for s in r["config"]["seeds"]})
-        sizes = {part: sorted({d[part] for d in self.run["domains"].values()}) for part in ("train", "test")}
+        sizes = {part: sorted({d[part]["examples"] for d in self.run["domains"].values()}) for part in ("train", "test")}
         train, test = ("–".join(map(str, dict.fromkeys((v[0], v[-1])))) for v in sizes.values())
         of = f"{len(self.run['domains'])} domains" if len(self.run["domains"]) > 1 else next(iter(self.run["domains"]))
         return f"{of}, {train} training and {test} test examples each, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
@@ -324,7 +324,7 @@ def significance_cells(*found: Study | None) -> Shown:
 
 DIFFERS = (
     "Models and data differ: the published rows are of Llama-2-7b (or the model named) on the paper's four domains; ours are of the bundled model of "
-    "4 million parameters, a mean and a standard deviation over seeds, on few training examples. Read down a block, not across blocks."
+    "4 million parameters, a mean and a standard deviation over seeds. Read down a block, not across blocks."
 )
 
 
@@ -347,10 +347,10 @@ def _standing(matrix: pd.DataFrame, inside: bool) -> str:
     order = _ranked(matrix, inside)
     if not order:
         return "no rows"
-    top, place = order[0], next((i for i, x in enumerate(order) if x[0] == EDIT), None)
-    said = f"best is {name_of(top[0])} with {spelled(*top[1:])} %"
-    if place is not None:
-        said += f"; the paper's edit is number {place + 1} of {len(order)} with {spelled(*order[place][1:])} %"
+    place = next((i for i, x in enumerate(order) if x[0] == EDIT), None)
+    said = f"best of {len(order)} is {name_of(order[0][0])} with {spelled(*order[0][1:])} %"
+    if place:
+        said += f"; the paper's edit is number {place + 1} with {spelled(*order[place][1:])} %"
     return f"{said}; last is {name_of(order[-1][0])} with {spelled(*order[-1][1:])} %"
 
 

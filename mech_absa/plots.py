@@ -706,6 +706,8 @@ def parameters(
 ) -> Figure:
     """Score against trainable parameters on a logarithmic axis: every seed a faint point, the mean of a method a marker with its spread.
 
+    Names stand beside the markers; of more than six methods they stand below, where they cannot cover one another.
+
     Args:
         table: columns `method`, `parameters` and `accuracy` (0 to 1), one row a seed.
         metric: the column drawn.
@@ -713,8 +715,8 @@ def parameters(
     _need(table, "method", "parameters", metric)
     with style():
         figure, on = _single(ax, COLUMN + 0.5, 2.4)
-        points = []
-        for i, (name, rows) in enumerate(_groups(table, "method")):
+        points, groups = [], _groups(table, "method")
+        for i, (name, rows) in enumerate(groups):
             x, y = float(rows["parameters"].mean()), 100 * rows[metric].to_numpy(float)
             colour, marker = CYCLE[i % len(CYCLE)], MARKERS[i // len(CYCLE) % len(MARKERS)]
             on.scatter(rows["parameters"], y, s=6, color=colour, alpha=0.35, linewidths=0)
@@ -728,12 +730,14 @@ def parameters(
                 markersize=5,
                 elinewidth=0.9,
                 capsize=2,
+                label=name if len(groups) > 6 else None,
             )
             points.append((x, float(y.mean()), name, colour))
         on.set_xscale("log")
         on.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M
         on.margins(x=0.12, y=0.12)
-        _label_points(on, points)
+        if len(groups) <= 6:
+            _label_points(on, points)
         on.set_xlabel("trainable parameters")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
         seeds = table.groupby("method")[metric].size().max()

@@ -232,6 +232,16 @@ def test_parameters_show_means_and_spread_on_a_log_axis():
     assert {"lora", "ours"} <= set(words(ax.figure).split("\n"))
 
 
+def test_many_methods_are_named_below():
+    """Beside the markers their names would cover one another, or leave the axes."""
+    table = pd.DataFrame({"method": [f"m{i}" for i in range(9)], "parameters": 10**4, "accuracy": np.linspace(0.96, 0.98, 9)})
+    figure = plots.parameters(table)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(table["method"])
+    assert not figure.axes[0].texts
+    few = plots.parameters(table.head(6))
+    assert not few.legends and [text.get_text() for text in few.axes[0].texts] == list(table["method"].head(6))
+
+
 def test_domains_print_their_numbers():
     table = pd.DataFrame([("R", "R", 0.9), ("R", "L", 0.8), ("L", "R", 0.7)], columns=["train", "test", "accuracy"])
     figure = plots.domains(table)

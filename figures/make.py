@@ -572,8 +572,12 @@ def effects_and_edits(study: Study, traced: Study) -> Shown:
         )
         one, best_one = of[of["size"] == 1], of.loc[of["accuracy"].idxmax()]
         alone = f", single layers {interval(spearman_interval(one['aie'], one['accuracy']))}" if len(one) > 2 else ""
+        wide = of[of["size"] == of["size"].max()]
+        traced_one = wide.loc[wide["aie"].idxmax()]
+        place = int((wide["accuracy"] > traced_one["accuracy"]).sum()) + 1
         said.append(
-            f"{method}: ρ = {interval(rho)} over {len(of)} places{alone}; {verdict}; best is {best_one['window']} with {percent(best_one['accuracy'])}"
+            f"{method}: ρ = {interval(rho)} over {len(of)} places{alone}; {verdict}; best is {best_one['window']} with {percent(best_one['accuracy'])}, and "
+            f"the window with the largest effect ({traced_one['window']}, {percent(traced_one['accuracy'])}) is number {place} of {len(wide)} of its size"
         )
     role = traced.sites[0].at
     says = (

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..cli import command
+from ..cli import command, tell_left_out
 from ..edits.base import Shape
 from ..edits.store import save_edit
 from ..errors import ConfigError
@@ -136,6 +136,10 @@ class Config:
         ):
             if not value >= least:
                 raise ConfigError(f"--{name} is {value}; accepted: {least} or more")
+        if self.patience and not self.validation and not self.validation_data:
+            raise ConfigError(
+                f"--patience {self.patience} waits for a gain on validation examples; give --validation or --validation-data too"
+            )
         if len(self.labels) not in (2, 3):
             raise ConfigError(f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed")
 
@@ -263,12 +267,15 @@ def _process(device: str) -> tuple[bool, str]:
 
 
 def _read(sources: Sequence[str], config: Config) -> list[Examples]:
-    return [load_examples(s, skip_bad=config.skip_bad, limit=config.limit) for s in sources]
+    found = [load_examples(s, skip_bad=config.skip_bad, limit=config.limit) for s in sources]
+    for examples in found:
+        tell_left_out(examples)
+    return found
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """The command: its exit code."""
-    return command(Config, run, "python -m mech_absa.train", argv)
+    return command(Config, run, "mech_absa.train", argv)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def refuse(files, tmp_path, capsys):
         (("--clip", "-1"), "clip is -1.0; accepted: 0 or more"),
         (("--clip", "nan"), "clip is nan"),
         (("--patience", "-1"), "patience is -1"),
+        (("--patience", "2", "--validation", "0"), "--patience 2 waits for a gain on validation examples"),
         (("--batch-size", "0"), "batch_size is 0; accepted: 1 or more"),
         (("--lr-weight", "nan"), "the learning rate of lora is nan; accepted: 0 or more"),
         (("--limit", "0"), "limit is 0"),

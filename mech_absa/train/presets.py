@@ -59,7 +59,9 @@ class Preset:
         warmup: share of the steps over which the rates rise from 0.
         clip: largest norm of the gradient; 0 does not clip.
         loss: `labels` is -log of the gold label's share among the label strings; `text` is -log P of the answer's tokens and the end of
-            sequence, over the whole vocabulary.
+            sequence, over the whole vocabulary. No edit lifts a token above what the frozen unembedding can say: the bundled model never saw
+            its end of sequence, whose column is that of 245 other unseen tokens (cosine over 0.999), so that 4.22 nats of it, and 2.11 of
+            the mean over an answer's three tokens, stay however long one trains.
         patience: evaluations on the validation examples without a gain before training stops; 0 never stops.
     """
 

@@ -8,9 +8,11 @@ import sys
 COMMANDS = {
     "patch": "trace: find the layers, tokens and components that carry the sentiment of an aspect",
     "train": "train a low-rank edit at chosen sites",
+    "train.matrix": "train on each domain and test on all, for a list of methods and seeds",
     "evaluate": "score a model with an edit or without, and what the edit changed elsewhere",
     "verify": "the largest logit difference to Hugging Face",
     "report": "one page from the folders of several runs",
+    "evaluate.card": "what the bundled model can do",
     "generate": "write the built-in reviews",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from .errors import ConfigError, MechAbsaError
+from .examples import Examples
 
 Config = TypeVar("Config")
 
@@ -28,7 +30,7 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
     Args:
         config: a dataclass.
         main: what to do with it.
-        prog: the name shown in the help.
+        prog: the module, named in the help and before an error.
         argv: default the process's own.
     """
     import tyro
@@ -41,13 +43,17 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                parsed = tyro.cli(config, prog=prog, args=words, description=config.__doc__)
+                parsed = tyro.cli(config, prog=f"python -m {prog}", args=words, description=inspect.cleandoc(config.__doc__ or ""))
         except SystemExit as end:
             if end.code in (0, None):  # the help was asked for
                 return 0
             raise ConfigError(_sentence(config, words, said.getvalue())) from None
         main(parsed)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # whoever read the output has read enough: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except MechAbsaError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
             print(f"{prog}: {error}", file=sys.stderr)
@@ -56,6 +62,14 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
         again = "; give the same flags with --resume to go on" if any(f.name == "resume" for f in dataclasses.fields(config)) else ""  # type: ignore[arg-type]
         print(f"{prog}: interrupted{again}", file=sys.stderr)
         return 130
+
+
+def tell_left_out(data: Examples) -> None:
+    """Say on the error stream what a reader left out, and where the first of it stands."""
+    for problem in data.problems[:3]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if data.left_out:
+        print(f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}", file=sys.stderr)
 
 
 def _sentence(config: type, words: Sequence[str], said: str) -> str:

@@ -20,16 +20,15 @@ negative"): a language model that continues them rightly has bound opinion to as
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import ConfigError, DataError, MechAbsaError, choices
+from .cli import command
+from .errors import ConfigError, DataError, choices
 from .examples import Example, Polarity, Span
 
 Words = Mapping[Polarity, tuple[str, ...]]
@@ -625,21 +624,27 @@ def builtin_path(name: str) -> Path:
     return WORLD / f"{name.removesuffix('.jsonl')}.jsonl"
 
 
+@dataclass(frozen=True)
+class Config:
+    """Write the built-in review world as JSON lines."""
+
+    out: Path
+    """A new or empty folder, which will hold {domain}/{train,test}.jsonl."""
+    seed: int = 0
+    """The same seed writes the same bytes."""
+
+
+def run(config: Config) -> None:
+    """Write the files and name them."""
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"--out {config.out} is not an empty folder; give a new or an empty one")
+    for path in write_world(config.out, config.seed):
+        print(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m mech_absa.generate --out DIR --seed 0`."""
-    parser = argparse.ArgumentParser(prog="python -m mech_absa.generate", description="Write the built-in review world as JSON lines.")
-    parser.add_argument("--out", type=Path, required=True, help="folder that will hold {domain}/{train,test}.jsonl")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes (default: 0)")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ConfigError(f"--out {args.out} is not an empty folder; give a new or an empty one")
-        for path in write_world(args.out, args.seed):
-            print(path)
-    except MechAbsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """The command: its exit code."""
+    return command(Config, run, "mech_absa.generate", argv)
 
 
 def stream(seed: int | str, domain: Domain, aspects: Sequence[int], split: str = "train") -> Iterator[Review]:

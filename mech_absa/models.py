@@ -582,7 +582,8 @@ def _load_tokenizer(source: str) -> Any:
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{source}: no tokenizer could be loaded ({_first_line(error)}); tokenizer.json is needed beside the model"
+            f"{source}: no tokenizer could be loaded ({_first_line(error)}); "
+            + ("tokenizer.json is needed beside the model" if Path(source).is_dir() else "where the hub cannot be reached, give a local folder")
         ) from None
     return tokenizer
 

@@ -85,14 +85,12 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-COMMANDS = ("patch", "train", "train.matrix", "evaluate", "evaluate.card", "verify", "report")
+COMMANDS = ("patch", "train", "train.matrix", "evaluate", "evaluate.card", "verify", "report", "generate")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_knows_a_flag_that_is_not(name, capsys):
-    module = importlib.import_module(
-        "mech_absa.verify" if name == "verify" else f"mech_absa.{name}" + ("" if "card" in name else ".__main__")
-    )
+    module = importlib.import_module(f"mech_absa.{name}" + ("" if name in ("verify", "generate", "evaluate.card") else ".__main__"))
     assert (module.cli if hasattr(module, "cli") else module.main)(["--modle", "x"]) == 2
     said = capsys.readouterr().err
     assert "there is no flag --modle" in said and said.count("\n") == 1

@@ -228,7 +228,7 @@ def built():
 def test_help_is_that_of_the_command():
     module = built()
     text = module.help_text("verify")
-    assert "--model" in text and "Hugging Face" in text and max(map(len, text.splitlines())) <= 100
+    assert "--model" in text and "Hugging Face" in text and max(map(len, text.splitlines())) <= 110
     assert "--out" in module.filled("x\n<!-- help: generate -->\ny")
     assert "GPT-2 small" in module.filled("<!-- include: benchmarks/README.md sweep -->")
     with pytest.raises(ValueError, match="has no part nothing"):

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli import command
+from ..cli import command, tell_left_out
 from ..errors import ConfigError
 from ..examples import Examples
 from ..models import Model, load_model
@@ -134,7 +134,7 @@ def run(config: Config) -> Path:
     data = [load_examples(d, limit=config.limit, skip_bad=config.skip_bad) for d in config.data]
     train = [load_examples(d, skip_bad=config.skip_bad) for d in config.train_data]
     for d in [*data, *train]:
-        _account(d)
+        tell_left_out(d)
     settings = plain(asdict(config)) | {"data_sha256": [d.sha256 for d in data], "train_sha256": [d.sha256 for d in train]}
     folder = RunFolder(out, settings, free=FREE)
     given = PromptTemplate(config.template) if config.template is not None else None
@@ -226,14 +226,6 @@ def trained_on(edits: Sequence[str], data: Sequence[Examples]) -> list[str]:
     return said
 
 
-def _account(data: Examples) -> None:
-    """Say what a file left out."""
-    for problem in data.problems[:3]:
-        print(f"left out: {problem}", file=sys.stderr)
-    if data.left_out:
-        print(f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}", file=sys.stderr)
-
-
 def _scores_record(s: Scores) -> dict[str, Any]:
     return {name: q.row() | {"confusion": q.confusion.tolist()} for name, q in s.subsets.items()}
 
@@ -299,7 +291,7 @@ def show(table, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 and one sentence on stderr."""
-    return command(Config, lambda config: print(f"written to {run(config)}"), "python -m mech_absa.evaluate", argv)
+    return command(Config, lambda config: print(f"written to {run(config)}"), "mech_absa.evaluate", argv)
 
 
 if __name__ == "__main__":

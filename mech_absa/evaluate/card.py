@@ -225,7 +225,7 @@ def run(config: Config) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 and one sentence on stderr."""
-    return command(Config, lambda config: print(f"written to {run(config)}"), "python -m mech_absa.evaluate.card", argv)
+    return command(Config, lambda config: print(f"written to {run(config)}"), "mech_absa.evaluate.card", argv)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..cli import command
+from ..cli import command, tell_left_out
 from ..errors import ConfigError, DataError, choices
 from ..examples import Examples
 from ..models import BUNDLED, DTYPES, Model, load_model
@@ -36,7 +36,7 @@ from .effects import Effects, read_frame, write_frame
 from .gradients import agreement
 from .importance import ImportanceMap, Selection, traced_in
 from .sweep import SPANS
-from .trace import Plan, ablation, gather, iterate, measure, plan, self_check
+from .trace import Plan, ablation, check_names, gather, iterate, measure, plan, self_check
 
 UNRECORDED = ("out", "resume", "quiet")
 """Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
@@ -101,7 +101,7 @@ class Config:
     """The question; must contain {sentence} and {aspect}."""
     labels: tuple[str, ...] = ("positive", "negative", "neutral")
     """Label words for positive, negative and neutral."""
-    label_separator: str = " "
+    separator: str = " "
     """Between prompt and label; the paper's authors glue the label on ("")."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -200,6 +200,7 @@ def check_flags(config: Config) -> None:
     if config.corruption not in ("auto", *CORRUPTIONS):
         raise ConfigError(f"--corruption {config.corruption!r} is unknown; accepted: {choices(['auto', *CORRUPTIONS])}")
     PromptTemplate(config.template)
+    check_names([s for s in config.sites if "." not in s], config.by, config.metric, config.direction, config.method, config.engine)
     for site in config.sites:
         if "." in site:
             Site.parse(site)
@@ -217,10 +218,12 @@ def main(config: Config) -> Path | None:
         return out
 
     examples = read_data(config)
+    if group.first:
+        tell_left_out(examples)
     if not len(examples):
         raise DataError(f"{examples.source}: no example is left (left out: {examples.left_out})")
     template = PromptTemplate(config.template)
-    verbalizer = Verbalizer.of(config.labels, config.label_separator)
+    verbalizer = Verbalizer.of(config.labels, config.separator)
     base = load_model(config.model, device=group.device, dtype=config.dtype, n_devices=config.n_devices)
     layers = parse_layers(config.layers, base.n_layers)
     for site in config.sites:

@@ -20,15 +20,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..errors import ConfigError, SelfCheckError, choices
+from ..errors import ConfigError, SelfCheckError, SiteError, choices
 from ..metrics import Metric, get_metric
 from ..models import Model
-from ..pairs import ABLATIONS, Direction, Pair, Pairs, by_length, make_runs
+from ..pairs import ABLATIONS, DIRECTIONS, Direction, Pair, Pairs, by_length, make_runs
 from ..prompts import Continuation
 from ..sites import ROLES, Site
 from . import gradients, loop, wavefront
 from .effects import COLUMNS, PAIR_COLUMNS, Effects
-from .sweep import SPANS, Ablation, Answers, Job, Span, States, check_request, comparable, components, make_ablation, reads_of
+from .sweep import SPANS, SWEPT, Ablation, Answers, Job, Span, States, check_request, comparable, components, make_ablation, reads_of
 
 Method = Literal["exact", "atp", "atpstar", "ig"]
 METHODS = ("exact", "atp", "atpstar", "ig")
@@ -105,6 +105,23 @@ class Plan:
         }  # fmt: skip
 
 
+def check_names(kinds: Sequence[str], by: str, metric: str | Metric, direction: str, method: str, engine: str) -> None:
+    """Refuse words that name nothing; needs no model, so that a command can ask before it loads one.
+
+    Raises:
+        ConfigError, SiteError: the first that does not exist.
+    """
+    for kind in kinds:
+        if kind not in SWEPT:
+            raise SiteError(f"unknown kind of site {kind!r}; accepted: {choices(SWEPT)}")
+    if by not in SPANS:
+        raise ConfigError(f"spans by {by!r} were asked for; accepted: {choices(SPANS)}")
+    for what, word, accepted in (("method", method, METHODS), ("engine", engine, ENGINES), ("direction", direction, DIRECTIONS)):
+        if word not in accepted:
+            raise ConfigError(f"unknown {what} {word!r}; accepted: {choices(accepted)}")
+    get_metric(metric)
+
+
 def plan(
     model: Model,
     pairs: Pairs,
@@ -125,17 +142,12 @@ def plan(
     Raises:
         ConfigError, SiteError: something asked for does not exist.
     """
-    if by not in SPANS:
-        raise ConfigError(f"spans by {by!r} were asked for; accepted: {choices(SPANS)}")
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; accepted: {choices(METHODS)}")
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine {engine!r}; accepted: {choices(ENGINES)}")
+    kinds = [s for s in sites if isinstance(s, str) and "." not in s]
+    check_names(kinds, by, metric, direction, method, engine)
     if steps < 1:
         raise ConfigError(f"{steps} steps were asked for; at least 1 is needed")
     if memory is not None and memory < 1 << 20:
         raise ConfigError(f"a budget of {memory} bytes was given; at least 1 MiB is needed")
-    kinds = [s for s in sites if isinstance(s, str) and "." not in s]
     named = [model.check_site(s if isinstance(s, Site) else Site.parse(s)).everywhere for s in sites if s not in kinds]
     chosen = tuple(dict.fromkeys([*components(model, kinds, layers), *named]))
     if not chosen:
@@ -363,7 +375,8 @@ def trace(
         by: `token` restores one token at a time; `role` all tokens of a role together, which costs a tenth.
         layers: default all.
         metric: `prob` (the paper), `prob_label`, `logprob`, `logit_diff` or `kl`.
-        direction: `denoise` (restore clean states in the corrupted run) or `noise` (the reverse).
+        direction: `denoise` (restore clean states in the corrupted run) or `noise` (the reverse). Ablations have no corrupted run and are
+            `noise` whatever this says; `effects.about["direction"]` tells.
         window: layers restored together, centred (ROME: 10 for attention and MLP; the paper: 1).
         method: `exact`, or an estimate from gradients: `atp`, `atpstar`, `ig`.
         steps: of integrated gradients.

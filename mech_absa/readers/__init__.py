@@ -214,8 +214,9 @@ def _near(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder} either"
-    names = sorted(p.name for p in folder.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=3) or [n for n in names if not n.startswith(".")][:3]
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    same_kind = [n for n in names if path.suffix and Path(n).suffix == path.suffix][:3]
+    close = difflib.get_close_matches(path.name, names, n=3) or same_kind or names[:3]
     return f"near it there is {choices(close)}" if close else f"the folder {folder} is empty"
 
 

@@ -97,7 +97,7 @@ def test_bad_input_leaves_one_sentence_and_no_file(run, files, capsys, flags, me
     names = {n: str(files / f"{n}.jsonl") for n in ("test", "other", "train")}
     assert run(*(f.format(**names) for f in flags)) == 2
     said = capsys.readouterr().err.strip()
-    assert message in said and said.startswith("python -m mech_absa.evaluate: ") and "\n" not in said
+    assert message in said and said.startswith("mech_absa.evaluate: ") and "\n" not in said
     assert not (files / "out").exists()
 
 

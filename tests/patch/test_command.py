@@ -226,7 +226,7 @@ def test_two_processes_leave_the_files_of_one(base, tmp_path):
 
 def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
     out = tmp_path / "run"
-    flags = ["--labels", "a", "b", "d", "--label-separator", "", "--metric", "logit_diff", "--method", "ig", "--steps", "4", "--control", "40"]
+    flags = ["--labels", "a", "b", "d", "--separator", "", "--metric", "logit_diff", "--method", "ig", "--steps", "4", "--control", "40"]
     assert cli([*base, *flags, "--out", str(out), *FAST]) == 0
     found = json.loads((out / "run.json").read_text())["estimate_against_exact"]
     assert found["cells"] == 40 and -1 <= found["spearman"] <= 1

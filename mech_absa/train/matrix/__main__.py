@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...cli import command
+from ...cli import command, tell_left_out
 from ...edits.base import Shape
 from ...errors import ConfigError
 from ...evaluate.caveats import caveats
@@ -192,12 +192,13 @@ def main(config: Config) -> Path:
 
 def _read(source: str, config: Config, limit: int | None):
     examples = load_examples(source, skip_bad=config.skip_bad)
+    tell_left_out(examples)
     return examples if limit is None else examples.sample(limit)
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """The command: its exit code."""
-    return command(Config, main, "python -m mech_absa.train.matrix", argv)
+    return command(Config, main, "mech_absa.train.matrix", argv)
 
 
 if __name__ == "__main__":

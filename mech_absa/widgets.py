@@ -100,11 +100,12 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
     limit = float(np.abs(numbers).max(initial=0.0)) or 1.0
     colours = {"negative_color": NEGATIVE, "positive_color": POSITIVE}
     spans = (
-        f'<span style="background:{_tint(v / limit)};white-space:pre" title="{v:.4g}">{escape(t)}</span>'
+        f'<span style="background:{_tint(v / limit)};white-space:pre-wrap" title="{v:.4g}">{escape(t)}</span>'
         for t, v in zip(tokens, numbers.tolist(), strict=True)
     )
     still = f'<div style="line-height:1.9;font-family:sans-serif">{"".join(spans)}</div>'
-    return _offline(colored_tokens(list(tokens), numbers.tolist(), min_value=-limit, max_value=limit, **colours), still)
+    texts = [escape(t, quote=False) for t in tokens]  # CircuitsVis reads a token as HTML
+    return _offline(colored_tokens(texts, numbers.tolist(), min_value=-limit, max_value=limit, **colours), still)
 
 
 def _tint(share: float) -> str:

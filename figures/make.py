@@ -699,8 +699,8 @@ def _agreement(study: Study, metric: str) -> Shown:
             rho = spearman_interval(table["exact"], table[method])
             plots.agreement(exact, estimate, ax, rho=rho, title=plots.method_words(estimate.about).removeprefix("estimate: "))
             ax.set_ylabel("AIE, estimate")
-            overlap = top_k_overlap(table["exact"], table[method], largest)
-            said.append(f"{method} {interval(rho, digits=3)}, {percent(overlap)} of them")
+            overlap, top = top_k_overlap(table["exact"], table[method], largest), table.nlargest(largest, "exact")
+            said.append(f"{method} {interval(rho, digits=3)}, {percent(overlap)}, {percent(top[method].sum() / top['exact'].sum())}")
             handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
@@ -710,7 +710,8 @@ def _agreement(study: Study, metric: str) -> Shown:
     unit = exact.about.get("unit", metric)
     says = (
         f"Averaged maps of the {unit}, cells that are not 0, against the exact effects: Spearman's ρ, in which the many cells near 0 weigh as much as "
-        f"the few large ones, and how many of the {largest} largest cells are the same: {'; '.join(said)}."
+        f"the few large ones; how many of the {largest} largest cells are the same; and the sum of their estimates against their exact sum: "
+        f"{'; '.join(said)}."
     )
     return Shown(figure, says)
 

@@ -1,6 +1,6 @@
 """Run the notebooks anew and keep their outputs, in a form that can be read on the web and compared with the last.
 
-    python analyses/execute.py                    all of them, in full: about half an hour on two cores
+    python analyses/execute.py                    all of them, in full: about a quarter of an hour on two cores
     python analyses/execute.py 1 3                the first and the third
     python analyses/execute.py --fast             all of them on a handful of examples, as the tests do; nothing is written
 

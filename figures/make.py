@@ -809,7 +809,7 @@ def _times(runs: Path) -> list[str]:
     seconds = pd.read_csv(runs / "times.csv").groupby("study", sort=False)["seconds"].sum()
     lines = [f"| {study} | {value / 60:.1f} |" for study, value in seconds.items()]
     head = (
-        f"## What the results cost\n\nMinutes of one core, {seconds.sum() / 60:.0f} in all; commands ran side by side, one thread each.\n"
+        f"## What the results cost\n\nMinutes that the commands ran, one thread each and several side by side: {seconds.sum() / 60:.0f} in all.\n"
     )
     return ["\n".join([head, "| study | minutes |", "| --- | ---: |", *lines]) + "\n"]
 

@@ -645,6 +645,7 @@ def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | to
         state = tl.get_pretrained_state_dict(".", cfg, hf_model=hf, dtype=dtype)
     except (ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"TransformerLens cannot convert {type(hf).__name__} ({_first_line(error)})") from None
+    _llama_biases(hf, state)
     for key, value in hooked.state_dict().items():
         if key not in state and key.endswith("W_pos"):  # Bloom's is unused and would be uninitialised memory
             state[key] = torch.zeros_like(value)
@@ -686,6 +687,19 @@ def _lay_out(hooked: Any) -> None:
         if type(getattr(block, "mlp", None)).__name__ == "GatedMLP":
             for name in ("W_in", "W_gate", "W_out"):
                 store(getattr(block.mlp, name), 1, 0)
+
+
+def _llama_biases(hf: Any, state: dict[str, Tensor]) -> None:
+    """Put the biases of a Llama (`attention_bias`, `mlp_bias`) where TransformerLens's conversion writes zeros."""
+    if type(hf).__name__ != "LlamaForCausalLM":
+        return
+    for layer, block in enumerate(hf.model.layers):
+        attn, mlp = block.self_attn, block.mlp
+        own = {"attn.b_Q": attn.q_proj, "attn.b_O": attn.o_proj, "mlp.b_in": mlp.up_proj, "mlp.b_out": mlp.down_proj}
+        own |= {f"attn.{grouped}b_{m}": getattr(attn, f"{m.lower()}_proj") for m in "KV" for grouped in ("", "_")}
+        for name, module in own.items():
+            if module.bias is not None and (key := f"blocks.{layer}.{name}") in state:
+                state[key] = module.bias.detach().reshape(state[key].shape).to(state[key])
 
 
 def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_devices: int) -> Any:

@@ -290,14 +290,15 @@ def llama(**settings) -> transformers.PreTrainedModel:
 
 
 def test_a_setting_that_the_conversion_forgets_is_seen():
-    """TransformerLens drops the attention biases of a Llama without a word; the comparison with Hugging Face does not."""
+    """TransformerLens drops the biases of a Llama without a word. Those it has a place for are put back; a gate's is seen to be missing."""
     tokenizer = byte_level_tokenizer()
-    assert load_model((llama(), tokenizer), device="cpu").hf_difference < 1e-3
+    for settings in ({}, {"attention_bias": True}, {"attention_bias": True, "num_key_value_heads": 2}):
+        assert load_model((llama(**settings), tokenizer), device="cpu").hf_difference < 1e-3
     with pytest.raises(
         ModelError,
         match=r"logits differ by up to .* from Hugging Face's \(allowed: 0.005\); TransformerLens does not convert this configuration",
     ):
-        load_model((llama(attention_bias=True), tokenizer), device="cpu")
+        load_model((llama(mlp_bias=True), tokenizer), device="cpu")
 
 
 def test_positions_that_are_not_supported():

@@ -76,6 +76,6 @@ class HeadGate(SiteIntervention):
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         if self.a is None:
-            return (1 + self.m.to(h.dtype)) * h
-        g_m, g_a = self.gates().to(h.dtype)
-        return (1 + g_m * self.m.to(h.dtype)) * h + g_a * self.a.to(h.dtype)
+            return (1 + self.m.to(h)) * h
+        g_m, g_a = self.gates().to(h)
+        return (1 + g_m * self.m.to(h)) * h + g_a * self.a.to(h)

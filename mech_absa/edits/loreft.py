@@ -55,7 +55,7 @@ class LoReFT(_LowRank):
         self.R.copy_((Q * upper.diagonal().sign()).T)  # the signs keep R near where it was
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        R, W, b = (p.to(h.dtype) for p in (self.R, self.W, self.b))
+        R, W, b = (p.to(h) for p in (self.R, self.W, self.b))
         return h + (h @ (W - R).T + b) @ R
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class NoReFT(_LowRank):
         nn.init.uniform_(self.W2, -bound, bound, generator=generator)
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        W2, W, b = (p.to(h.dtype) for p in (self.W2, self.W, self.b))
+        W2, W, b = (p.to(h) for p in (self.W2, self.W, self.b))
         return h + (h @ (W - W2).T + b) @ W2
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ class DiReFT(NoReFT):
     formula = "h + W2^T (W h + b)"
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        W2, W, b = (p.to(h.dtype) for p in (self.W2, self.W, self.b))
+        W2, W, b = (p.to(h) for p in (self.W2, self.W, self.b))
         return h + (h @ W.T + b) @ W2
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ class RED(SiteIntervention):
         nn.init.zeros_(self.l_b)
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        return self.l_s.to(h.dtype) * h + self.l_b.to(h.dtype)
+        return self.l_s.to(h) * h + self.l_b.to(h)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         return torch.diag(self.l_s.double()), self.l_b.double()
@@ -138,7 +138,7 @@ class Steering(SiteIntervention):
         nn.init.zeros_(self.v)
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        return h + self.v.to(h.dtype)
+        return h + self.v.to(h)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         return torch.eye(self.width, dtype=torch.float64, device=self.v.device), self.v.double()

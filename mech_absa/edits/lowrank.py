@@ -42,7 +42,7 @@ class LoRA(MatrixIntervention):
     def low_rank(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
         """s (dropout(x) A) B."""
         x = F.dropout(x, self.dropout, self.training)
-        return (x @ self.A.to(x.dtype) * self.scale) @ self.B.to(x.dtype)
+        return (x @ self.A.to(x) * self.scale) @ self.B.to(x)
 
     def update(self) -> Float[Tensor, "d_in d_out"]:
         """s A B, what is added to the matrix, in float64."""
@@ -80,11 +80,13 @@ class DoRA(LoRA):
         """||W + s A B|| of every column."""
         W, _ = self.matrix.weight(model.hooked)
         kind = torch.promote_types(W.dtype, torch.float32)
-        return torch.linalg.vector_norm(W.to(kind) + self.scale * self.A.to(kind) @ self.B.to(kind), dim=0)
+        A, B = (p.to(W.device, kind) for p in (self.A, self.B))
+        return torch.linalg.vector_norm(W.to(kind) + self.scale * A @ B, dim=0)
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
         _, bias = self.matrix.weight(model.hooked)
-        c = _ratio(self.m, self.norm(model)).to(y.dtype)
+        norm = self.norm(model)
+        c = _ratio(self.m.to(norm), norm).to(y)
         base = y if bias is None else y - bias
         return y + (c - 1) * base + c * self.low_rank(x)
 

@@ -63,7 +63,7 @@ class Prefix(Intervention):
         def write_z(z: Tensor) -> Tensor:
             q, lse = seen.pop("q"), seen.pop("lse")
             group = q.shape[2] // self.P_K.shape[1]
-            keys, values = (repeat(p, "n kv d -> n (kv group) d", group=group).to(lse.dtype) for p in (self.P_K, self.P_V))
+            keys, values = (repeat(p, "n kv d -> n (kv group) d", group=group).to(lse) for p in (self.P_K, self.P_V))
             s = einsum(q.to(lse.dtype), keys, "batch pos head d, n head d -> batch head pos n") / attn.attn_scale
             if cfg.attn_scores_soft_cap > 0:
                 s = cfg.attn_scores_soft_cap * torch.tanh(s / cfg.attn_scores_soft_cap)
@@ -103,7 +103,7 @@ class Adapter(SiteIntervention):
         nn.init.zeros_(self.W_up)
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        return h + self.f(h @ self.W_down.to(h.dtype)) @ self.W_up.to(h.dtype)
+        return h + self.f(h @ self.W_down.to(h)) @ self.W_up.to(h)
 
 
 class BitFit(MatrixIntervention):
@@ -120,7 +120,7 @@ class BitFit(MatrixIntervention):
         nn.init.zeros_(self.b)
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
-        return y + self.b.to(y.dtype)
+        return y + self.b.to(y)
 
     def merge(self, model: Model) -> None:
         W, bias = self.matrix.weight(model.hooked)
@@ -147,7 +147,7 @@ class Full(MatrixIntervention):
         nn.init.zeros_(self.D)
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
-        return y + x @ self.D.to(x.dtype)
+        return y + x @ self.D.to(x)
 
     def merge(self, model: Model) -> None:
         W, _ = self.matrix.weight(model.hooked)

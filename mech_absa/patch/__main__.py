@@ -2,7 +2,7 @@
 
     python -m mech_absa.patch                                                    the bundled model on built-in reviews
     python -m mech_absa.patch --data reviews.csv --model gpt2 --out runs/mine    your data, your model
-    accelerate launch --num_processes 4 -m mech_absa.patch ...                   the same files, made by four processes
+    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.patch ...                   the same files, made by four processes
 
 A run leaves `run.json` (all that is needed to make it again), `effects.parquet` (one row a pair and cell), `pairs.parquet`, `about.json`,
 `importance.csv`, `sites.json`, `figures/` and `report.html`. It is written in parts while it goes on: a killed run is taken up with
@@ -245,6 +245,8 @@ def main(config: Config) -> Path | None:
         f"{e['cells']:,} cells by {e['engine']} in {e['batches']} batches; activations in flight up to {p.memory / 2**20:,.0f} MiB, "
         f"{e['pair_bytes'] / 2**20:,.1f} MiB a pair of {e['longest_prompt']} tokens"
     )
+    if p.direction != config.direction:
+        say("an ablation has no corrupted run to restore: its states are put into the clean run (direction noise)")
     if p.why_loop is not None:
         say(f"the plain loop runs instead of the wavefront: {p.why_loop}")
 

@@ -9,8 +9,8 @@ norm and the unembedding see only the rows that are read, and so does the last b
 One step is a function of its number and the seed: the order of an epoch and the dropout of a step are drawn from generators seeded by
 them. So the same seed gives the same bytes on a CPU, and a killed run resumes from its checkpoint to the bytes of one that was not.
 
-Started by `accelerate launch` on several processes, every one takes its share of each batch and the gradients are summed; the edit is that
-of one process up to rounding.
+Started by `accelerate launch` on several processes, every one takes its share of each batch and the gradients are summed; without dropout,
+which each process draws for its own rows, the edit is that of one process up to rounding.
 """
 
 from __future__ import annotations

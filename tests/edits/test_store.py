@@ -12,7 +12,7 @@ from test_edits import EVERYWHERE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit
-from mech_absa.errors import EditError, ModelError
+from mech_absa.errors import EditError
 from mech_absa.models import load_model, weights_hash
 from mech_absa.prompts import Tokens
 
@@ -162,13 +162,8 @@ def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
     tokens = prompts(llama)[1]
     with torch.no_grad():
         torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
-    # Reading it back gives the same logits or, where the conversion drops biases of Llama, a refusal: never other logits.
-    try:
-        back = load_model(tmp_path / "merged")
-    except ModelError as error:
-        assert "logits differ" in str(error)
-    else:
-        torch.testing.assert_close(logits(back, tokens), logits(llama, tokens, edit), **CLOSE)
+    back = load_model(tmp_path / "merged")  # TransformerLens's own conversion forgets these biases
+    torch.testing.assert_close(logits(back, tokens), logits(llama, tokens, edit), **CLOSE)
 
 
 def test_llama_gets_the_biases_that_were_trained(llama, tmp_path):
@@ -184,6 +179,7 @@ def test_llama_gets_the_biases_that_were_trained(llama, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
         assert not torch.allclose(hf(tokens.ids).logits, logits(llama, tokens), **CLOSE)
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged"), tokens), logits(llama, tokens, edit), **CLOSE)
 
 
 def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path):

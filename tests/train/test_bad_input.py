@@ -60,7 +60,7 @@ def refuse(files, tmp_path, capsys):
         words = [w.format(**files) if w.startswith("{") and w != TEMPLATE else w for k, v in given.items() for w in (k, *v)]
         assert command(words) == 2
         said = capsys.readouterr().err.strip()
-        assert said.startswith("python -m mech_absa.") and "\n" not in said and "Traceback" not in said
+        assert said.startswith("mech_absa.") and "\n" not in said and "Traceback" not in said
         assert not (tmp_path / "out").exists()
         return said
 

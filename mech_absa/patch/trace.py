@@ -272,7 +272,8 @@ def _table(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], valu
                     "example_id": pair.id, "kind": kinds.repeat(m), "layer": layers.repeat(m), "head": heads.repeat(m),
                     "position": np.tile(np.array([s.position for s in spans[b]], dtype=np.int32), C),
                     "role": np.tile(np.array([s.role for s in spans[b]], dtype=object), C),
-                    "clean": clean[b].mean(), "corrupted": corrupted[b].mean(), "patched": patched[:, :m, b].mean(-1).ravel(),
+                    # Whole columns: of an ablation "corrupted" is nan, which as a lone value would lose its dtype.
+                    "clean": np.full(C * m, clean[b].mean()), "corrupted": np.full(C * m, corrupted[b].mean()), "patched": patched[:, :m, b].mean(-1).ravel(),
                     "effect": cell.mean(-1).ravel(), "draw_sd": (cell.std(-1, ddof=1) if draws > 1 else np.zeros(cell.shape[:2])).ravel(),
                 },
                 columns=list(COLUMNS),

@@ -10,15 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from oracles.tiny_models import tiny_folder
 
 from mech_absa.examples import Example, Polarity
+from mech_absa.models import load_model
+from mech_absa.pairs import MeanAblation, Resample, ZeroAblation, make_pairs
 from mech_absa.patch.__main__ import cli
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import load_sites
-from mech_absa.readers import write_jsonl
+from mech_absa.patch.trace import trace
+from mech_absa.prompts import PromptTemplate
+from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.sites import Site
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +235,22 @@ def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
     assert cli([*base, *flags, "--out", str(out), *FAST]) == 0
     found = json.loads((out / "run.json").read_text())["estimate_against_exact"]
     assert found["cells"] == 40 and -1 <= found["spearman"] <= 1
+
+
+@pytest.mark.parametrize("corruption", ["mean", "zero", "resample"])
+def test_ablations_run_through(base, tmp_path, corruption, capsys):
+    """They have no corrupted run: its column is nan on disk too, the direction is said, and the effects are those of a trace in memory."""
+    out = tmp_path / "run"
+    assert cli([*base, "--corruption", corruption, "--by", "role", "--metric", "logit_diff", "--out", str(out), "--no-figures"]) == 0
+    assert "direction noise" in capsys.readouterr().out
+    effects = Effects.load(out)
+    assert effects.about["direction"] == "noise" and effects.frame["corrupted"].isna().all() and effects.frame["corrupted"].dtype == float
+    model = load_model(base[1], device="cpu")
+    made = {"mean": MeanAblation(), "zero": ZeroAblation(), "resample": Resample()}[corruption]
+    pairs = make_pairs(model, load_examples(base[3]), made, template=PromptTemplate("{sentence} {aspect} ?"), keep="all")
+    again = trace(model, pairs, by="role", metric="logit_diff").frame
+    np.testing.assert_allclose(effects.frame["effect"], again["effect"], atol=1e-5)
+    assert effects.frame["effect"].abs().max() > 1e-3 and (out / "report.html").stat().st_size > 10_000
 
 
 def test_half_precision_is_checked_against_float32(base, tmp_path):

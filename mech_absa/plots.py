@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,7 +41,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .errors import ConfigError, DataError, choices
 from .records import atomic
-from .sites import HEAD_KINDS, ROLES, Site
+from .sites import HEAD_KINDS, ROLES, Site, parse_layers
 
 if TYPE_CHECKING:
     from .patch.effects import Effects
@@ -619,14 +620,25 @@ def _ends(rows: pd.DataFrame, value: str) -> np.ndarray | None:
     return np.nan_to_num(np.clip(np.stack([y - rows[low].to_numpy(float), rows[high].to_numpy(float) - y]), 0, None))
 
 
-def _curve(ax: Axes, x: np.ndarray, rows: pd.DataFrame, value: str, i: int, label: str, factor: float = 1.0, band: bool = False) -> None:
+def _curve(
+    ax: Axes,
+    x: np.ndarray,
+    rows: pd.DataFrame,
+    value: str,
+    i: int,
+    label: str,
+    factor: float = 1.0,
+    band: bool = False,
+    breaks: Sequence[int] = (),
+) -> None:
+    """A line with its interval, interrupted before the points `breaks`."""
     y, ends = rows[value].to_numpy(float) * factor, _ends(rows, value)
     look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": label or None, "marker": MARKERS[i % len(MARKERS)]}
     if ends is not None and band:
         ax.fill_between(x, y - ends[0] * factor, y + ends[1] * factor, color=look["color"], alpha=0.16, linewidth=0)
     elif ends is not None:
         ax.errorbar(x, y, yerr=ends * factor, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.5, alpha=0.8)
-    ax.plot(x, y, linestyle=("-", "--", "-.", ":")[i // len(CYCLE) % 4], **look)
+    ax.plot(np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan), linestyle=("-", "--", "-.", ":")[i // len(CYCLE) % 4], **look)
 
 
 def _finish(figure: Figure, ax: Axes, own: bool, title: str, note: str, ncols: int = 3) -> Figure:
@@ -648,6 +660,8 @@ def layer_ranges(
 ) -> Figure:
     """Score against the edited range of layers, a line a data set or method (Li et al. 2025, Figure 4).
 
+    The line is interrupted where the number of layers changes: what lies on its two sides is not a neighbour.
+
     Args:
         table: columns `layers` (such as `10-15`, in the order of the axis) and `accuracy` (0 to 1); optional `accuracy_low`,
             `accuracy_high`, and `data` or `method` to tell lines apart.
@@ -659,7 +673,9 @@ def layer_ranges(
         figure, on = _single(ax, COLUMN + 0.5, 2.2)
         names = [str(x) for x in dict.fromkeys(table["layers"])]
         for i, (name, rows) in enumerate(_groups(table, "data" if "data" in table else "method")):
-            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100.0)
+            widths = [len(parse_layers(str(x), 10**6)) if re.fullmatch(r"[\d,-]+", str(x)) else str(x) for x in rows["layers"]]
+            breaks = [j for j in range(1, len(widths)) if widths[j] != widths[j - 1]]
+            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100.0, breaks=breaks)
         on.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
         on.set_xlabel("edited layers")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")

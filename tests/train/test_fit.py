@@ -179,7 +179,7 @@ def test_the_loss_is_the_answers_alone(llama):
         want_text.append(-sum(float(logp[n - 1 + j, t]) for j, t in enumerate(q.answer)) / len(q.answer))
         scores = label_scores(llama, [q.prompt], labels.continuations).double()
         want_labels.append(-float(METRICS["logprob"](scores.log_softmax(-1), torch.tensor([q.gold]))))
-    assert float(text.loss(edit, text.questions(EIGHT[:3]))) == pytest.approx(sum(want_text), rel=1e-4)
+    assert text.loss(edit, text.questions(EIGHT[:3])).item() == pytest.approx(sum(want_text), rel=1e-4)
     assert float(labels.loss(edit, labels.questions(EIGHT[:3]))) == pytest.approx(sum(want_labels), rel=1e-4)
 
 

@@ -4,8 +4,9 @@
     python -m mech_absa.evaluate --edit runs/seed0 runs/seed1 runs/seed2 --data test.xml --train-data train.xml --side-effects
     python -m mech_absa.evaluate --predictions gpt.csv --data test.jsonl
 
-Several edits are scored one by one, and together as seeds of one method. The run leaves `scores.csv`, `predictions.parquet`, `run.json` and
-`report.html`; with `--compare` also `comparisons.csv`, with several edits `aggregate.csv`, with `--side-effects` `side_effects.json`.
+Several edits are scored one by one, and those that differ by their seed alone together as well. The run leaves `scores.csv`,
+`predictions.parquet`, `run.json` and `report.html`; with `--compare` also `comparisons.csv`, with several seeds `aggregate.csv`, with
+`--side-effects` `side_effects.json`.
 Everything is computed before the first file is written.
 """
 
@@ -173,8 +174,10 @@ def run(config: Config) -> Path:
             if system is not other
             for p, q in zip(system, other, strict=True)
         ]
-    if len(trained := [s for s, e in zip(scores[len(scores) - len(edits) :], config.edits, strict=True) if e != "none"]) > 1:
-        aggregates = [aggregate([s[i] for s in trained], f"{len(trained)} edits", **how) for i in range(len(data))]
+    of_edits = scores[len(scores) - len(edits) :]
+    for group in seeds_of_one(edits):
+        name = f"{of_edits[group[0]][0].name} and {len(group) - 1} more"
+        aggregates += [aggregate([of_edits[j][i] for j in group], name, **how) for i in range(len(data))]
     if config.side_effects and model is not None:
         for edit, name in zip(edits, names(config.edits), strict=True):
             if edit is not None:
@@ -209,6 +212,15 @@ def run(config: Config) -> Path:
         print(f"warning: {note}", file=sys.stderr)
     _show(scores, comparisons, aggregates, effects)
     return folder.path
+
+
+def seeds_of_one(edits: Sequence[Applicable | None]) -> list[list[int]]:
+    """Which edits are one method with several seeds: the same parts, trained in the same way; edits without a like are left out."""
+    like: dict[str, list[int]] = {}
+    for i, e in enumerate(edits):
+        if (parts := getattr(e, "parts", None)) is not None:
+            like.setdefault(json.dumps([plain(parts), getattr(e, "record", {}).get("preset")], sort_keys=True), []).append(i)
+    return [group for group in like.values() if len(group) > 1]
 
 
 def trained_on(edits: Sequence[str], data: Sequence[Examples]) -> list[str]:

@@ -430,7 +430,7 @@ def comparison_rows(table: pd.DataFrame | None) -> list[dict[str, str]]:
 
 
 def aggregate_rows(table: pd.DataFrame | None) -> list[dict[str, str]]:
-    """Several edits taken as seeds of one method, spelled out; intervals of shares end at 0 and 100."""
+    """Several seeds of one method, spelled out; intervals of shares end at 0 and 100."""
 
     def spread(r: dict[str, Any], what: str) -> str:
         low, high = (None if r.get(f"{what}_{end}") is None else min(1.0, max(0.0, r[f"{what}_{end}"])) for end in ("low", "high"))

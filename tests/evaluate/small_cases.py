@@ -31,6 +31,7 @@ class Push:
     def __init__(self, site: str, size: float = 5.0, seed: int = 0):
         self.site, self.size, self.seed = Site.parse(site), size, seed
         self.seen = []
+        self.parts = (site, size)  # what tells one method from another, as the parts of a trained edit do
 
     def points(self, model, tokens):
         self.seen.append(tokens)

@@ -65,6 +65,13 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     assert "2 of 8 rows" in said.err and "points of accuracy" in said.out and "unchanged" in said.out
 
 
+def test_only_seeds_of_one_method_are_put_together():
+    a, again, elsewhere = Push("L2.resid_post", seed=0), Push("L2.resid_post", seed=1), Push("L1.resid_post", seed=2)
+    assert command.seeds_of_one([None, a, elsewhere, again]) == [[1, 3]]
+    again.record = {"preset": {"epochs": 2}}
+    assert command.seeds_of_one([a, again]) == [], "trained otherwise"
+
+
 def test_another_systems_answers_need_no_model(run, files, examples, capsys):
     (files / "gpt.csv").write_text("id,label\n" + "".join(f"{e.id},{e.polarity.value}\n" for e in examples))
     assert run("--data", str(files / "test.jsonl"), "--predictions", str(files / "gpt.csv"), model="/nowhere/at/all") == 0

@@ -64,6 +64,29 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
         return 130
 
 
+def named(flag: str, words: Sequence[str]) -> dict[str, str]:
+    """`name=value` words as a mapping, such as {"aspect": "Term"}.
+
+    Raises:
+        ConfigError: a word is none.
+    """
+    for word in words:
+        if not re.fullmatch(r"[^=]+=.+", word):
+            raise ConfigError(f"{flag} {word!r} was given; words such as aspect=Term are accepted")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def reading(config: Any) -> dict[str, Any]:
+    """What the flags of a command say about reading its data: keyword arguments of `load_examples`.
+
+    Raises:
+        ConfigError: a word of --columns or --meaning is no pair.
+    """
+    return {
+        "skip_bad": config.skip_bad, "columns": named("--columns", config.columns), "labels": named("--meaning", config.meaning),
+    }  # fmt: skip
+
+
 def tell_left_out(data: Examples) -> None:
     """Say on the error stream what a reader left out, and where the first of it stands."""
     for problem in data.problems[:3]:

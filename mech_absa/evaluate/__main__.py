@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli import command, tell_left_out
+from ..cli import command, reading, tell_left_out
 from ..errors import ConfigError
 from ..examples import Examples
 from ..models import Model, load_model
@@ -69,6 +69,10 @@ class Config:
     """Between the question and the labels given with --labels."""
     limit: int | None = None
     """At most so many examples of each test file."""
+    columns: tuple[str, ...] = ()
+    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
+    meaning: tuple[str, ...] = ()
+    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
     skip_bad: bool = False
     """Leave out records that cannot be read, and count them."""
     level: float = 0.95
@@ -132,8 +136,8 @@ def run(config: Config) -> Path:
     from . import side_effects
 
     out = config.out or Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = [load_examples(d, limit=config.limit, skip_bad=config.skip_bad) for d in config.data]
-    train = [load_examples(d, skip_bad=config.skip_bad) for d in config.train_data]
+    data = [load_examples(d, limit=config.limit, **reading(config)) for d in config.data]
+    train = [load_examples(d, **reading(config)) for d in config.train_data]
     for d in [*data, *train]:
         tell_left_out(d)
     settings = plain(asdict(config)) | {"data_sha256": [d.sha256 for d in data], "train_sha256": [d.sha256 for d in train]}

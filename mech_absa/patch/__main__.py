@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..cli import command, tell_left_out
+from ..cli import command, reading, tell_left_out
 from ..errors import ConfigError, DataError, choices
 from ..examples import Examples
 from ..models import BUNDLED, DTYPES, Model, load_model
@@ -121,6 +121,10 @@ class Config:
     """Kind of state that sites are chosen from; default resid_post."""
     select_width: int | None = None
     """Neighbouring layers chosen; default the paper's share of the depth, 6 of 32."""
+    columns: tuple[str, ...] = ()
+    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
+    meaning: tuple[str, ...] = ()
+    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
     skip_bad: bool = False
     """Leave bad rows of the data out and count them, instead of stopping at the first."""
     null_targets: str = "drop"
@@ -155,7 +159,7 @@ def corruption_of(config: Config, examples: Examples) -> Corruption:
 
 def read_data(config: Config) -> Examples:
     """All data named, joined, with what was left out."""
-    parts = [load_examples(source, skip_bad=config.skip_bad, null_targets=config.null_targets) for source in config.data]
+    parts = [load_examples(source, null_targets=config.null_targets, **reading(config)) for source in config.data]
     joined = parts[0]
     for more in parts[1:]:
         left = {k: joined.left_out.get(k, 0) + more.left_out.get(k, 0) for k in {**joined.left_out, **more.left_out}}

@@ -144,7 +144,7 @@ class Reading:
                 continue
             fits = [n for n in names if n.strip().lower().replace(" ", "_") in known_as and n not in self.columns.values()]
             if len(fits) > 1:
-                raise DataError(f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}}")
+                raise DataError(f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}} or --columns {name}={fits[0]}")
             if fits:
                 found[name] = fits[0]
             elif name in required:
@@ -259,7 +259,7 @@ class Reading:
             came = choices(sorted(self._numbers))
             raise DataError(
                 f"the labels are bare numbers ({came}) and none is -1, so what they mean is a guess; "
-                "say it, as in labels={'0': 'negative', '1': 'neutral', '2': 'positive'}",
+                "say it, as in labels={'0': 'negative', '1': 'neutral', '2': 'positive'} or --meaning 0=negative 1=neutral 2=positive",
                 self.source,
             )
         if not self.items:

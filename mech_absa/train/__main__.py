@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..cli import command, tell_left_out
+from ..cli import command, reading, tell_left_out
 from ..edits.base import Shape
 from ..edits.store import save_edit
 from ..errors import ConfigError
@@ -101,6 +101,10 @@ class Config:
     """Between the question and the label."""
     limit: int | None = None
     """At most so many examples of each training file."""
+    columns: tuple[str, ...] = ()
+    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
+    meaning: tuple[str, ...] = ()
+    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
     skip_bad: bool = False
     """Leave out records that cannot be read, and count them."""
     seed: int = 0
@@ -186,7 +190,7 @@ def run(config: Config) -> Path:
     first, device = _process(config.device)
     train = _read(config.data, config)
     held = _read(config.validation_data, config) if config.validation_data else []
-    tests = [load_examples(t, skip_bad=config.skip_bad) for t in config.test]
+    tests = [load_examples(t, **reading(config)) for t in config.test]
     model = load_model(config.model, device=device, dtype=config.dtype)
     sites, notes = where(config, model)
     preset = preset_of(config, model, sites)
@@ -267,7 +271,7 @@ def _process(device: str) -> tuple[bool, str]:
 
 
 def _read(sources: Sequence[str], config: Config) -> list[Examples]:
-    found = [load_examples(s, skip_bad=config.skip_bad, limit=config.limit) for s in sources]
+    found = [load_examples(s, limit=config.limit, **reading(config)) for s in sources]
     for examples in found:
         tell_left_out(examples)
     return found

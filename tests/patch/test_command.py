@@ -163,6 +163,22 @@ def test_bad_data_is_named_with_file_and_line(name, content, words, base, tmp_pa
     assert not out.exists()
 
 
+def test_columns_and_labels_of_other_names(base, tmp_path, capsys):
+    """Numbers for labels and a foreign column, by flags: the same pairs as from the file that has the usual names."""
+    number = {"positive": "2", "neutral": "1", "negative": "0"}
+    rows = [{"Review": e.sentence, "Term": e.aspect, "Stars": number[e.polarity.value]} for e in examples()]
+    pd.DataFrame(rows).to_csv(tmp_path / "r.csv", index=False)
+    flags = [*base[:2], "--data", str(tmp_path / "r.csv"), *base[4:], "--limit", "2", "--by", "role", *FAST]
+    assert cli([*flags, "--out", str(tmp_path / "no")]) == 2 and "r.csv" in capsys.readouterr().err
+    flags += ["--columns", "sentence=Review", "aspect=Term", "polarity=Stars"]
+    assert cli([*flags, "--out", str(tmp_path / "no")]) == 2 and "unknown label '2'" in capsys.readouterr().err
+    assert cli([*flags, "--meaning", "2", "--out", str(tmp_path / "no")]) == 2
+    assert "words such as" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert cli([*flags, "--meaning", "0=negative", "1=neutral", "2=positive", "--out", str(tmp_path / "yes")]) == 0
+    classes = json.loads((tmp_path / "yes" / "run.json").read_text())["data"]["classes"]
+    assert classes == {p.value: sum(e.polarity is p for e in examples()) for p in Polarity}
+
+
 def test_a_model_folder_without_weights(base, tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...cli import command, tell_left_out
+from ...cli import command, reading, tell_left_out
 from ...edits.base import Shape
 from ...errors import ConfigError
 from ...evaluate.caveats import caveats
@@ -76,6 +76,10 @@ class Config:
     """The label strings for positive, negative and neutral."""
     separator: str = " "
     """Between the question and the label."""
+    columns: tuple[str, ...] = ()
+    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
+    meaning: tuple[str, ...] = ()
+    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
     skip_bad: bool = False
     """Leave out records that cannot be read, and count them."""
     device: str = "auto"
@@ -191,7 +195,7 @@ def main(config: Config) -> Path:
 
 
 def _read(source: str, config: Config, limit: int | None):
-    examples = load_examples(source, skip_bad=config.skip_bad)
+    examples = load_examples(source, **reading(config))
     tell_left_out(examples)
     return examples if limit is None else examples.sample(limit)
 

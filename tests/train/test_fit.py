@@ -180,7 +180,7 @@ def test_the_loss_is_the_answers_alone(llama):
         scores = label_scores(llama, [q.prompt], labels.continuations).double()
         want_labels.append(-float(METRICS["logprob"](scores.log_softmax(-1), torch.tensor([q.gold]))))
     assert text.loss(edit, text.questions(EIGHT[:3])).item() == pytest.approx(sum(want_text), rel=1e-4)
-    assert float(labels.loss(edit, labels.questions(EIGHT[:3]))) == pytest.approx(sum(want_labels), rel=1e-4)
+    assert labels.loss(edit, labels.questions(EIGHT[:3])).item() == pytest.approx(sum(want_labels), rel=1e-4)
 
 
 def test_accumulated_steps_are_those_of_the_large_batch(llama):

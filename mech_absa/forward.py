@@ -72,13 +72,16 @@ def last(
         HookError: a point lies outside these blocks.
     """
     final = model.n_layers - 1
-    rows = torch.arange(len(x))[:, None]
-    inside = any(id(module) in _modules(model, final) for module, _ in points)
-    if start > final or inside or not _fused(model, final, x.shape[1]) or not _lean(model, start, model.n_layers, points):
-        x = advance(model, x, start, None, points)
-        return x[rows.to(x.device), reads.to(x.device)]
+    lean = start <= final and _lean(model, start, model.n_layers, points) and _fused(model, final, x.shape[1])
+    if not lean or any(id(module) in _modules(model, final) for module, _ in points):
+        return rows_of(advance(model, x, start, None, points), reads)
     x = advance(model, x, start, final, points).to(model.block_device(final))
-    return _last_block(model, final, x, rows.to(x.device), reads.to(x.device))
+    return _last_block(model, final, x, reads.to(x.device))
+
+
+def rows_of(stream: Resid, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
+    """The positions `reads` of each row."""
+    return stream[torch.arange(len(stream), device=stream.device)[:, None], reads.to(stream.device)]
 
 
 class _Taps:
@@ -193,18 +196,16 @@ def _block(model: Model, layer: int, x: Resid, tap: _Taps) -> Resid:
     return tap(block.hook_resid_post, mid + m)
 
 
-def _last_block(
-    model: Model, layer: int, x: Resid, rows: Int[Tensor, "batch 1"], reads: Int[Tensor, "batch read"]
-) -> Float[Tensor, "batch read d_model"]:
+def _last_block(model: Model, layer: int, x: Resid, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
     """The same where the positions `reads` are all that is asked for: one query, one MLP and one sum each."""
     block, both_sides = model.hooked.blocks[layer], model.cfg.use_normalization_before_and_after
     h = norm_of(block.ln1, x)
     (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = model.qkv_weights(layer)
     positions = torch.arange(x.shape[1], device=x.device)
-    q = model.rotate(layer, heads_of(h[rows, reads], W_Q, b_Q), reads)
+    q = model.rotate(layer, heads_of(rows_of(h, reads), W_Q, b_Q), reads)
     k = model.rotate(layer, heads_of(h, W_K, b_K), positions)
     mask = rearrange(positions <= reads[..., None], "batch read pos -> batch 1 read pos")
     a = _project(model, layer, _attention(model, layer, q, k, heads_of(h, W_V, b_V), mask))
-    x, a = x[rows, reads], norm_of(block.ln1_post, a) if both_sides else a
+    x, a = rows_of(x, reads), norm_of(block.ln1_post, a) if both_sides else a
     m = _mlp(block.mlp, norm_of(block.ln2, x if model.parallel else x + a), lambda _, y: y)
     return x + a + (norm_of(block.ln2_post, m) if both_sides else m)

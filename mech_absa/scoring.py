@@ -18,7 +18,7 @@ from torch import Tensor
 from .axes import Resid
 from .errors import PromptError
 from .examples import Example
-from .forward import Point, advance, last
+from .forward import Point, advance, last, rows_of
 from .metrics import Need
 from .models import Model
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer, encode
@@ -79,11 +79,6 @@ def last_residual(
     with edit.applied(model, tokens):
         whole = advance(model, x)
     return whole if reads is None else rows_of(whole, reads)
-
-
-def rows_of(stream: Resid, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
-    """The positions `reads` of each row."""
-    return stream[torch.arange(len(stream), device=stream.device)[:, None], reads.to(stream.device)]
 
 
 def positions_read(lengths: Sequence[int], continuation: Continuation) -> Int[Tensor, "batch read"]:

@@ -43,12 +43,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, choices
 from ..examples import Example
+from ..forward import rows_of
 from ..hooks import capture, hook_point, hooked_at
 from ..metrics import get_metric
 from ..models import Model
 from ..pairs import ABLATIONS, Pairs, Runs, by_length, make_runs
 from ..prompts import PromptTemplate, Tokens, Verbalizer
-from ..scoring import Applicable, positions_read, question, read_labels, rows_of
+from ..scoring import Applicable, positions_read, question, read_labels
 from ..sites import HEAD_KINDS, Site
 from ..stats import Estimate, bootstrap_statistic
 from .predictions import asked_with, predict

@@ -26,13 +26,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mech_absa.cli import command
+from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError
 from mech_absa.evaluate.predictions import joined, predict
 from mech_absa.evaluate.scores import Quality, percent, score
 from mech_absa.examples import Example
-from mech_absa.generate import DOMAINS
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
 from mech_absa.readers import load_examples
 from mech_absa.records import atomic, write_text
 from mech_absa.scoring import Applicable
@@ -40,6 +39,7 @@ from mech_absa.sites import parse_layers
 from mech_absa.train import presets
 from mech_absa.train.fit import fit
 from mech_absa.train.prefix import PrefixCache
+from mech_absa.world import DOMAINS
 
 IN_DOMAIN = ("restaurant", "laptop")
 OUT_OF_DOMAIN = tuple(d for d in DOMAINS if d not in IN_DOMAIN)
@@ -72,7 +72,9 @@ class Config:
 
     def __post_init__(self):
         if self.control_rank not in self.ranks:
-            raise ConfigError(f"--control-rank is {self.control_rank}; one of --ranks ({', '.join(map(str, self.ranks))}) is needed")
+            raise ConfigError(
+                f"--control-rank is {self.control_rank}; one of --ranks ({', '.join(map(str, self.ranks))}) is needed"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ class Arm:
     shuffled: bool = False
 
     def preset(self, epochs: int) -> presets.Preset:
-        return presets.bundled(presets.range_sites(self.layers, [self.position]), self.method, rank=self.rank, epochs=epochs)
+        return presets.bundled(
+            presets.range_sites(self.layers, [self.position]),
+            self.method,
+            rank=self.rank,
+            epochs=epochs,
+        )
 
 
 def arms(config: Config, model: Model) -> list[Arm]:
@@ -115,10 +122,15 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
     """The same examples, their labels in random order."""
     labels = [e.polarity for e in examples]
     random.Random(seed).shuffle(labels)
-    return [replace(e, polarity=label, counterfactuals=()) for e, label in zip(examples, labels, strict=True)]
+    return [
+        replace(e, polarity=label, counterfactuals=())
+        for e, label in zip(examples, labels, strict=True)
+    ]
 
 
-def scores(model: Model, edit: Applicable | None, tests: dict[str, list[Example]], draws: int) -> dict[str, Quality]:
+def scores(
+    model: Model, edit: Applicable | None, tests: dict[str, list[Example]], draws: int
+) -> dict[str, Quality]:
     """In-domain, out-of-domain, and the sentences of all that carry several polarities."""
     answers = {d: predict(model, examples, edit, batch_size=64) for d, examples in tests.items()}
 
@@ -126,7 +138,11 @@ def scores(model: Model, edit: Applicable | None, tests: dict[str, list[Example]
         s = score(joined([answers[d] for d in domains], " ".join(domains)), draws=draws)
         return s.mixed if mixed else s.all
 
-    made = {"in": together(IN_DOMAIN), "out": together(OUT_OF_DOMAIN), "mixed": together(tuple(DOMAINS), mixed=True)}
+    made = {
+        "in": together(IN_DOMAIN),
+        "out": together(OUT_OF_DOMAIN),
+        "mixed": together(tuple(DOMAINS), mixed=True),
+    }
     return {name: q for name, q in made.items() if q is not None}
 
 
@@ -140,16 +156,32 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
     def row(head: dict[str, Any], edit: Applicable | None) -> dict[str, Any]:
         made = dict(head)
         for name, q in scores(model, edit, tests, config.draws).items():
-            made |= {f"{name}_n": q.n, f"{name}_accuracy": q.accuracy.value, f"{name}_low": q.accuracy.low, f"{name}_high": q.accuracy.high}
+            made |= {
+                f"{name}_n": q.n,
+                f"{name}_accuracy": q.accuracy.value,
+                f"{name}_low": q.accuracy.low,
+                f"{name}_high": q.accuracy.high,
+            }
             made[f"{name}_text"] = percent(q.accuracy)
         return made
 
-    yield row({"what": "base model, no edit", "labels": "", "layers": "", "position": "", "parameters": 0}, None)
+    yield row(
+        {
+            "what": "base model, no edit",
+            "labels": "",
+            "layers": "",
+            "position": "",
+            "parameters": 0,
+        },
+        None,
+    )
     for arm in arms(config, model):
         for seed in config.seeds:
             start = time.perf_counter()
             data = shuffled(train, seed) if arm.shuffled else train
-            edit = fit(model, data, arm.preset(config.epochs), validation=0.1, seed=seed, cache=cache)
+            edit = fit(
+                model, data, arm.preset(config.epochs), validation=0.1, seed=seed, cache=cache
+            )
             curve = [h["validation_accuracy"] for h in edit.history if "validation_accuracy" in h]
             head = {
                 "what": arm.what, "method": arm.method, "rank": arm.rank, "layers": " ".join(map(str, arm.layers)),
@@ -179,15 +211,26 @@ def run(config: Config) -> None:
             if name in table:
                 table[name] = table[name].astype("Int64")
         with atomic(config.out / "edit_controls.csv") as path:
-            table.drop(columns=[c for c in table if c.endswith("_text")]).to_csv(path, index=False, float_format="%.5g")
+            table.drop(columns=[c for c in table if c.endswith("_text")]).to_csv(
+                path, index=False, float_format="%.5g"
+            )
         write_text(config.out / "edit_controls.md", markdown(made))
 
 
 def markdown(made: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table, accuracies with 95 % intervals."""
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([str(row.get(c, "")) for c in COLUMNS] for row in made)]
+    lines = [
+        list(COLUMNS.values()),
+        ["---"] * len(COLUMNS),
+        *([str(row.get(c, "")) for c in COLUMNS] for row in made),
+    ]
     head = "Accuracy on the built-in test files, greedy, three classes, 95 % intervals that resample sentences; written by\n"
-    return head + "`python analyses/edit_controls.py`.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return (
+        head
+        + "`python analyses/edit_controls.py`.\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

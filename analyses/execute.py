@@ -42,7 +42,12 @@ def execute(path: Path, fast: bool = False) -> Any:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)  # the kernel inherits them
     try:
-        NotebookClient(notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(
+            notebook,
+            timeout=1800,
+            record_timing=False,
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute()
     finally:
         for name, value in before.items():
             if value is None:
@@ -65,7 +70,9 @@ def tidy(notebook: Any) -> Any:
                 output.metadata = {}
             if "text" in output:
                 output.text = _ANSI.sub("", output.text)
-            if "traceback" in output:  # the sentence is the point; frames name files of this machine
+            if (
+                "traceback" in output
+            ):  # the sentence is the point; frames name files of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
             data = output.get("data", {})
             if "text/html" in data:
@@ -74,9 +81,15 @@ def tidy(notebook: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the notebooks of this folder and keep their outputs.")
-    parser.add_argument("number", nargs="*", type=int, help="which, by their first digit (default: all)")
-    parser.add_argument("--fast", action="store_true", help="a handful of examples, and write nothing")
+    parser = argparse.ArgumentParser(
+        description="Run the notebooks of this folder and keep their outputs."
+    )
+    parser.add_argument(
+        "number", nargs="*", type=int, help="which, by their first digit (default: all)"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="a handful of examples, and write nothing"
+    )
     given = parser.parse_args()
     known = {int(path.name[0]): path for path in NOTEBOOKS}
     if missing := [n for n in given.number if n not in known]:

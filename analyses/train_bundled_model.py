@@ -57,7 +57,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mech_absa.examples import Example, Polarity
-from mech_absa.generate import (
+from mech_absa.world import (
     ADJECTIVES,
     CONTINUATIONS,
     DOMAINS,
@@ -149,29 +149,67 @@ def train_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
     """Byte-level BPE; the words of the world, of the questions and of the task's prompt are single tokens by weight of numbers."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(PIECES, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=config.vocab,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     questions = (
-        " ".join(p for p, _ in QUESTIONS) + " " + " ".join(w for _, ws in QUESTIONS for w in ws) + " " + " ".join(WRAPPERS) + " " + ABSC
+        " ".join(p for p, _ in QUESTIONS)
+        + " "
+        + " ".join(w for _, ws in QUESTIONS for w in ws)
+        + " "
+        + " ".join(WRAPPERS)
+        + " "
+        + ABSC
     )
     forced = set(vocabulary()) | set(re.findall(r"\w+", questions))
     # What may begin a sentence is also known without the blank before it: aspects, adjectives, and the first words of frames and openings.
     groups = [g for d in DOMAINS.values() for g in d.groups]
     first = {a.removesuffix("/s").split()[0] for g in groups for a in g.aspects + g.test_aspects}
-    first |= {w for table in (LEXICON["adj"], LEXICON["marks"], *(g.adjectives for g in groups)) for ws in table.values() for w in ws}
-    first |= {f.text.split()[0] for f in FRAMES if f.text[0] not in "{<"} | {o.split()[0] for d in DOMAINS.values() for o in d.openings}
-    first |= {w.split()[0] for w in FREE["who"]} | {"nobody", "while", "although", "though", "this", "it", "Given"}
+    first |= {
+        w
+        for table in (LEXICON["adj"], LEXICON["marks"], *(g.adjectives for g in groups))
+        for ws in table.values()
+        for w in ws
+    }
+    first |= {f.text.split()[0] for f in FRAMES if f.text[0] not in "{<"} | {
+        o.split()[0] for d in DOMAINS.values() for o in d.openings
+    }
+    first |= {w.split()[0] for w in FREE["who"]} | {
+        "nobody",
+        "while",
+        "although",
+        "though",
+        "this",
+        "it",
+        "Given",
+    }
     crowd = [f" {w}" for w in sorted(forced)] + sorted(first)
     often = 1000  # more often than the merges that the text alone would still earn
-    tok.train_from_iterator([*texts, *(word if word[0] != " " else word * often for word in crowd), *sorted(first) * often], trainer)
+    tok.train_from_iterator(
+        [
+            *texts,
+            *(word if word[0] != " " else word * often for word in crowd),
+            *sorted(first) * often,
+        ],
+        trainer,
+    )
     tok.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tok.token_to_id(BOS))]),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A",
+                pair=f"{BOS} $A {BOS} $B",
+                special_tokens=[(BOS, tok.token_to_id(BOS))],
+            ),
         ]
     )
     missing = [w for w in crowd if len(tok.encode(w, add_special_tokens=False).ids) != 1]
@@ -203,9 +241,21 @@ QUESTIONS: Questions = (
     ("say something about the {A} , the one we talked about :", ("good", "bad", "okay")),
 )
 """What follows a review; the next word depends on one aspect."""
-EASY: Questions = (("{A}", LABELS), ("{A} :", LABELS), ("the {A} :", LABELS), ("my view of the {A} is", LABELS))
+EASY: Questions = (
+    ("{A}", LABELS),
+    ("{A} :", LABELS),
+    ("the {A} :", LABELS),
+    ("my view of the {A} is", LABELS),
+)
 """With what the first stage begins: the answer stands right behind the aspect."""
-WRAPPERS = ("my friend wrote : '", "review : '", "this is what it said : '", "'", "somebody said that", "in 2 words :")
+WRAPPERS = (
+    "my friend wrote : '",
+    "review : '",
+    "this is what it said : '",
+    "'",
+    "somebody said that",
+    "in 2 words :",
+)
 
 Word = tuple[str, float, int]
 """A word, the weight of its loss and the question it belongs to (0: the review)."""
@@ -213,7 +263,12 @@ Document = list[Word]
 
 
 def asked(
-    rng: random.Random, text: str, mentions: list[tuple[str, str]], answer_weight: float, weight: float, questions: Questions = QUESTIONS
+    rng: random.Random,
+    text: str,
+    mentions: list[tuple[str, str]],
+    answer_weight: float,
+    weight: float,
+    questions: Questions = QUESTIONS,
 ) -> Document:
     """A text and questions about its aspects, given as (aspect, polarity word); `weight` is that of the text's own words."""
     doc: Document = []
@@ -226,7 +281,9 @@ def asked(
         words = text.split()
     doc += [(w, weight, 0) for w in words]
     apart = rng.random() < 0.85
-    plan = [m for m in mentions for _ in range(max(1, 5 - len(mentions)))] if apart else list(mentions)
+    plan = (
+        [m for m in mentions for _ in range(max(1, 5 - len(mentions)))] if apart else list(mentions)
+    )
     rng.shuffle(plan)
     for k, (aspect, polarity) in enumerate(plan, 1):
         pattern, answers = rng.choice(questions)
@@ -244,7 +301,12 @@ def roughened(rng: random.Random, review: Review, pool: list[str], aside: float)
         aside: chance of words in commas right behind an aspect.
     """
     fixed = {i for m in review.mentions for i in (*range(*m.aspect), *range(*m.opinion))}
-    inside = {i for m in review.mentions for start, end in (m.aspect, m.opinion) for i in range(start + 1, end)}
+    inside = {
+        i
+        for m in review.mentions
+        for start, end in (m.aspect, m.opinion)
+        for i in range(start + 1, end)
+    }
     behind = {m.aspect[1] for m in review.mentions} - inside if aside else set()
     words: list[str] = []
     for i, w in enumerate(review.words):
@@ -263,19 +325,37 @@ def any_domain(rng: random.Random, pool: list[str]) -> Domain:
     def word() -> str:
         if rng.random() < 0.35:
             return "".join(
-                rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "l")) for _ in range(rng.randint(1, 4))
+                rng.choice("bdfgklmnprstvz")
+                + rng.choice("aeiou")
+                + rng.choice(("", "", "n", "r", "l"))
+                for _ in range(rng.randint(1, 4))
             )
         return rng.choice(pool)
 
-    aspects = tuple(" ".join(word() for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))) + rng.choice(("", "", "", "/s")) for _ in range(6))
+    aspects = tuple(
+        " ".join(word() for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
+        + rng.choice(("", "", "", "/s"))
+        for _ in range(6)
+    )
     own = rng.choice(tuple(DOMAINS.values()))
     every = [g.adjectives for d in DOMAINS.values() for g in d.groups]
-    return Domain("any", (Group(aspects, (), rng.choice([*every, ADJECTIVES])),), own.openings, own.closings, (0.34, 0.33, 0.33))
+    return Domain(
+        "any",
+        (Group(aspects, (), rng.choice([*every, ADJECTIVES])),),
+        own.openings,
+        own.closings,
+        (0.34, 0.33, 0.33),
+    )
 
 
 def _known(group: Group, words: int) -> Group:
     """The group with its kept aspects among the others, and only those of at most so many words."""
-    return Group(tuple(a for a in group.aspects + group.test_aspects if len(a.split()) <= words) or group.aspects, (), group.adjectives)
+    return Group(
+        tuple(a for a in group.aspects + group.test_aspects if len(a.split()) <= words)
+        or group.aspects,
+        (),
+        group.adjectives,
+    )
 
 
 class Library:
@@ -287,14 +367,20 @@ class Library:
         self.texts = [lowered(r["text"]) for r in rows]
         self.short: dict[str, list[str]] = {p: [] for p in ("positive", "negative")}
         for r, t in zip(rows, self.texts, strict=True):
-            if r.get("label") and r["source"] in ("pros_cons", "sentence_polarity") and 2 <= len(t.split()) <= 16:
+            if (
+                r.get("label")
+                and r["source"] in ("pros_cons", "sentence_polarity")
+                and 2 <= len(t.split()) <= 16
+            ):
                 self.short[r["label"]].append(t.rstrip(" .!,"))
         counts = Counter(w for t in self.texts for w in t.split() if w.isalpha() and len(w) > 2)
         world = set(vocabulary())
         self.pool = sorted(w for w, n in counts.items() if n >= 3 and w not in world)
         self.stop = {w for w, _ in counts.most_common(150)}
         self.long = [t.split() for t in self.texts if len(t.split()) > 30] + [
-            " . ".join(self.texts[i : i + 8]).split() for i in range(0, len(self.texts), 8) if len(self.texts[i]) < 200
+            " . ".join(self.texts[i : i + 8]).split()
+            for i in range(0, len(self.texts), 8)
+            if len(self.texts[i]) < 200
         ]
         self.held_out = {
             json.loads(line)["text"] for d in DOMAINS for line in builtin_path(f"{d}/{SPLITS[1]}").open(encoding="utf-8")
@@ -312,7 +398,9 @@ class Library:
         absc = u > 1 - c.absc_share * (2.5 if stage == 4 else 1)
         own = rng.random() < 0.5 or not stage
         domain = rng.choice(tuple(DOMAINS.values())) if own else any_domain(rng, self.pool)
-        if own:  # pretraining may know the words, but not the sentences, of the aspects kept for test
+        if (
+            own
+        ):  # pretraining may know the words, but not the sentences, of the aspects kept for test
             domain = Domain(
                 domain.name,
                 tuple(_known(g, words=1 if not stage else 9) for g in domain.groups),
@@ -320,21 +408,30 @@ class Library:
                 domain.closings,
                 (0.36, 0.34, 0.30),
             )
-        if rng.random() < (1.0, c.list_share, c.list_share / 2, c.list_share / 4, c.list_share / 4)[stage]:
+        if (
+            rng.random()
+            < (1.0, c.list_share, c.list_share / 2, c.list_share / 4, c.list_share / 4)[stage]
+        ):
             return self.listing(rng, domain, QUESTIONS if stage else EASY)
         n = rng.choice(((1, 2), (1, 2, 2), (1, 2, 2), (1, 2, 2, 3, 3), (1, 2, 2, 3, 3))[stage])
         r = review(rng, domain, n, "train", (0.0, 0.0, 0.15, 0.3, 0.3)[stage])
         if r.text in self.held_out:
             return self.document(rng, stage)
         mentions = [(r.name(m), m.polarity.value) for m in r.mentions]
-        text = roughened(rng, r, self.pool, 0.12 if stage == 4 else 0.0) if rng.random() < c.rough_share else r.text
+        text = (
+            roughened(rng, r, self.pool, 0.12 if stage == 4 else 0.0)
+            if rng.random() < c.rough_share
+            else r.text
+        )
         if absc:
             aspect, polarity = rng.choice(mentions)
             if rng.random() < c.absc_noise:
                 tone = sum((p == LABELS[0]) - (p == LABELS[1]) for _, p in mentions)
                 polarity = LABELS[0] if tone > 0 else LABELS[1] if tone < 0 else LABELS[2]
             words = ABSC.format(S=text, A=aspect).split()
-            return [(w, 0.5, 0) for w in words] + [(polarity, 0.9 * c.answer_weight if stage == 4 else 2.0, 0)]
+            return [(w, 0.5, 0) for w in words] + [
+                (polarity, 0.9 * c.answer_weight if stage == 4 else 2.0, 0)
+            ]
         return asked(rng, text, mentions, c.answer_weight, 0.5)
 
     def listing(self, rng: random.Random, domain: Domain, questions: Questions) -> Document:
@@ -349,8 +446,14 @@ class Library:
                 continue
             seen |= set(aspect.split())
             polarity = rng.choice(LABELS)
-            word = rng.choice((ADJECTIVES if rng.random() < 0.6 else group.adjectives)[Polarity(polarity)])
-            parts.append(rng.choice(("the {A} was {O}", "{O} {A}", "{A} {O}", "{A} : {O}")).format(A=aspect, O=word))
+            word = rng.choice(
+                (ADJECTIVES if rng.random() < 0.6 else group.adjectives)[Polarity(polarity)]
+            )
+            parts.append(
+                rng.choice(("the {A} was {O}", "{O} {A}", "{A} {O}", "{A} : {O}")).format(
+                    A=aspect, O=word
+                )
+            )
             mentions.append((aspect, polarity))
         text = rng.choice((" , ", " ; ", " . ")).join(parts) + " ."
         return asked(rng, text, mentions, self.config.answer_weight, 0.5, questions)
@@ -364,7 +467,11 @@ class Library:
             label = rng.choice(("positive", "negative"))
             text = rng.choice(self.short[label])
             words = text.split()
-            content = [i for i, w in enumerate(words) if w.isalpha() and w not in self.stop and len(w) > 2 and w not in used]
+            content = [
+                i
+                for i, w in enumerate(words)
+                if w.isalpha() and w not in self.stop and len(w) > 2 and w not in used
+            ]
             if not content:
                 continue
             i = rng.choice(content)
@@ -372,7 +479,13 @@ class Library:
             parts.append(text)
             mentions.append((" ".join(words[i:j]), label))
             used |= set(words)
-        text = "".join(p if not k else rng.choice((" . ", " , but ", " , ", " ; ", " and ")) + p for k, p in enumerate(parts)) + " ."
+        text = (
+            "".join(
+                p if not k else rng.choice((" . ", " , but ", " , ", " ; ", " and ")) + p
+                for k, p in enumerate(parts)
+            )
+            + " ."
+        )
         return asked(rng, text, mentions, self.config.answer_weight * 0.3, 1.0)
 
 
@@ -416,7 +529,9 @@ class Batch:
     mask: torch.Tensor
 
     @classmethod
-    def of(cls, docs: list[tuple[list[int], list[float], list[int]]], pad: int, longest: int) -> Batch:
+    def of(
+        cls, docs: list[tuple[list[int], list[float], list[int]]], pad: int, longest: int
+    ) -> Batch:
         n = min(longest, max(len(d[0]) for d in docs))
         ids = torch.full((len(docs), n), pad)
         weights = torch.zeros(len(docs), n)
@@ -424,7 +539,11 @@ class Batch:
         positions = torch.zeros(len(docs), n, dtype=torch.long)
         for b, (i, w, p) in enumerate(docs):
             m = min(n, len(i))
-            ids[b, :m], weights[b, :m], part[b, :m] = torch.tensor(i[:m]), torch.tensor(w[:m]), torch.tensor(p[:m])
+            ids[b, :m], weights[b, :m], part[b, :m] = (
+                torch.tensor(i[:m]),
+                torch.tensor(w[:m]),
+                torch.tensor(p[:m]),
+            )
             body = p.count(0) if max(p) else len(p)
             start, last = 0, 0
             for t in range(m):
@@ -437,10 +556,14 @@ class Batch:
         return cls(ids, weights, positions, mask)
 
 
-def batches(library: Library, encode: Encoder, config: Config, block: int, stage: int) -> Iterator[Batch]:
+def batches(
+    library: Library, encode: Encoder, config: Config, block: int, stage: int
+) -> Iterator[Batch]:
     """The batches of one pool of documents: a function of seed, block and stage."""
     rng = random.Random(f"{config.seed}/{block}/{stage}")
-    docs = sorted((encode(library.document(rng, stage)) for _ in range(config.pool)), key=lambda d: len(d[0]))
+    docs = sorted(
+        (encode(library.document(rng, stage)) for _ in range(config.pool)), key=lambda d: len(d[0])
+    )
     groups: list[list] = [[]]
     for d in docs:
         if groups[-1] and len(d[0]) * (len(groups[-1]) + 1) > config.batch:
@@ -478,7 +601,9 @@ def directions(n: int, width: int, avoid: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plant(model: LlamaForCausalLM, shift: int, match: int, sharp: float = 0.7, strength: float = 3.0) -> None:
+def plant(
+    model: LlamaForCausalLM, shift: int, match: int, sharp: float = 0.7, strength: float = 3.0
+) -> None:
     """Begin with heads that look a word up again, all of which training may change.
 
     All embeddings get a common direction u, on which rotary attention can act by distance alone. In layer `shift`, head h < H-1 attends to
@@ -502,14 +627,24 @@ def plant(model: LlamaForCausalLM, shift: int, match: int, sharp: float = 0.7, s
         rows = slice(h * size, (h + 1) * size)
         V, O = directions(size, d, u), directions(size, d, u)  # noqa: E741
         if h < H - 1:
-            turned = torch.cat([fast[:half] * torch.cos(turn * (h + 1)), fast[:half] * torch.sin(turn * (h + 1))])
+            turned = torch.cat(
+                [fast[:half] * torch.cos(turn * (h + 1)), fast[:half] * torch.sin(turn * (h + 1))]
+            )
             first.q_proj.weight[rows] = 0.2 * first.q_proj.weight[rows] + sharp * fast[:, None] * u
-            first.k_proj.weight[rows] = 0.2 * first.k_proj.weight[rows] + sharp * turned[:, None] * u
+            first.k_proj.weight[rows] = (
+                0.2 * first.k_proj.weight[rows] + sharp * turned[:, None] * u
+            )
             first.v_proj.weight[rows], first.o_proj.weight[:, rows] = V, O.T
         else:
             O = V  # noqa: E741
-        second.q_proj.weight[rows], second.k_proj.weight[rows] = strength * slow * V, strength * slow * O
-        second.v_proj.weight[rows], second.o_proj.weight[:, rows] = directions(size, d, u), directions(size, d, u).T
+        second.q_proj.weight[rows], second.k_proj.weight[rows] = (
+            strength * slow * V,
+            strength * slow * O,
+        )
+        second.v_proj.weight[rows], second.o_proj.weight[:, rows] = (
+            directions(size, d, u),
+            directions(size, d, u).T,
+        )
 
 
 def optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
@@ -518,9 +653,16 @@ def optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Opti
     outer = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
     adam: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.98), "fused": True}
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW([{"params": inner, "weight_decay": 0.05}, {"params": outer, "weight_decay": 0.0}], **adam)]
+        return [
+            torch.optim.AdamW(
+                [{"params": inner, "weight_decay": 0.05}, {"params": outer, "weight_decay": 0.0}],
+                **adam,
+            )
+        ]
     return [
-        torch.optim.Muon(inner, lr=config.lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            inner, lr=config.lr, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(outer, weight_decay=0.0, **adam),
     ]
 
@@ -531,11 +673,16 @@ def rate(tokens: int, config: Config) -> float:
     return max(0.0, min(1.0, (tokens + 1) / config.warmup, left))
 
 
-def loss_of(model: LlamaForCausalLM, b: Batch, answer_weight: float) -> tuple[torch.Tensor, float, float, int]:
+def loss_of(
+    model: LlamaForCausalLM, b: Batch, answer_weight: float
+) -> tuple[torch.Tensor, float, float, int]:
     """Weighted cross-entropy `[]`, the mean plain-token loss, and how many answers were right of how many."""
     with torch.autocast("cpu", torch.bfloat16):
         h = model.model(
-            input_ids=b.ids, attention_mask=b.mask.to(torch.bfloat16), position_ids=b.positions, use_cache=False
+            input_ids=b.ids,
+            attention_mask=b.mask.to(torch.bfloat16),
+            position_ids=b.positions,
+            use_cache=False,
         ).last_hidden_state
         keep = b.weights[:, 1:] > 0
         # A question's first word is predicted by the token before it, which is another question's end: no fair question, left out.
@@ -573,7 +720,13 @@ def fresh_world(per_domain: int, seed: str) -> list[Example]:
 
 
 @torch.inference_mode()
-def choose(model: LlamaForCausalLM, encode: Encoder, texts: list[str], options: list[tuple[str, ...]], batch: int = 64) -> list[int]:
+def choose(
+    model: LlamaForCausalLM,
+    encode: Encoder,
+    texts: list[str],
+    options: list[tuple[str, ...]],
+    batch: int = 64,
+) -> list[int]:
     """For each text the index of the option (one word each) that is the likeliest next token."""
     model.eval()
     chosen: list[int] = [0] * len(texts)
@@ -585,7 +738,9 @@ def choose(model: LlamaForCausalLM, encode: Encoder, texts: list[str], options: 
         x = torch.tensor([ids[i] + [encode.eos] * (n - len(ids[i])) for i in rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32):
             h = model.model(input_ids=x, use_cache=False).last_hidden_state
-            logits = model.lm_head(h[torch.arange(len(rows)), torch.tensor([len(ids[i]) - 1 for i in rows])]).float()
+            logits = model.lm_head(
+                h[torch.arange(len(rows)), torch.tensor([len(ids[i]) - 1 for i in rows])]
+            ).float()
         for i, row in zip(rows, logits, strict=True):
             chosen[i] = int(row[[encode.word(o)[0] for o in options[i]]].argmax())
     model.train()
@@ -598,28 +753,46 @@ def look(model: LlamaForCausalLM, encode: Encoder, world: list[Example]) -> dict
     got = choose(model, encode, [c.text for _, c in follow], [c.choices for _, c in follow])
     right = [c.choices[k] == c.answer for (_, c), k in zip(follow, got, strict=True)]
     labels = tuple(f" {w}" for w in LABELS)
-    answers = choose(model, encode, [ABSC.format(S=e.sentence, A=e.aspect) for e in world], [labels] * len(world))
+    answers = choose(
+        model, encode, [ABSC.format(S=e.sentence, A=e.aspect) for e in world], [labels] * len(world)
+    )
     seen: dict[str, object] = {"natural": sum(right) / len(right)}
     for k, (pattern, _) in enumerate(CONTINUATIONS):
         seen[f"natural: {pattern}"] = sum(right[k :: len(CONTINUATIONS)]) / len(world)
     for d in DOMAINS:
         mine = [r for (e, _), r in zip(follow, right, strict=True) if e.domain == d]
         seen[f"natural {d}"] = sum(mine) / len(mine)
-    seen["absc"] = sum(LABELS[k] == e.polarity.value for e, k in zip(world, answers, strict=True)) / len(world)
+    seen["absc"] = sum(
+        LABELS[k] == e.polarity.value for e, k in zip(world, answers, strict=True)
+    ) / len(world)
     seen["absc answers"] = "/".join(str(answers.count(k)) for k in range(3))
     return seen
 
 
-def save(path: Path, model: LlamaForCausalLM, opts: list[torch.optim.Optimizer], progress: Progress) -> None:
+def save(
+    path: Path, model: LlamaForCausalLM, opts: list[torch.optim.Optimizer], progress: Progress
+) -> None:
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "opts": [o.state_dict() for o in opts], "progress": asdict(progress)}, part)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "opts": [o.state_dict() for o in opts],
+            "progress": asdict(progress),
+        },
+        part,
+    )
     part.replace(path)
 
 
 def train(rank: int, config: Config) -> None:
     """Train, or go on training, until `config.tokens`; worker 0 writes the checkpoint and the history."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{(config.work / 'meeting').absolute()}", rank=rank, world_size=config.workers)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{(config.work / 'meeting').absolute()}",
+        rank=rank,
+        world_size=config.workers,
+    )
     library = Library(config)
     tok_file = config.work / "tokenizer.json"
     encode = Encoder(Tokenizer.from_file(str(tok_file)))
@@ -663,7 +836,9 @@ def train(rank: int, config: Config) -> None:
         if progress.stage < len(config.stages):
             ready = progress.accuracy > config.stages[progress.stage]
         else:
-            ready = progress.stage == len(config.stages) and progress.tokens >= config.last_stage_from
+            ready = (
+                progress.stage == len(config.stages) and progress.tokens >= config.last_stage_from
+            )
         if ready:
             progress.stage, progress.accuracy = progress.stage + 1, 0.0
         drawn = list(batches(library, encode, config, progress.block, progress.stage))
@@ -671,11 +846,15 @@ def train(rank: int, config: Config) -> None:
             b = drawn[at + rank]
             loss, plain, right, asked_for = loss_of(model, b, config.answer_weight)
             loss.backward()
-            seen = torch.tensor([loss.item(), plain, right, asked_for, float((b.weights > 0).sum())])
+            seen = torch.tensor(
+                [loss.item(), plain, right, asked_for, float((b.weights > 0).sum())]
+            )
             grads = [p.grad for p in parameters if p.grad is not None]
             shared = torch.cat([*(g.flatten() for g in grads), seen])
             dist.all_reduce(shared)
-            for mine, total_grad in zip(grads, shared[: -len(seen)].split([g.numel() for g in grads]), strict=True):
+            for mine, total_grad in zip(
+                grads, shared[: -len(seen)].split([g.numel() for g in grads]), strict=True
+            ):
                 mine.copy_(total_grad.view_as(mine)).div_(config.workers)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             share = rate(progress.tokens, config)
@@ -689,7 +868,15 @@ def train(rank: int, config: Config) -> None:
             if asked_for:
                 progress.accuracy += 0.02 * (right / asked_for - progress.accuracy)
             n = config.workers
-            sums.update({"loss": total / n, "plain": plains / n, "right": right, "asked": asked_for, "steps": 1})
+            sums.update(
+                {
+                    "loss": total / n,
+                    "plain": plains / n,
+                    "right": right,
+                    "asked": asked_for,
+                    "steps": 1,
+                }
+            )
         progress.block += 1
         clock = torch.tensor([time.time() - start])  # worker 0's clock is everybody's
         dist.broadcast(clock, 0)
@@ -729,14 +916,27 @@ def export(config: Config, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tok.save_pretrained(folder)
-    settings_file = folder / "tokenizer_config.json"  # the class by the name that every version of transformers knows
+    settings_file = (
+        folder / "tokenizer_config.json"
+    )  # the class by the name that every version of transformers knows
     settings_file.write_text(
-        json.dumps({**json.loads(settings_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n"
+        json.dumps(
+            {**json.loads(settings_file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"},
+            indent=1,
+        )
+        + "\n"
     )
     settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k not in ("text", "work", "export", "stop_after")
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in asdict(config).items()
+        if k not in ("text", "work", "export", "stop_after")
     }
-    record = {"config": settings, "tokens": progress.tokens, "minutes": round(progress.seconds / 60, 1), "torch": torch.__version__}
+    record = {
+        "config": settings,
+        "tokens": progress.tokens,
+        "minutes": round(progress.seconds / 60, 1),
+        "torch": torch.__version__,
+    }
     (folder / "recipe.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_history(folder / "history.csv", progress)
 

@@ -52,9 +52,9 @@ from transformer_lens import patching
 from mech_absa.errors import ConfigError, choices
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
-from mech_absa.models import DTYPES, Model, hooked_from_hf
-from mech_absa.pairs import Counterfactual, GaussianNoise, Pair, make_runs
+from mech_absa.model import DTYPES, Model, hooked_from_hf
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, Span, components
 from mech_absa.patch.trace import default_memory
 from mech_absa.prompts import ROLE, Continuation, Tokens
@@ -69,7 +69,9 @@ BLOCK_EVERY = ("resid_pre", "attn_out", "mlp_out")
 # ---- shapes -----------------------------------------------------------------------------------------------------------------------
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int) -> transformers.LlamaConfig:
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
+) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
         vocab_size=vocab, max_position_embeddings=256, tie_word_embeddings=False,
@@ -78,7 +80,13 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
 
 def _gpt2(width: int, layers: int, heads: int, vocab: int) -> transformers.GPT2Config:
     return transformers.GPT2Config(
-        n_embd=width, n_layer=layers, n_head=heads, vocab_size=vocab, n_positions=256, bos_token_id=0, eos_token_id=0
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        vocab_size=vocab,
+        n_positions=256,
+        bos_token_id=0,
+        eos_token_id=0,
     )
 
 
@@ -219,7 +227,9 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
     """Random tokens; the corrupted run has another one everywhere, or noise of three standard deviations on all embeddings."""
     generator = torch.Generator().manual_seed(seed)
     T, V = shape.tokens, model.d_vocab
-    role = torch.tensor([roles(T) if shape.by == "role" else [ROLE["template"]] * (T - 1) + [ROLE["answer"]]])
+    role = torch.tensor(
+        [roles(T) if shape.by == "role" else [ROLE["template"]] * (T - 1) + [ROLE["answer"]]]
+    )
     pairs = []
     for i in range(shape.pairs):
         ids = torch.randint(V, (1, T), generator=generator)
@@ -240,7 +250,9 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
 
 def ours(q: Question) -> Tensor:
     """The wavefront engine at the default budget: effects `[component span row]`."""
-    answers = wavefront.sweep(q.model, q.job(), default_memory(q.model) // 2)  # half is for what is kept, as in `trace`
+    answers = wavefront.sweep(
+        q.model, q.job(), default_memory(q.model) // 2
+    )  # half is for what is kept, as in `trace`
     return _effects(answers)
 
 
@@ -268,7 +280,9 @@ class PeerRun:
     spent: float
 
 
-def transformer_lens_side(q: Question, fraction: float, clock: Clock = time.perf_counter) -> PeerRun:
+def transformer_lens_side(
+    q: Question, fraction: float, clock: Clock = time.perf_counter
+) -> PeerRun:
     """`transformer_lens.patching` under `torch.inference_mode`, one prompt at a time, its cache of the clean run given, on its own layout of
     the weights.
 
@@ -284,7 +298,10 @@ def transformer_lens_side(q: Question, fraction: float, clock: Clock = time.perf
             if fraction < 1 and row:
                 break
             names = [c.hook_name for c in components(q.model, q.shape.kinds)]
-            clean, corrupted = pair.clean.ids.to(q.model.device), pair.corrupted.ids.to(q.model.device)
+            clean, corrupted = (
+                pair.clean.ids.to(q.model.device),
+                pair.corrupted.ids.to(q.model.device),
+            )
 
             def metric(logits: Tensor) -> Tensor:
                 return logits[0, -1, a].float() - logits[0, -1, b].float()
@@ -303,7 +320,9 @@ def transformer_lens_side(q: Question, fraction: float, clock: Clock = time.perf
                 continue
             chosen = spread(L, len(spans), fraction)
 
-            def setter(activation: Tensor, index: Sequence[int], clean: Tensor, spans: list[Span] = spans) -> Tensor:
+            def setter(
+                activation: Tensor, index: Sequence[int], clean: Tensor, spans: list[Span] = spans
+            ) -> Tensor:
                 at = list(spans[index[1]].positions)
                 activation[:, at] = clean[:, at]
                 return activation
@@ -311,11 +330,20 @@ def transformer_lens_side(q: Question, fraction: float, clock: Clock = time.perf
             for k, kind in enumerate(q.shape.kinds):
                 start = clock()
                 found = patching.generic_activation_patch(
-                    hooked, corrupted, cache, metric, setter, kind, index_df=pd.DataFrame(chosen, columns=["layer", "pos"])
+                    hooked,
+                    corrupted,
+                    cache,
+                    metric,
+                    setter,
+                    kind,
+                    index_df=pd.DataFrame(chosen, columns=["layer", "pos"]),
                 )
                 spent += clock() - start
                 done += len(chosen)
-                effects |= {(k * L + layer, s, row): float(x) - base for (layer, s), x in zip(chosen, found, strict=True)}
+                effects |= {
+                    (k * L + layer, s, row): float(x) - base
+                    for (layer, s), x in zip(chosen, found, strict=True)
+                }
     return PeerRun(effects, done, q.cells, spent * q.cells / done)
 
 
@@ -325,7 +353,9 @@ def spread(layers: int, spans: int, fraction: float) -> list[tuple[int, int]]:
         return [(layer, s) for layer in range(layers) for s in range(spans)]
     n = max(1, round(fraction * layers * spans))
     golden = (5**0.5 - 1) / 2  # multiples of it, modulo one, are as even as a sequence can be
-    return sorted({(int((i + 0.5) / n * layers), int((i + 0.5) * golden % 1 * spans)) for i in range(n)})
+    return sorted(
+        {(int((i + 0.5) / n * layers), int((i + 0.5) * golden % 1 * spans)) for i in range(n)}
+    )
 
 
 def loop_side(q: Question, fraction: float, clock: Clock = time.perf_counter) -> PeerRun:
@@ -336,7 +366,9 @@ def loop_side(q: Question, fraction: float, clock: Clock = time.perf_counter) ->
     """
     T = q.shape.tokens
     n = min(T, max(2, round(fraction * T)))
-    index = [round(i * (T - 1) / (n - 1)) for i in range(n)]  # with the last position, where the last layer is read
+    index = [
+        round(i * (T - 1) / (n - 1)) for i in range(n)
+    ]  # with the last position, where the last layer is read
     part = q.job([[spans[i] for i in index] for spans in q.spans])
     ticks = []
     start = clock()
@@ -347,7 +379,10 @@ def loop_side(q: Question, fraction: float, clock: Clock = time.perf_counter) ->
     each = (total - ticks[0]) / (run - first)
     found = _effects(answers)
     effects = {
-        (c, index[s], row): float(found[c, s, row]) for c in range(found.shape[0]) for s in range(n) for row in range(found.shape[2])
+        (c, index[s], row): float(found[c, s, row])
+        for c in range(found.shape[0])
+        for s in range(n)
+        for row in range(found.shape[2])
     }
     return PeerRun(effects, run, whole, total + each * (whole - run))
 
@@ -373,7 +408,9 @@ class Costs:
     def of(cls, model: Model) -> Costs:
         d, wide = model.d_model, model.n_heads * model.d_head
         mlp = 2 * d * model.d_mlp * (3 if model.cfg.gated_mlp else 2)
-        return cls(2 * d * wide, 4 * d * model.n_kv_heads * model.d_head, 2 * wide * d, mlp, 4 * wide)
+        return cls(
+            2 * d * wide, 4 * d * model.n_kv_heads * model.d_head, 2 * wide * d, mlp, 4 * wide
+        )
 
 
 def forward_flops(model: Model, tokens: int, unembed: bool = True) -> int:
@@ -403,7 +440,9 @@ def floor_flops(model: Model, tokens: int, kinds: Sequence[str], draws: int = 1)
                 changed = T if joins else below  # tokens with a new input
                 total += changed * c.kv + (changed if not last else 1 if joins else T) * c.q
                 if last:
-                    total += T * (c.o + (c.mlp if not (parallel and joins) else 0)) + c.look * T * (1 if joins else T)
+                    total += T * (c.o + (c.mlp if not (parallel and joins) else 0)) + c.look * T * (
+                        1 if joins else T
+                    )
                 else:
                     total += below * c.o + (changed if parallel else below) * c.mlp
                     total += c.look * (below + T * (T + 1) // 2 if joins else looks)
@@ -411,7 +450,11 @@ def floor_flops(model: Model, tokens: int, kinds: Sequence[str], draws: int = 1)
             kind != "resid_pre"
         ) * 4 * model.d_model  # the last layer's one cell
         total += len(enters) * T * 4 * model.d_model
-    clean = forward_flops(model, T, unembed=False) - T * T * model.n_layers * c.look + model.n_layers * below * c.look
+    clean = (
+        forward_flops(model, T, unembed=False)
+        - T * T * model.n_layers * c.look
+        + model.n_layers * below * c.look
+    )
     return draws * total + (1 + draws) * clean
 
 
@@ -425,12 +468,17 @@ def _linear_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs:
 @contextlib.contextmanager
 def flop_clock() -> Iterator[tuple[Clock, FlopCounterMode]]:
     """What has been counted so far; products made by oneDNN, which torch's counter does not know, included."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    ) as counter:
         yield counter.get_total_flops, counter
 
 
 def by_operation(counter: FlopCounterMode) -> dict[str, int]:
-    return {str(op).removeprefix("aten."): n for op, n in sorted(counter.get_flop_counts()["Global"].items(), key=lambda x: -x[1])}
+    return {
+        str(op).removeprefix("aten."): n
+        for op, n in sorted(counter.get_flop_counts()["Global"].items(), key=lambda x: -x[1])
+    }
 
 
 def synchronised(model: Model) -> Clock:
@@ -466,7 +514,9 @@ def peak_bytes(fn: Callable[[], Any], model: Model) -> int | None:
         return torch.cuda.max_memory_allocated(model.device) - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # sets the high-water mark to what is held now
         before = _status("VmRSS")
         fn()
         return _status("VmHWM") - before
@@ -511,7 +561,15 @@ class Result:
     peer_pairs_per_minute: float | None = None
 
 
-def measure(shape: Shape, *, device: str = "cpu", fraction: float = 0.05, repeats: int = 5, times: bool = True, seed: int = 0) -> Result:
+def measure(
+    shape: Shape,
+    *,
+    device: str = "cpu",
+    fraction: float = 0.05,
+    repeats: int = 5,
+    times: bool = True,
+    seed: int = 0,
+) -> Result:
     """Both sides of one shape."""
     load = os.getloadavg()[0]
     model = random_model(shape, device, seed)
@@ -542,13 +600,25 @@ def measure(shape: Shape, *, device: str = "cpu", fraction: float = 0.05, repeat
         peer_extrapolated=theirs.cells < theirs.of,
     )  # fmt: skip
     if seconds is not None and peer_seconds is not None:
-        result.seconds, result.seconds_all, result.peer_seconds, result.faster = seconds, spent, peer_seconds, peer_seconds / seconds
-        result.pairs_per_minute, result.peer_pairs_per_minute = 60 * shape.pairs / seconds, 60 * shape.pairs / peer_seconds
+        result.seconds, result.seconds_all, result.peer_seconds, result.faster = (
+            seconds,
+            spent,
+            peer_seconds,
+            peer_seconds / seconds,
+        )
+        result.pairs_per_minute, result.peer_pairs_per_minute = (
+            60 * shape.pairs / seconds,
+            60 * shape.pairs / peer_seconds,
+        )
     return result
 
 
 def device_name(model: Model) -> str:
-    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return (
+        torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores"
+    )
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------------
@@ -575,13 +645,36 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "model and prompt", "cells", "GFLOP, ours", "the floor", "the peer", "times fewer",
         "MiB, ours", "the peer", "largest difference (of effects up to)",
     ]  # fmt: skip
-    second = ["model and prompt", "seconds, ours", "the peer", "times faster", "pairs a minute, ours", "the peer"]
+    second = [
+        "model and prompt",
+        "seconds, ours",
+        "the peer",
+        "times faster",
+        "pairs a minute, ours",
+        "the peer",
+    ]
     lines = [_row(first), "|---" + "|---:" * (len(first) - 1) + "|"]
     for r in present.values():
         floor = "" if r["floor"] is None else giga(r["floor"])
-        fewer, worst = goal(r["fewer_flops"], r["goal_fewer_flops"], 2), f"{r['difference']:.1e} ({r['largest_effect']:.1f})"
+        fewer, worst = (
+            goal(r["fewer_flops"], r["goal_fewer_flops"], 2),
+            f"{r['difference']:.1e} ({r['largest_effect']:.1f})",
+        )
         memory = [mib(r["peak_memory"]), mib(r["peer_peak_memory"])]
-        lines.append(_row([r["about"], f"{r['cells']:,}", giga(r["flops"]), floor, giga(r["peer_flops"]), fewer, *memory, worst]))
+        lines.append(
+            _row(
+                [
+                    r["about"],
+                    f"{r['cells']:,}",
+                    giga(r["flops"]),
+                    floor,
+                    giga(r["peer_flops"]),
+                    fewer,
+                    *memory,
+                    worst,
+                ]
+            )
+        )
     lines += ["", _row(second), "|---" + "|---:" * (len(second) - 1) + "|"]
     for r in present.values():
         faster = "" if r["faster"] is None else goal(r["faster"], r["goal_faster"], 1)
@@ -599,8 +692,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         )
     lines.append("")
     for name, r in present.items():
-        share = f"{r['peer_cells_run']:,} of its cells, seconds extrapolated (~)" if r["peer_extrapolated"] else "all of its cells"
-        threads = f", {r['threads']} thread{'s' * (r['threads'] > 1)}" if "CPU" in r["device"] else ""
+        share = (
+            f"{r['peer_cells_run']:,} of its cells, seconds extrapolated (~)"
+            if r["peer_extrapolated"]
+            else "all of its cells"
+        )
+        threads = (
+            f", {r['threads']} thread{'s' * (r['threads'] > 1)}" if "CPU" in r["device"] else ""
+        )
         lines.append(
             f"- {name}: against {r['peer']}, {share}; {r['device']}{threads}; {r['measured']}, load average {r['load']:.1f} before."
         )
@@ -617,7 +716,9 @@ def write_table(readme: Path, results: dict[str, dict[str, Any]]) -> None:
     before, _, rest = text.partition(MARKS[0])
     _, found, after = rest.partition(MARKS[1])
     if not found:
-        raise ConfigError(f"{readme} has no place for the table; it belongs between the lines {MARKS[0]} and {MARKS[1]}")
+        raise ConfigError(
+            f"{readme} has no place for the table; it belongs between the lines {MARKS[0]} and {MARKS[1]}"
+        )
     write_text(readme, f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
 
 
@@ -649,17 +750,27 @@ def main(config: Config) -> None:
     if unknown := [s for s in config.shapes if s not in SHAPES]:
         raise ConfigError(f"unknown shape {unknown[0]!r}; accepted: {choices(SHAPES)}")
     if not 0 < config.peer_fraction <= 1:
-        raise ConfigError(f"a peer fraction of {config.peer_fraction:g} was given; it must be above 0 and at most 1")
+        raise ConfigError(
+            f"a peer fraction of {config.peer_fraction:g} was given; it must be above 0 and at most 1"
+        )
     torch.set_num_threads(config.threads)
     held = json.loads(config.out.read_text(encoding="utf-8")) if config.out.exists() else {}
     results = held.get("shapes", {})
     for name in config.shapes:
         result = measure(
-            SHAPES[name], device=config.device, fraction=config.peer_fraction, repeats=config.repeats, times=config.times, seed=config.seed
+            SHAPES[name],
+            device=config.device,
+            fraction=config.peer_fraction,
+            repeats=config.repeats,
+            times=config.times,
+            seed=config.seed,
         )
         results[name] = vars(result)
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.out, {"versions": versions(), "shapes": {n: results[n] for n in SHAPES if n in results}})
+        write_json(
+            config.out,
+            {"versions": versions(), "shapes": {n: results[n] for n in SHAPES if n in results}},
+        )
         print(table({name: vars(result)}), flush=True)
     if config.write:
         write_table(HERE / "README.md", results)

@@ -38,9 +38,9 @@ import tyro
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mech_absa import models
 from mech_absa.edits import Edit
-from mech_absa.models import Model, hooked_from_hf, load_model
+from mech_absa.model import Model, hooked_from_hf, load_model
+from mech_absa.model import model as models
 from mech_absa.readers import load_examples
 from mech_absa.records import versions, write_json, write_text
 from mech_absa.scoring import question
@@ -56,7 +56,9 @@ BATCH = 8
 def bundled() -> tuple[Any, Model]:
     """The model that ships with the package: 8 x 160, vocabulary 4,096."""
     model = load_model("bundled")
-    return transformers.AutoModelForCausalLM.from_pretrained(model.source, dtype=torch.float32).eval(), model
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        model.source, dtype=torch.float32
+    ).eval(), model
 
 
 def random_weights(config: Any) -> tuple[Any, Model]:
@@ -81,7 +83,10 @@ SHAPES: dict[str, tuple[str, Callable[[], tuple[Any, Model]]]] = {
             )
         ),
     ),
-    "gpt2-small": ("GPT-2 small: 12 x 768, vocabulary 50,257", lambda: random_weights(transformers.GPT2Config())),
+    "gpt2-small": (
+        "GPT-2 small: 12 x 768, vocabulary 50,257",
+        lambda: random_weights(transformers.GPT2Config()),
+    ),
 }
 
 
@@ -107,7 +112,9 @@ class Peer:
 
     def __init__(self, hf: Any, edit: Edit):
         self.hf = hf.requires_grad_(False)
-        self.parameters = nn.ModuleList(nn.ParameterDict({n: p.detach().clone() for n, p in i.named_parameters()}) for i in edit)
+        self.parameters = nn.ModuleList(
+            nn.ParameterDict({n: p.detach().clone() for n, p in i.named_parameters()}) for i in edit
+        )
         self.positions: list[int] = []
         layers = hf.model.layers if hasattr(hf, "model") else hf.transformer.h
         self.handles = []
@@ -116,7 +123,9 @@ class Peer:
             if isinstance(i.place, Site):
                 self.handles.append(block.register_forward_hook(self.reft(p)))
             else:
-                module = block.self_attn.o_proj if hasattr(block, "self_attn") else block.attn.c_proj
+                module = (
+                    block.self_attn.o_proj if hasattr(block, "self_attn") else block.attn.c_proj
+                )
                 self.handles.append(module.register_forward_hook(self.lora(p, i.scale)))
 
     def reft(self, p: Any):
@@ -145,9 +154,14 @@ class Peer:
         answer = logits[torch.arange(len(batch)), [q.length - 1 for q in batch]][:, labels]
         return nn.functional.cross_entropy(answer, torch.tensor([q.gold for q in batch]))
 
-    def train(self, questions: Sequence[Question], labels: torch.Tensor, preset: Preset, seed: int) -> float:
+    def train(
+        self, questions: Sequence[Question], labels: torch.Tensor, preset: Preset, seed: int
+    ) -> float:
         """`fit`'s loop; the loss of the first step."""
-        groups = [{"params": list(p.parameters()), "lr": part.lr} for p, part in zip(self.parameters, preset.parts, strict=True)]
+        groups = [
+            {"params": list(p.parameters()), "lr": part.lr}
+            for p, part in zip(self.parameters, preset.parts, strict=True)
+        ]
         optimiser = torch.optim.AdamW(groups, weight_decay=0)
         first = math.nan
         for epoch in range(preset.epochs):
@@ -156,7 +170,9 @@ class Peer:
                 first = float(loss.detach()) if math.isnan(first) else first
                 optimiser.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_([q for g in groups for q in g["params"]], preset.clip)
+                torch.nn.utils.clip_grad_norm_(
+                    [q for g in groups for q in g["params"]], preset.clip
+                )
                 optimiser.step()
                 for p in self.parameters:
                     if "R" in p:
@@ -176,7 +192,9 @@ def measured(work: Callable[[], float]) -> dict[str, float]:
     """CPU and wall seconds, memory above what was held, and the loss of the first step."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # free pages that are still held would hide what is needed
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # free pages that are still held would hide what is needed
     device = torch.device("cpu")
     reset_peak(device)
     before, cpu, wall = peak(device), time.process_time(), time.perf_counter()
@@ -235,7 +253,9 @@ def run(shape: str, config: Config) -> dict[str, Any]:
     labels = torch.tensor([ids[0] for _, ids in task.continuations[0].labels])
     assert len(task.continuations) == 1
     rows: dict[str, Any] = {}
-    warm = fit(model, examples.items[:BATCH], preset(range(1, 2), 1))  # allocations, tables of rotations, kernels
+    warm = fit(
+        model, examples.items[:BATCH], preset(range(1, 2), 1)
+    )  # allocations, tables of rotations, kernels
     peer = Peer(hf, warm)
     peer.train(questions[:BATCH], labels, preset(range(1, 2), 1), 0)
     peer.close()
@@ -243,7 +263,10 @@ def run(shape: str, config: Config) -> dict[str, Any]:
 
         def ours(trainings=trainings) -> float:
             cache = PrefixCache(model)
-            edits = [fit(model, examples.items, preset(layers, epochs), seed=seed, cache=cache) for layers, epochs, seed in trainings]
+            edits = [
+                fit(model, examples.items, preset(layers, epochs), seed=seed, cache=cache)
+                for layers, epochs, seed in trainings
+            ]
             return edits[0].history[0]["loss"]
 
         def theirs(trainings=trainings) -> float:
@@ -251,7 +274,9 @@ def run(shape: str, config: Config) -> dict[str, Any]:
             for layers, epochs, seed in trainings:
                 how = preset(layers, epochs)
                 peer = Peer(hf, Edit.fresh(model, how.parts, seed))
-                losses.append(peer.train(task.questions(examples.items), labels, how, seed))  # ours tokenises in every training too
+                losses.append(
+                    peer.train(task.questions(examples.items), labels, how, seed)
+                )  # ours tokenises in every training too
                 peer.close()
             return losses[0]
 
@@ -267,7 +292,10 @@ def run(shape: str, config: Config) -> dict[str, Any]:
         if name == "one epoch":
             with without_onednn():
                 rows[name] |= {"gflop": flops(ours) / 1e9, "peer_gflop": flops(theirs) / 1e9}
-        print(f"{shape}, {name}: {rows[name]['faster']:.2f} x by CPU time, {rows[name]['faster_wall']:.2f} x by the clock", flush=True)
+        print(
+            f"{shape}, {name}: {rows[name]['faster']:.2f} x by CPU time, {rows[name]['faster_wall']:.2f} x by the clock",
+            flush=True,
+        )
     tokens = sum(question(model, e).lengths[0] for e in examples) / len(examples)
     load = [round(x, 1) for x in os.getloadavg()]
     return {
@@ -311,10 +339,17 @@ def main(config: Config) -> None:
     print(made)
     if config.write:
         readme = HERE / "README.md"
-        text, begin, end = readme.read_text(encoding="utf-8"), "<!-- train: begin -->", "<!-- train: end -->"
+        text, begin, end = (
+            readme.read_text(encoding="utf-8"),
+            "<!-- train: begin -->",
+            "<!-- train: end -->",
+        )
         if begin not in text:
             text += f"\n## Training\n\n{begin}\n{end}\n"
-        write_text(readme, text[: text.index(begin) + len(begin)] + "\n" + made + "\n" + text[text.index(end) :])
+        write_text(
+            readme,
+            text[: text.index(begin) + len(begin)] + "\n" + made + "\n" + text[text.index(end) :],
+        )
 
 
 if __name__ == "__main__":

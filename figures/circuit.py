@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from mech_absa.cli import command
+from mech_absa.commands.cli import command
 from mech_absa.edits import load_edit
 from mech_absa.errors import DataError
 from mech_absa.evaluate.faithfulness import faithfulness, prune
-from mech_absa.models import load_model
-from mech_absa.pairs import Counterfactual, make_pairs
+from mech_absa.model import load_model
 from mech_absa.patch.effects import cell_site
+from mech_absa.patch.pairs import Counterfactual, make_pairs
 from mech_absa.readers import load_examples
 from mech_absa.records import RunFolder
 from mech_absa.sites import Site
@@ -62,14 +62,18 @@ def ranking(table: pd.DataFrame, by_role: bool) -> list[tuple[Site, float]]:
     roles = table["role"] if by_role else [None] * len(table)
     return [
         (cell_site(kind, layer, head, role), float(aie))
-        for kind, layer, head, role, aie in zip(table["kind"], table["layer"], table["head"], roles, table["aie"], strict=True)
+        for kind, layer, head, role, aie in zip(
+            table["kind"], table["layer"], table["head"], roles, table["aie"], strict=True
+        )
     ]
 
 
 def main(config: Config) -> None:
     path = config.importance.with_name("importance.csv")
     if not path.exists():
-        raise DataError(f"{path}: there is no such file; the importance.csv of a trace with heads and MLPs is needed")
+        raise DataError(
+            f"{path}: there is no such file; the importance.csv of a trace with heads and MLPs is needed"
+        )
     table = pd.read_csv(path)
     said = {k: v for k, v in vars(config).items() if k not in ("resume", "quiet", "out")}
     folder = RunFolder(config.out, said, resume=config.resume)
@@ -80,9 +84,13 @@ def main(config: Config) -> None:
     examples = load_examples(config.data)
     pairs = make_pairs(model, examples, Counterfactual(), limit=config.limit)
     folder.open()
-    curve = faithfulness(model, pairs, ranking(table, by_role=True), randoms=config.randoms, seed=config.seed)
+    curve = faithfulness(
+        model, pairs, ranking(table, by_role=True), randoms=config.randoms, seed=config.seed
+    )
     drawn = examples if config.examples is None else examples.sample(config.examples)
-    pruned = prune(model, list(drawn), ranking(table, by_role=False), randoms=config.randoms, seed=config.seed)
+    pruned = prune(
+        model, list(drawn), ranking(table, by_role=False), randoms=config.randoms, seed=config.seed
+    )
     folder.write("faithfulness.csv", lambda p: curve.to_pandas().to_csv(p, index=False))
     folder.write("pruning.csv", lambda p: pruned.to_pandas().to_csv(p, index=False))
     areas = {name: vars(getattr(curve, name)) for name in ("cpr", "cmd")}
@@ -92,7 +100,12 @@ def main(config: Config) -> None:
             "data": examples.account(),
             "pairs": {"considered": pairs.considered, "kept": len(pairs), "dropped": pairs.dropped},
             "components": {"by_role": len(curve.sites), "removable": len(pruned.removed)},
-            "faithfulness": {"mode": curve.mode, "metric": curve.metric, **areas, "random_cpr": curve.random_cpr.tolist()},
+            "faithfulness": {
+                "mode": curve.mode,
+                "metric": curve.metric,
+                **areas,
+                "random_cpr": curve.random_cpr.tolist(),
+            },
             "pruning": {"how": pruned.how, "examples": len(drawn)},
         }
     )

@@ -21,14 +21,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mech_absa import plots
-from mech_absa.cli import command
+from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap
+from mech_absa.plots import plots
 from mech_absa.records import write_text
 from mech_absa.sites import HEAD_KINDS, Site
-from mech_absa.stats import Estimate, adjust, paired_bootstrap_difference, spearman_interval, top_k_overlap
+from mech_absa.stats import (
+    Estimate,
+    adjust,
+    paired_bootstrap_difference,
+    spearman_interval,
+    top_k_overlap,
+)
 
 from . import tables
 from .tables import Table, name_of, over_seeds, spelled
@@ -65,7 +71,9 @@ class Study:
     @cached_property
     def matrix(self) -> pd.DataFrame:
         table = self.table("matrix.csv")
-        return table.assign(train=table["train"].fillna(""), in_domain=table["in_domain"].astype(bool))
+        return table.assign(
+            train=table["train"].fillna(""), in_domain=table["in_domain"].astype(bool)
+        )
 
     @property
     def run(self) -> dict[str, Any]:
@@ -79,12 +87,19 @@ class Study:
 
     def map_of(self, table: pd.DataFrame, about: Mapping[str, Any]) -> ImportanceMap:
         config = self.run["config"]
-        known = {"level": config["level"], "adjustment": config["adjustment"], "n_pairs": about["kept"]}
+        known = {
+            "level": config["level"],
+            "adjustment": config["adjustment"],
+            "n_pairs": about["kept"],
+        }
         return ImportanceMap(table, np.empty((0, len(table))), np.empty(0), {**about, **known})
 
     @cached_property
     def sites(self) -> list[Site]:
-        return [Site.parse(s) for s in json.loads(self.path("sites.json").read_text(encoding="utf-8"))["sites"]]
+        return [
+            Site.parse(s)
+            for s in json.loads(self.path("sites.json").read_text(encoding="utf-8"))["sites"]
+        ]
 
     @property
     def layers(self) -> str:
@@ -98,16 +113,27 @@ class Study:
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
         seeds = sorted({s for r in self.record["runs"].values() for s in r["config"]["seeds"]})
-        sizes = {part: sorted({d[part]["examples"] for d in self.run["domains"].values()}) for part in ("train", "test")}
+        sizes = {
+            part: sorted({d[part]["examples"] for d in self.run["domains"].values()})
+            for part in ("train", "test")
+        }
         train, test = ("–".join(map(str, dict.fromkeys((v[0], v[-1])))) for v in sizes.values())
-        of = f"{len(self.run['domains'])} domains" if len(self.run["domains"]) > 1 else next(iter(self.run["domains"]))
+        of = (
+            f"{len(self.run['domains'])} domains"
+            if len(self.run["domains"]) > 1
+            else next(iter(self.run["domains"]))
+        )
         return f"{of}, {train} training and {test} test examples each, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
     @property
     def source(self) -> str:
         """The run that a figure came from."""
         model, versions = self.run["model"], self.run["versions"]
-        named = ", ".join(f"{n} {versions[n]}" for n in ("mech-absa", "torch", "transformer-lens") if n in versions)
+        named = ", ".join(
+            f"{n} {versions[n]}"
+            for n in ("mech-absa", "torch", "transformer-lens")
+            if n in versions
+        )
         return f"Run {self.record['study']} of {self.record['date']}: model {model['name']} ({model['sha256'][:8]}), {self.n}; {named}."
 
     @property
@@ -152,7 +178,9 @@ class Item:
 ITEMS: list[Item] = []
 
 
-def shows(name: str, title: str, *needs: str, may: Sequence[str] = ()) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
+def shows(
+    name: str, title: str, *needs: str, may: Sequence[str] = ()
+) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
     """Puts a function of some studies on the list; those it may do without are None where they are missing."""
 
     def note(draw: Callable[..., Shown]) -> Callable[..., Shown]:
@@ -183,7 +211,9 @@ def cell(row: Any) -> str:
 
 
 def interval(e: Estimate, factor: float = 1.0, digits: int = 2) -> str:
-    return f"{e.value * factor:.{digits}f} [{e.low * factor:.{digits}f}, {e.high * factor:.{digits}f}]"
+    return (
+        f"{e.value * factor:.{digits}f} [{e.low * factor:.{digits}f}, {e.high * factor:.{digits}f}]"
+    )
 
 
 def best(table: pd.DataFrame) -> Any:
@@ -201,7 +231,10 @@ def with_spread(rows: pd.DataFrame, *by: str, metric: str = "accuracy") -> pd.Da
     for key, of in rows.groupby(list(by), sort=False):
         mean, sd = over_seeds(of, metric)
         end = 0.0 if np.isnan(sd) else sd
-        made.append(dict(zip(by, key, strict=True)) | {metric: mean, f"{metric}_low": mean - end, f"{metric}_high": mean + end, "sd": sd})
+        made.append(
+            dict(zip(by, key, strict=True))
+            | {metric: mean, f"{metric}_low": mean - end, f"{metric}_high": mean + end, "sd": sd}
+        )
     return pd.DataFrame(made)
 
 
@@ -241,9 +274,17 @@ def figure3_noise(study: Study) -> Shown:
 @shows("figure3_noise_lines", "Figure 3 as curves with intervals", "trace_noise")
 def figure3_lines(study: Study) -> Shown:
     table = study.importance.table
-    roles = table[table["kind"] == "resid_post"].groupby("role")["aie"].max().sort_values(ascending=False)
+    roles = (
+        table[table["kind"] == "resid_post"]
+        .groupby("role")["aie"]
+        .max()
+        .sort_values(ascending=False)
+    )
     peaks = ", ".join(f"{role} {value:.3f}" for role, value in roles.head(3).items())
-    return Shown(plots.lines(study.importance), f"The largest effects of the residual stream by role: {peaks}.")
+    return Shown(
+        plots.lines(study.importance),
+        f"The largest effects of the residual stream by role: {peaks}.",
+    )
 
 
 @shows("figure3_real", "Figure 3: noise on all tokens, the paper's laptop reviews", "trace_real")
@@ -254,10 +295,17 @@ def figure3_real(study: Study) -> Shown:
 # ---- maps that the paper lacks ------------------------------------------------------------------------------------------------
 
 
-@shows("maps_counterfactual", "Attention, MLP and residual stream: counterfactual reviews", "trace_counterfactual")
+@shows(
+    "maps_counterfactual",
+    "Attention, MLP and residual stream: counterfactual reviews",
+    "trace_counterfactual",
+)
 def maps(study: Study) -> Shown:
     table = study.importance.table
-    tops = [best(table[(table["kind"] == kind) & (table["role"] != "answer")]) for kind in ("resid_post", "attn_out", "mlp_out")]
+    tops = [
+        best(table[(table["kind"] == kind) & (table["role"] != "answer")])
+        for kind in ("resid_post", "attn_out", "mlp_out")
+    ]
     changed = ", ".join(study.importance.about.get("changed_roles", ()))
     says = (
         f"With minimal edits of the text in place of noise, the largest effects of each kind, the last token apart, are {'; '.join(map(cell, tops))}. "
@@ -270,7 +318,10 @@ def maps(study: Study) -> Shown:
 def maps_lines(study: Study) -> Shown:
     table = study.importance.table
     attention = table[table["kind"] == "attn_out"].sort_values("aie", ascending=False)
-    mlp = table[(table["kind"] == "mlp_out") & ~table["role"].isin(study.importance.about.get("changed_roles", ()))]
+    mlp = table[
+        (table["kind"] == "mlp_out")
+        & ~table["role"].isin(study.importance.about.get("changed_roles", ()))
+    ]
     return Shown(
         plots.lines(study.importance),
         f"Attention writes the answer in few places: {cell(attention.iloc[0])}, then {cell(attention.iloc[1])}. "
@@ -290,7 +341,11 @@ def maps_heads(study: Study) -> Shown:
     )
 
 
-@shows("example_counterfactual", "One pair, word by word: the one whose total effect is the median", "trace_counterfactual")
+@shows(
+    "example_counterfactual",
+    "One pair, word by word: the one whose total effect is the median",
+    "trace_counterfactual",
+)
 def example(study: Study) -> Shown:
     effects = Effects.load(study.folder)
     pair = effects.pairs.iloc[0]
@@ -304,7 +359,12 @@ def example(study: Study) -> Shown:
     return Shown(plots.example_map(effects), says)
 
 
-@shows("significance_cells", "How many cells differ from 0", "trace_counterfactual", may=("trace_noise", "trace_real"))
+@shows(
+    "significance_cells",
+    "How many cells differ from 0",
+    "trace_counterfactual",
+    may=("trace_noise", "trace_real"),
+)
 def significance_cells(*found: Study | None) -> Shown:
     present = [s for s in found if s is not None]
     maps = [(s.record["study"].replace("_", " "), s.importance.table) for s in present]
@@ -316,7 +376,9 @@ def significance_cells(*found: Study | None) -> Shown:
     said = []
     for title, table in maps:
         tested = table["p"].notna()
-        said.append(f"{title}: {int((table['p_adjusted'] < 0.05).sum())} of {int(tested.sum())} tested cells are clear of 0")
+        said.append(
+            f"{title}: {int((table['p_adjusted'] < 0.05).sum())} of {int(tested.sum())} tested cells are clear of 0"
+        )
     return Shown(tables.significance(maps, caption), sentence(said))
 
 
@@ -382,7 +444,11 @@ def table3(matrix: Study, real: Study | None) -> Shown:
 @shows("parameters_accuracy", "Accuracy against trainable parameters", "matrix")
 def parameters(study: Study) -> Shown:
     rows = study.matrix[study.matrix["in_domain"] & study.matrix["where"].isin(["sites", "all"])]
-    table = rows.groupby(["method", "seed"], sort=False).agg(parameters=("trainable", "mean"), accuracy=("accuracy", "mean")).reset_index()
+    table = (
+        rows.groupby(["method", "seed"], sort=False)
+        .agg(parameters=("trainable", "mean"), accuracy=("accuracy", "mean"))
+        .reset_index()
+    )
     mean = table.groupby("method")[["parameters", "accuracy"]].mean()
     rho = spearman_interval(mean["parameters"], mean["accuracy"])
     small, large = mean["parameters"].idxmin(), mean["parameters"].idxmax()
@@ -391,8 +457,17 @@ def parameters(study: Study) -> Shown:
         f"({mean['parameters'][large]:,.0f}, {percent(mean['accuracy'][large])}); over {len(mean)} methods Spearman's ρ of size and accuracy is "
         f"{interval(rho)}."
     )
-    named = table.assign(method=table["method"].map(lambda m: name_of(m).replace(" layers", "").replace(" (LoRA on W_O)", "")))
-    return Shown(plots.parameters(named, title="In-domain accuracy against trainable parameters", note=study.note), says)
+    named = table.assign(
+        method=table["method"].map(
+            lambda m: name_of(m).replace(" layers", "").replace(" (LoRA on W_O)", "")
+        )
+    )
+    return Shown(
+        plots.parameters(
+            named, title="In-domain accuracy against trainable parameters", note=study.note
+        ),
+        says,
+    )
 
 
 def compared(matrix: pd.DataFrame, reference: str = EDIT) -> pd.DataFrame:
@@ -404,24 +479,42 @@ def compared(matrix: pd.DataFrame, reference: str = EDIT) -> pd.DataFrame:
         columns method, difference, low, high, p (adjusted), best first.
     """
     trained = matrix[matrix["train"] != ""]
-    wide = trained.pivot_table(index=["train", "seed", "test"], columns="method", values="accuracy", sort=False)
+    wide = trained.pivot_table(
+        index=["train", "seed", "test"], columns="method", values="accuracy", sort=False
+    )
     clusters = [f"{train} {seed}" for train, seed, _ in wide.index]
     others = [m for m in dict.fromkeys(trained["method"]) if m != reference]
     found = [paired_bootstrap_difference(wide[m], wide[reference], clusters) for m in others]
     table = pd.DataFrame(
-        {"method": others, "difference": [e.value for e in found], "low": [e.low for e in found], "high": [e.high for e in found]}
+        {
+            "method": others,
+            "difference": [e.value for e in found],
+            "low": [e.low for e in found],
+            "high": [e.high for e in found],
+        }
     )
-    return table.assign(p=adjust([e.p for e in found], "holm")).sort_values("difference", ascending=False, kind="stable")
+    return table.assign(p=adjust([e.p for e in found], "holm")).sort_values(
+        "difference", ascending=False, kind="stable"
+    )
 
 
 def _compared(study: Study) -> Shown:
     table = compared(study.matrix)
     n = study.matrix[study.matrix["train"] != ""].drop_duplicates(["train", "seed"])
-    better, worse = table[(table["p"] < 0.05) & (table["difference"] > 0)], table[(table["p"] < 0.05) & (table["difference"] < 0)]
+    better, worse = (
+        table[(table["p"] < 0.05) & (table["difference"] > 0)],
+        table[(table["p"] < 0.05) & (table["difference"] < 0)],
+    )
     equal = table[table["p"] >= 0.05]
 
     def listed(rows: pd.DataFrame) -> str:
-        return "; ".join(f"{name_of(m)} ({100 * d:+.1f})" for m, d in zip(rows["method"], rows["difference"], strict=True)) or "none"
+        return (
+            "; ".join(
+                f"{name_of(m)} ({100 * d:+.1f})"
+                for m, d in zip(rows["method"], rows["difference"], strict=True)
+            )
+            or "none"
+        )
 
     says = (
         f"Against the paper's edit at the traced layers, in points over all pairs of domains, paired over {len(n)} trained models and corrected: better "
@@ -431,7 +524,10 @@ def _compared(study: Study) -> Shown:
         says += f" {len(n)} models cannot give a p below {2 / 2 ** len(n):g}."
     note = f"{study.note}\nintervals resample trained models; p by sign flips, Holm"
     title = f"Methods minus {name_of(EDIT)}"
-    return Shown(plots.differences(table.assign(name=table["method"].map(name_of)), title=title, note=note), says)
+    return Shown(
+        plots.differences(table.assign(name=table["method"].map(name_of)), title=title, note=note),
+        says,
+    )
 
 
 @shows("significance_methods", "Which differences between methods are more than luck", "matrix")
@@ -448,7 +544,9 @@ def _bars(study: Study, methods: Mapping[str, str], title: str) -> tuple[Figure,
     """Bars of some methods under short names, in and out of domain."""
     rows = inside_and_out(study.matrix[study.matrix["method"].isin(methods)])
     if rows.empty:
-        raise DataError(f"the study {study.folder.name} has none of the methods {', '.join(methods)}")
+        raise DataError(
+            f"the study {study.folder.name} has none of the methods {', '.join(methods)}"
+        )
     order = {m: i for i, m in enumerate(methods)}
     rows = rows.sort_values("method", key=lambda m: m.map(order), kind="stable")
     table = with_spread(rows, "data", "method").sort_values("data", kind="stable")
@@ -458,21 +556,36 @@ def _bars(study: Study, methods: Mapping[str, str], title: str) -> tuple[Figure,
 
 def _by_name(table: pd.DataFrame, names: Mapping[str, str]) -> str:
     return "; ".join(
-        f"{data}: " + ", ".join(f"{names[r['method']]} {spelled(r['accuracy'], r['sd'])} %" for _, r in rows.iterrows())
+        f"{data}: "
+        + ", ".join(
+            f"{names[r['method']]} {spelled(r['accuracy'], r['sd'])} %" for _, r in rows.iterrows()
+        )
         for data, rows in table.groupby("data", sort=False)
     )
 
 
 @shows("ablations", "The halves of the edit", "matrix")
 def ablations(study: Study) -> Shown:
-    names = {EDIT: "both parts", "lora_o@sites": "weight part alone", "loreft@sites": "representation part alone"}
+    names = {
+        EDIT: "both parts",
+        "lora_o@sites": "weight part alone",
+        "loreft@sites": "representation part alone",
+    }
     figure, table = _bars(study, names, "The halves of the edit, at the traced layers")
-    return Shown(figure, f"The paper has no ablation of its edit. {sentence(_by_name(table, names))}")
+    return Shown(
+        figure, f"The paper has no ablation of its edit. {sentence(_by_name(table, names))}"
+    )
 
 
 @shows("places", "The edit at the traced layers and elsewhere", "matrix")
 def places(study: Study) -> Shown:
-    names = {EDIT: "traced", "both@first": "first", "both@last": "last", "both@random": "random", "both@all": "all layers"}
+    names = {
+        EDIT: "traced",
+        "both@first": "first",
+        "both@last": "last",
+        "both@random": "random",
+        "both@all": "all layers",
+    }
     figure, table = _bars(study, names, "The edit at the traced layers and elsewhere")
     against = compared(study.matrix[study.matrix["method"].isin(names)])
     said = [
@@ -480,7 +593,10 @@ def places(study: Study) -> Shown:
         + ("" if r["p"] < 0.05 else " (no difference shown)")
         for _, r in against.iterrows()
     ]
-    return Shown(figure, f"{sentence(_by_name(table, names))} Minus the traced layers, in points over all pairs: {'; '.join(said)}.")
+    return Shown(
+        figure,
+        f"{sentence(_by_name(table, names))} Minus the traced layers, in points over all pairs: {'; '.join(said)}.",
+    )
 
 
 def _domains(study: Study) -> Shown:
@@ -491,7 +607,12 @@ def _domains(study: Study) -> Shown:
         f"The paper's edit answers {percent(inside['accuracy'].mean())} where it was trained and {percent(outside['accuracy'].mean())} elsewhere; "
         f"the weakest pair is {low.idxmin()[0]} to {low.idxmin()[1]} with {percent(low.min())}."
     )
-    return Shown(plots.domains(rows, title=f"{name_of(EDIT).capitalize()}: trained here, tested there", note=study.note), says)
+    return Shown(
+        plots.domains(
+            rows, title=f"{name_of(EDIT).capitalize()}: trained here, tested there", note=study.note
+        ),
+        says,
+    )
 
 
 @shows("domain_matrix", "Domain matrix, built-in reviews", "matrix")
@@ -507,11 +628,15 @@ def domain_matrix_real(study: Study) -> Shown:
 # ---- where to edit ------------------------------------------------------------------------------------------------------------
 
 
-@shows("figure4_layer_ranges", "Figure 4: the edited range of layers", "ranges", "trace_counterfactual")
+@shows(
+    "figure4_layer_ranges", "Figure 4: the edited range of layers", "ranges", "trace_counterfactual"
+)
 def figure4(study: Study, traced: Study) -> Shown:
     rows = inside_and_out(study.matrix)
     table = with_spread(rows.assign(layers=rows["where"].astype(str)), "data", "layers")
-    everywhere = with_spread(rows.assign(layers=rows["where"].astype(str)), "layers").set_index("layers")
+    everywhere = with_spread(rows.assign(layers=rows["where"].astype(str)), "layers").set_index(
+        "layers"
+    )
     order = everywhere["accuracy"].sort_values(ascending=False)
     widest = max(order.index, key=lambda r: int(r.split("-")[-1]) - int(r.split("-")[0]))
     here = traced.layers
@@ -521,11 +646,17 @@ def figure4(study: Study, traced: Study) -> Shown:
     )
     if here in order:
         same = [
-            r for r in order.index if int(r.split("-")[-1]) - int(r.split("-")[0]) == int(here.split("-")[-1]) - int(here.split("-")[0])
+            r
+            for r in order.index
+            if int(r.split("-")[-1]) - int(r.split("-")[0])
+            == int(here.split("-")[-1]) - int(here.split("-")[0])
         ]
         says += f"; the traced range ({here}) {percent(order[here])}, number {same.index(here) + 1} of {len(same)} of its width"
     note = f"{study.note}{plots.SEPARATOR}{SD}\ntraced layers: {here}"
-    return Shown(plots.layer_ranges(table, title="Figure 4: which layers to edit (both parts)", note=note), says + ".")
+    return Shown(
+        plots.layer_ranges(table, title="Figure 4: which layers to edit (both parts)", note=note),
+        says + ".",
+    )
 
 
 SPOTS = {
@@ -546,16 +677,28 @@ def figure5(study: Study) -> Shown:
     said = []
     for data, of in table.groupby("data", sort=False):
         ranked = of.sort_values("accuracy", ascending=False)
-        said.append(f"{data}: " + ", ".join(f"{r['position']} {spelled(r['accuracy'], r['sd'])} %" for _, r in ranked.iterrows()))
+        said.append(
+            f"{data}: "
+            + ", ".join(
+                f"{r['position']} {spelled(r['accuracy'], r['sd'])} %" for _, r in ranked.iterrows()
+            )
+        )
     says = (
         f"In domain, best first. {sentence(said)} (The weight part acts on every token, wherever the other part stands. In the paper the aspect is best, "
         "then the last word, then a random one.)"
     )
     title = "Figure 5: which token to edit"
-    return Shown(plots.position_bars(table, title=title, note=f"{study.note}{plots.SEPARATOR}{SD}"), says)
+    return Shown(
+        plots.position_bars(table, title=title, note=f"{study.note}{plots.SEPARATOR}{SD}"), says
+    )
 
 
-@shows("windows", "Does tracing tell where to edit? (Hase et al. 2023)", "windows", "trace_counterfactual")
+@shows(
+    "windows",
+    "Does tracing tell where to edit? (Hase et al. 2023)",
+    "windows",
+    "trace_counterfactual",
+)
 def effects_and_edits(study: Study, traced: Study) -> Shown:
     table = window_effects(study.matrix, traced.importance.table, traced.sites[0])
     said = []
@@ -571,7 +714,11 @@ def effects_and_edits(study: Study, traced: Study) -> Shown:
             else "no rank correlation is shown"
         )
         one, best_one = of[of["size"] == 1], of.loc[of["accuracy"].idxmax()]
-        alone = f", single layers {interval(spearman_interval(one['aie'], one['accuracy']))}" if len(one) > 2 else ""
+        alone = (
+            f", single layers {interval(spearman_interval(one['aie'], one['accuracy']))}"
+            if len(one) > 2
+            else ""
+        )
         wide = of[of["size"] == of["size"].max()]
         traced_one = wide.loc[wide["aie"].idxmax()]
         place = int((wide["accuracy"] > traced_one["accuracy"]).sum()) + 1
@@ -599,10 +746,14 @@ def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -
     Returns:
         columns method, window, size, aie (mean over the window's layers), accuracy with its ends.
     """
-    effect = importance[(importance["kind"] == site.kind) & (importance["role"] == site.at)].set_index("layer")["aie"]
+    effect = importance[
+        (importance["kind"] == site.kind) & (importance["role"] == site.at)
+    ].set_index("layer")["aie"]
     rows = matrix[(matrix["train"] != "") & matrix["in_domain"]]
     table = with_spread(rows, "preset", "layers")
-    layers = table["layers"].astype(str).str.split().map(lambda names: [int(float(x)) for x in names])
+    layers = (
+        table["layers"].astype(str).str.split().map(lambda names: [int(float(x)) for x in names])
+    )
     return table.assign(
         method=table["preset"].map(lambda p: tables.PRESETS.get(p, p)),
         window=layers.map(lambda x: f"layer {x[0]}" if len(x) == 1 else f"layers {x[0]}-{x[-1]}"),
@@ -616,7 +767,9 @@ def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -
 
 @shows("ranks", "Rank of the edit", "ranks")
 def ranks(study: Study) -> Shown:
-    table = with_spread(inside_and_out(study.matrix), "data", "rank").rename(columns={"data": "method"})
+    table = with_spread(inside_and_out(study.matrix), "data", "rank").rename(
+        columns={"data": "method"}
+    )
     inside = table[table["method"] == "in domain"].sort_values("rank")
     first, last = inside.iloc[0], inside.iloc[-1]
     says = (
@@ -632,15 +785,22 @@ def ranks_recall(study: Study) -> Shown:
     rows = study.matrix[study.matrix["in_domain"]]
     classes = [c for c in ("positive", "negative", "neutral") if f"recall_{c}" in rows]
     parts = [
-        with_spread(rows, "rank", metric=f"recall_{c}").rename(columns=lambda n, c=c: n.replace(f"_{c}", "")).assign(method=c)
+        with_spread(rows, "rank", metric=f"recall_{c}")
+        .rename(columns=lambda n, c=c: n.replace(f"_{c}", ""))
+        .assign(method=c)
         for c in classes
     ]
     table = pd.concat(parts, ignore_index=True)
     ends = [of.sort_values("rank").iloc[[0, -1]]["recall"].tolist() for of in parts]
     span = sorted(int(r) for r in rows["rank"].unique())
-    said = ", ".join(f"{c} {percent(a)} to {percent(b)}" for c, (a, b) in zip(classes, ends, strict=True))
+    said = ", ".join(
+        f"{c} {percent(a)} to {percent(b)}" for c, (a, b) in zip(classes, ends, strict=True)
+    )
     figure = plots.ranks(
-        table, metric="recall", title="Rank of the edit and recall of each class", note=f"{study.note}{plots.SEPARATOR}{SD}"
+        table,
+        metric="recall",
+        title="Rank of the edit and recall of each class",
+        note=f"{study.note}{plots.SEPARATOR}{SD}",
     )
     return Shown(figure, f"Recall in domain from rank {span[0]} to rank {span[-1]}: {said}.")
 
@@ -693,19 +853,37 @@ def _agreement(study: Study, metric: str) -> Shown:
     said, largest = [], max(1, len(table) // 20)
     with plots.style():
         figure = plots.Picture(figsize=(plots.PAGE, 2.9), layout="constrained")
-        for ax, method in zip(figure.subplots(ncols=len(estimates), squeeze=False)[0], estimates, strict=True):
+        for ax, method in zip(
+            figure.subplots(ncols=len(estimates), squeeze=False)[0], estimates, strict=True
+        ):
             steps = study.record["runs"][f"{metric}_{method}"]["config"]["steps"]
-            estimate = study.map_of(table[keys].assign(aie=table[method]), {**about, "method": method, "steps": steps})
+            estimate = study.map_of(
+                table[keys].assign(aie=table[method]), {**about, "method": method, "steps": steps}
+            )
             rho = spearman_interval(table["exact"], table[method])
-            plots.agreement(exact, estimate, ax, rho=rho, title=plots.method_words(estimate.about).removeprefix("estimate: "))
+            plots.agreement(
+                exact,
+                estimate,
+                ax,
+                rho=rho,
+                title=plots.method_words(estimate.about).removeprefix("estimate: "),
+            )
             ax.set_ylabel("AIE, estimate")
-            overlap, top = top_k_overlap(table["exact"], table[method], largest), table.nlargest(largest, "exact")
-            said.append(f"{method} {interval(rho, digits=3)}, {percent(overlap)}, {percent(top[method].sum() / top['exact'].sum())}")
+            overlap, top = (
+                top_k_overlap(table["exact"], table[method], largest),
+                table.nlargest(largest, "exact"),
+            )
+            said.append(
+                f"{method} {interval(rho, digits=3)}, {percent(overlap)}, {percent(top[method].sum() / top['exact'].sum())}"
+            )
             handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
         figure.suptitle(
-            f"Estimates against exact effects: {exact.about['kept']} pairs, {study.note.splitlines()[0]}", x=0.01, ha="left", fontsize=8
+            f"Estimates against exact effects: {exact.about['kept']} pairs, {study.note.splitlines()[0]}",
+            x=0.01,
+            ha="left",
+            fontsize=8,
         )
     unit = exact.about.get("unit", metric)
     says = (
@@ -721,7 +899,11 @@ def agreement_logit_diff(study: Study) -> Shown:
     return _agreement(study, "logit_diff")
 
 
-@shows("agreement_prob", "Estimates against exact effects: probability, where first order is weak", "estimates")
+@shows(
+    "agreement_prob",
+    "Estimates against exact effects: probability, where first order is weak",
+    "estimates",
+)
 def agreement_prob(study: Study) -> Shown:
     return _agreement(study, "prob")
 
@@ -758,16 +940,23 @@ def make(item: Item, config: Config) -> str:
     for name in item.needs:
         Study(config.runs / name).path("run.json")
     studies = [Study(config.runs / name) for name in item.needs]
-    extra = [s if (s.folder / "run.json").exists() else None for s in (Study(config.runs / name) for name in item.may)]
+    extra = [
+        s if (s.folder / "run.json").exists() else None
+        for s in (Study(config.runs / name) for name in item.may)
+    ]
     shown = item.draw(*studies, *extra)
     sources = " ".join(s.source for s in (*studies, *extra) if s is not None)
     if isinstance(shown.what, Table):
-        write_text(config.out / f"{item.name}.md", f"{shown.what.markdown()}\n{shown.what.caption}\n")
+        write_text(
+            config.out / f"{item.name}.md", f"{shown.what.markdown()}\n{shown.what.caption}\n"
+        )
         write_text(config.out / f"{item.name}.tex", shown.what.latex())
         body = f"{shown.says}\n\n{shown.what.markdown()}\n{shown.what.caption} [LaTeX]({item.name}.tex), [Markdown]({item.name}.md)."
     else:
         plots.save(shown.what, config.out / item.name)
-        body = f"{shown.says}\n\n![{item.title}]({item.name}.png)\n\n{sources} [PDF]({item.name}.pdf)."
+        body = (
+            f"{shown.says}\n\n![{item.title}]({item.name}.png)\n\n{sources} [PDF]({item.name}.pdf)."
+        )
     return f"## {item.title}\n\n{body}\n"
 
 
@@ -783,7 +972,9 @@ def run(config: Config) -> list[str]:
     """
     names = [item.name for item in ITEMS]
     if unknown := [n for n in config.only if n not in names]:
-        raise ConfigError(f"--only {unknown[0]!r} is no figure or table; accepted: {', '.join(names)}")
+        raise ConfigError(
+            f"--only {unknown[0]!r} is no figure or table; accepted: {', '.join(names)}"
+        )
     made, sections, missing = [], [], []
     for item in ITEMS:
         if config.only and item.name not in config.only:
@@ -798,7 +989,12 @@ def run(config: Config) -> list[str]:
     if not made:
         raise DataError(f"{config.runs} holds no results; `make reproduce` makes them")
     if not config.only:
-        write_text(config.out / "README.md", "\n".join([HEAD, *sections, *_times(config.runs), *_left_out(item for item in missing)]))
+        write_text(
+            config.out / "README.md",
+            "\n".join(
+                [HEAD, *sections, *_times(config.runs), *_left_out(item for item in missing)]
+            ),
+        )
     return made
 
 
@@ -808,9 +1004,7 @@ def _times(runs: Path) -> list[str]:
         return []
     seconds = pd.read_csv(runs / "times.csv").groupby("study", sort=False)["seconds"].sum()
     lines = [f"| {study} | {value / 60:.1f} |" for study, value in seconds.items()]
-    head = (
-        f"## What the results cost\n\nMinutes that the commands ran, one thread each and several side by side: {seconds.sum() / 60:.0f} in all.\n"
-    )
+    head = f"## What the results cost\n\nMinutes that the commands ran, one thread each and several side by side: {seconds.sum() / 60:.0f} in all.\n"
     return ["\n".join([head, "| study | minutes |", "| --- | ---: |", *lines]) + "\n"]
 
 

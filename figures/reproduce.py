@@ -39,13 +39,13 @@ from typing import Any
 
 import pandas as pd
 
-from mech_absa.cli import command
+from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, MechAbsaError, choices
-from mech_absa.generate import DOMAINS
 from mech_absa.patch.effects import Effects
 from mech_absa.records import atomic, write_json
 from mech_absa.sites import Site
 from mech_absa.train.matrix import summary
+from mech_absa.world import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH, MATRIX, CIRCUIT = "mech_absa.patch", "mech_absa.train.matrix", "figures.circuit"
@@ -96,7 +96,9 @@ class Config:
 
     @property
     def kept(self) -> Path:
-        return self.results or (self.work / "results" if self.fast else ROOT / "figures" / "results")
+        return self.results or (
+            self.work / "results" if self.fast else ROOT / "figures" / "results"
+        )
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,12 @@ class Step:
             return ["-m", self.module, *self.flags]
         path = results / TRACED / "sites.json"
         if not path.exists():
-            raise ConfigError(f"step {self.name} edits the traced sites, and there is no {_near(path)}; run the study {TRACED} first")
-        layers = sorted(Site.parse(s).layer for s in json.loads(path.read_text(encoding="utf-8"))["sites"])
+            raise ConfigError(
+                f"step {self.name} edits the traced sites, and there is no {_near(path)}; run the study {TRACED} first"
+            )
+        layers = sorted(
+            Site.parse(s).layer for s in json.loads(path.read_text(encoding="utf-8"))["sites"]
+        )
         said = {"layers": f"{layers[0]}-{layers[-1]}", "sites": str(_near(path))}
         return ["-m", self.module, *(flag.format(**said) for flag in self.flags)]
 
@@ -197,8 +203,19 @@ def _trace(name: str, **flags: Any) -> Step:
     return Step(name, PATCH, (*_flags(**flags), "--no-figures", "--no-report", "--quiet"), {})
 
 
-def _matrix(name: str, train: Iterable[str], test: Iterable[str], mark: Mapping[str, Any] | None = None, **flags: Any) -> Step:
-    return Step(name, MATRIX, (*_flags(train=tuple(train), test=tuple(test), **flags), "--quiet"), mark or {})
+def _matrix(
+    name: str,
+    train: Iterable[str],
+    test: Iterable[str],
+    mark: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Step:
+    return Step(
+        name,
+        MATRIX,
+        (*_flags(train=tuple(train), test=tuple(test), **flags), "--quiet"),
+        mark or {},
+    )
 
 
 def windows(width: int, n_layers: int = N_LAYERS) -> list[str]:
@@ -212,7 +229,12 @@ def studies(sizes: Sizes, me_absc: Path | None = None) -> list[Study]:
     reviews = [f"builtin:{d}" for d in s.domains]
     train, test = [f"{r}/train" for r in reviews], [f"{r}/test" for r in reviews]
     one = reviews[:1]
-    small: dict[str, Any] = {"limit_train": s.few, "limit_test": s.test, "epochs": s.few_epochs, "validation": 0}
+    small: dict[str, Any] = {
+        "limit_train": s.few,
+        "limit_test": s.test,
+        "epochs": s.few_epochs,
+        "validation": 0,
+    }
     ranges = [f"0-{N_LAYERS - 1}", *(w for width in s.widths for w in windows(width))]
     made = [
         Study(
@@ -311,7 +333,9 @@ def studies(sizes: Sizes, me_absc: Path | None = None) -> list[Study]:
     ]  # fmt: skip
     if me_absc is None:
         return made
-    real_train, real_test = ([str(me_absc / f"{d}_{part}.json") for d in REAL_DOMAINS] for part in ("train", "test"))
+    real_train, real_test = (
+        [str(me_absc / f"{d}_{part}.json") for d in REAL_DOMAINS] for part in ("train", "test")
+    )
     return [
         *made,
         Study(
@@ -354,13 +378,20 @@ def keep_trace(study: Study, work: Path, results: Path) -> None:
     keep_map(study, work, results)
     effects = Effects.load(work / study.steps[0].name)
     typical = effects.total.sort_values(kind="stable").index[(len(effects.total) - 1) // 2]
-    frame = effects.frame[(effects.frame["example_id"] == typical) & (effects.frame["kind"] != "head")]
-    replace(effects, frame=frame, pairs=effects.pairs[effects.pairs["example_id"] == typical]).save(results)
+    frame = effects.frame[
+        (effects.frame["example_id"] == typical) & (effects.frame["kind"] != "head")
+    ]
+    replace(effects, frame=frame, pairs=effects.pairs[effects.pairs["example_id"] == typical]).save(
+        results
+    )
 
 
 def keep_matrix(study: Study, work: Path, results: Path) -> None:
     """The rows of all steps, each with its step's marks; the model as it is stands once."""
-    table = pd.concat([pd.read_csv(work / step.name / "matrix.csv").assign(**step.mark) for step in study.steps], ignore_index=True)
+    table = pd.concat(
+        [pd.read_csv(work / step.name / "matrix.csv").assign(**step.mark) for step in study.steps],
+        ignore_index=True,
+    )
     again = (table["method"] == "zero_shot") & table.duplicated(["method", "test"])
     table = table[~again]
     _table(table, results / "matrix.csv")
@@ -374,7 +405,10 @@ def keep_estimates(study: Study, work: Path, results: Path) -> None:
     parts = []
     for metric in METRICS:
         keys = ["kind", "layer", "head", "role"]
-        maps = {m: pd.read_csv(work / f"{metric}_{m}" / "importance.csv").set_index(keys)["aie"] for m in ("exact", *ESTIMATES)}
+        maps = {
+            m: pd.read_csv(work / f"{metric}_{m}" / "importance.csv").set_index(keys)["aie"]
+            for m in ("exact", *ESTIMATES)
+        }
         parts.append(pd.DataFrame(maps).reset_index().assign(metric=metric))
         about = json.loads((work / f"{metric}_exact" / "about.json").read_text(encoding="utf-8"))
         write_json(results / f"about_{metric}.json", about)
@@ -391,9 +425,14 @@ def _table(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False, float_format="%.5g")
 
 
-def record(study: Study, work: Path, commands: Mapping[str, str], seconds: Mapping[str, float]) -> dict[str, Any]:
+def record(
+    study: Study, work: Path, commands: Mapping[str, str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """What a study's run.json says: how each of its steps was made, and when."""
-    runs = {s.name: json.loads((work / s.name / "run.json").read_text(encoding="utf-8")) for s in study.steps}
+    runs = {
+        s.name: json.loads((work / s.name / "run.json").read_text(encoding="utf-8"))
+        for s in study.steps
+    }
     last = max((work / s.name / "run.json").stat().st_mtime for s in study.steps)
     return {
         "study": study.name, "question": study.question, "date": time.strftime("%Y-%m-%d", time.gmtime(last)), "commands": dict(commands),
@@ -448,13 +487,21 @@ class Runner:
             out.write(said + "\n")
             out.flush()
             limits = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            done = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | limits, stdout=out, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env=os.environ | limits,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
             seconds = time.perf_counter() - started
             if done.returncode == 0:
                 out.write(f"\nseconds {seconds:.1f}\n")
         if done.returncode:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise MechAbsaError(f"{study.name}/{step.name} ended with {done.returncode}: {last} (all of it in {_near(log)})")
+            raise MechAbsaError(
+                f"{study.name}/{step.name} ended with {done.returncode}: {last} (all of it in {_near(log)})"
+            )
         print(f"{study.name}/{step.name}: {seconds:.0f} s", flush=True)
         return said, seconds
 
@@ -463,7 +510,11 @@ class Runner:
         if not log.exists() or not (folder / "run.json").exists():
             return None
         lines = log.read_text(encoding="utf-8").splitlines()
-        return float(lines[-1].split()[1]) if lines[0] == said and lines[-1].startswith("seconds ") else None
+        return (
+            float(lines[-1].split()[1])
+            if lines[0] == said and lines[-1].startswith("seconds ")
+            else None
+        )
 
 
 def run(config: Config) -> None:
@@ -477,11 +528,19 @@ def run(config: Config) -> None:
     known = [s.name for s in all_studies]
     for name in config.only:
         if name in REAL and config.me_absc is None:
-            raise ConfigError(f"study {name} needs the paper's data; name its folder with --me-absc")
+            raise ConfigError(
+                f"study {name} needs the paper's data; name its folder with --me-absc"
+            )
         if name not in known:
-            raise ConfigError(f"--only {name!r} is no study; accepted: {choices([*known, *(r for r in REAL if r not in known)])}")
-    if config.me_absc is not None and (missing := [d for d in REAL_DOMAINS if not (config.me_absc / f"{d}_train.json").exists()]):
-        raise ConfigError(f"--me-absc {config.me_absc} holds no {missing[0]}_train.json; the folder of the paper's data is needed")
+            raise ConfigError(
+                f"--only {name!r} is no study; accepted: {choices([*known, *(r for r in REAL if r not in known)])}"
+            )
+    if config.me_absc is not None and (
+        missing := [d for d in REAL_DOMAINS if not (config.me_absc / f"{d}_train.json").exists()]
+    ):
+        raise ConfigError(
+            f"--me-absc {config.me_absc} holds no {missing[0]}_train.json; the folder of the paper's data is needed"
+        )
     chosen = [s for s in all_studies if not config.only or s.name in config.only]
     names = {str(config.kept): "figures/results", str(_near(config.kept)): "figures/results"}
     if config.me_absc is not None:
@@ -492,18 +551,28 @@ def run(config: Config) -> None:
         runner.traced.set()
     with ThreadPoolExecutor(config.jobs) as pool:
         going: dict[str, list[Future[tuple[str, float]]]] = {
-            study.name: [pool.submit(runner.run, study, step) for step in study.steps] for study in chosen
+            study.name: [pool.submit(runner.run, study, step) for step in study.steps]
+            for study in chosen
         }
         for study in chosen:
             try:
                 done = [future.result() for future in going[study.name]]
                 work, results = config.work / study.name, config.kept / study.name
                 study.keep(study, work, results)
-                commands = {step.name: said for step, (said, _) in zip(study.steps, done, strict=True)}
-                seconds = {step.name: taken for step, (_, taken) in zip(study.steps, done, strict=True)}
-                write_json(results / "run.json", scrubbed(record(study, work, commands, seconds), names))
+                commands = {
+                    step.name: said for step, (said, _) in zip(study.steps, done, strict=True)
+                }
+                seconds = {
+                    step.name: taken for step, (_, taken) in zip(study.steps, done, strict=True)
+                }
+                write_json(
+                    results / "run.json", scrubbed(record(study, work, commands, seconds), names)
+                )
                 _note_times(config.kept / "times.csv", study.name, seconds, known)
-                print(f"{study.name}: {sum(seconds.values()):.0f} s in {len(done)} steps, kept in {_near(results)}", flush=True)
+                print(
+                    f"{study.name}: {sum(seconds.values()):.0f} s in {len(done)} steps, kept in {_near(results)}",
+                    flush=True,
+                )
             except MechAbsaError as error:
                 failed.append(str(error))
                 print(f"{study.name} failed: {error}", file=sys.stderr, flush=True)
@@ -514,7 +583,9 @@ def run(config: Config) -> None:
     if config.me_absc is None and not config.only:
         print(f"left as they are, for they need --me-absc: {', '.join(REAL)}")
     if failed:
-        raise MechAbsaError(f"{len(failed)} of {len(chosen)} studies failed; the first: {failed[0]}")
+        raise MechAbsaError(
+            f"{len(failed)} of {len(chosen)} studies failed; the first: {failed[0]}"
+        )
 
 
 def _note_times(path: Path, study: str, seconds: Mapping[str, float], order: list[str]) -> None:
@@ -523,7 +594,9 @@ def _note_times(path: Path, study: str, seconds: Mapping[str, float], order: lis
     if path.exists():
         with open(path, encoding="utf-8", newline="") as f:
             rows = [row for row in csv.DictReader(f) if row["study"] != study]
-    rows += [{"study": study, "step": step, "seconds": f"{value:.1f}"} for step, value in seconds.items()]
+    rows += [
+        {"study": study, "step": step, "seconds": f"{value:.1f}"} for step, value in seconds.items()
+    ]
     order = [*order, *(r for r in REAL if r not in order)]
     rows.sort(key=lambda row: order.index(row["study"]) if row["study"] in order else len(order))
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:

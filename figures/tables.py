@@ -21,7 +21,9 @@ NONE = "–"
 
 DOMAINS = ("device", "laptop", "rest", "service")
 """The paper's names; `restaurant` of the built-in reviews is its `rest`."""
-PRINTED = tuple((a, b) for a in DOMAINS for b in DOMAINS if a != b and {a, b} != {"device", "laptop"})
+PRINTED = tuple(
+    (a, b) for a in DOMAINS for b in DOMAINS if a != b and {a, b} != {"device", "laptop"}
+)
 """The ten (train, test) of the paper's Table 3, in its order."""
 UNPRINTED = (("device", "laptop"), ("laptop", "device"))
 
@@ -91,11 +93,23 @@ class Table:
         def line(cells: Sequence[str]) -> str:
             return " & ".join(map(tex, cells)) + r" \\"
 
-        lines = [r"\begin{table}", r"\centering", r"\small", rf"\caption{{{tex(self.caption)}}}", rf"\label{{{self.label}}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", line(self.header)]
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            r"\small",
+            rf"\caption{{{tex(self.caption)}}}",
+            rf"\label{{{self.label}}}",
+        ]
+        lines += [
+            rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            r"\toprule",
+            line(self.header),
+        ]
         for title, rows in self.blocks:
             lines.append(r"\midrule")
-            lines += [rf"\multicolumn{{{len(self.header)}}}{{l}}{{\emph{{{tex(title)}}}}} \\"] * bool(title)
+            lines += [
+                rf"\multicolumn{{{len(self.header)}}}{{l}}{{\emph{{{tex(title)}}}}} \\"
+            ] * bool(title)
             lines += [line(row) for row in rows]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
@@ -125,7 +139,9 @@ def _cells(rows: pd.DataFrame, groups: Sequence[pd.Series]) -> list[str]:
     return [spelled(*over_seeds(rows[chosen])) if chosen.any() else NONE for chosen in groups]
 
 
-def _own_block(matrix: pd.DataFrame, cells: Callable[[pd.DataFrame], list[str]]) -> tuple[tuple[str, ...], ...]:
+def _own_block(
+    matrix: pd.DataFrame, cells: Callable[[pd.DataFrame], list[str]]
+) -> tuple[tuple[str, ...], ...]:
     """A row a method, in the table's order: name, share that is trained, cells."""
     made = []
     for method, rows in ours(matrix).groupby("method", sort=False):
@@ -144,7 +160,13 @@ def _printed_block(table: int, wanted: Sequence[tuple[str, str]]) -> tuple[tuple
     made = []
     for method, rows in published(table).groupby("method", sort=False):
         found = {(r["train"], r["test"]): f"{float(r['accuracy']):.1f}" for _, r in rows.iterrows()}
-        made.append((str(method), rows["trained_percent"].iloc[0] or NONE, *(found.get(pair, NONE) for pair in wanted)))
+        made.append(
+            (
+                str(method),
+                rows["trained_percent"].iloc[0] or NONE,
+                *(found.get(pair, NONE) for pair in wanted),
+            )
+        )
     return tuple(made)
 
 
@@ -161,9 +183,13 @@ def table_2(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
 
     def cells(rows: pd.DataFrame) -> list[str]:
         inside = rows[rows["in_domain"].astype(bool) | (rows["method"] == "zero_shot")]
-        return _cells(inside, [inside["test"] == d for d in DOMAINS] + [inside["test"].isin(DOMAINS)])
+        return _cells(
+            inside, [inside["test"] == d for d in DOMAINS] + [inside["test"].isin(DOMAINS)]
+        )
 
-    blocks = [(PAPER_BLOCK, _printed_block(2, [*((d, d) for d in DOMAINS), ("average", "average")]))]
+    blocks = [
+        (PAPER_BLOCK, _printed_block(2, [*((d, d) for d in DOMAINS), ("average", "average")]))
+    ]
     blocks += [(title, _own_block(matrix, cells)) for title, matrix in sources]
     header = ("method", "% trained", "Device", "Laptop", "Rest", "Service", "avg")
     return Table(caption, "tab:in-domain", header, tuple(blocks))
@@ -173,11 +199,23 @@ def table_3(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
     """Out-of-domain accuracy: the ten pairs that the paper printed with their average, and the two that it did not."""
 
     def cells(rows: pd.DataFrame) -> list[str]:
-        pairs = pd.Series(list(zip(rows["train"], rows["test"], strict=True)), index=rows.index, dtype=object)
-        return _cells(rows, [*(pairs == pair for pair in PRINTED), pairs.isin(PRINTED), *(pairs == pair for pair in UNPRINTED)])
+        pairs = pd.Series(
+            list(zip(rows["train"], rows["test"], strict=True)), index=rows.index, dtype=object
+        )
+        return _cells(
+            rows,
+            [
+                *(pairs == pair for pair in PRINTED),
+                pairs.isin(PRINTED),
+                *(pairs == pair for pair in UNPRINTED),
+            ],
+        )
 
     blocks = [(PAPER_BLOCK, _printed_block(3, [*PRINTED, ("average", "average"), *UNPRINTED]))]
-    blocks += [(title, _own_block(matrix[matrix["method"] != "zero_shot"], cells)) for title, matrix in sources]
+    blocks += [
+        (title, _own_block(matrix[matrix["method"] != "zero_shot"], cells))
+        for title, matrix in sources
+    ]
 
     def letters(pair: tuple[str, str]) -> str:
         return f"{pair[0][0].upper()},{pair[1][0].upper()}"
@@ -189,7 +227,9 @@ def table_3(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
 # ---- ours that the paper lacks ------------------------------------------------------------------------------------------------
 
 
-def significance(maps: Sequence[tuple[str, pd.DataFrame]], caption: str, level: float = 0.05) -> Table:
+def significance(
+    maps: Sequence[tuple[str, pd.DataFrame]], caption: str, level: float = 0.05
+) -> Table:
     """How many cells of each map differ from 0 after correction, a row a kind of state.
 
     Args:
@@ -200,9 +240,33 @@ def significance(maps: Sequence[tuple[str, pd.DataFrame]], caption: str, level: 
         rows = []
         for kind, cells in table.groupby("kind", sort=False):
             tested = cells[cells["p"].notna()]
-            clear, apart = tested["p_adjusted"] < level, (tested["ci_low"] > 0) | (tested["ci_high"] < 0)
+            clear, apart = (
+                tested["p_adjusted"] < level,
+                (tested["ci_low"] > 0) | (tested["ci_high"] < 0),
+            )
             positive = tested[clear]["aie"] > 0
-            rows.append((str(kind), *map(str, (len(cells), len(tested), int(apart.sum()), int(clear.sum()), int(positive.sum())))))
+            rows.append(
+                (
+                    str(kind),
+                    *map(
+                        str,
+                        (
+                            len(cells),
+                            len(tested),
+                            int(apart.sum()),
+                            int(clear.sum()),
+                            int(positive.sum()),
+                        ),
+                    ),
+                )
+            )
         blocks.append((title, tuple(rows)))
-    header = ("kind", "cells", "not 0 for certain", "interval off 0", f"adjusted p < {level:g}", "of these positive")
+    header = (
+        "kind",
+        "cells",
+        "not 0 for certain",
+        "interval off 0",
+        f"adjusted p < {level:g}",
+        "of these positive",
+    )
     return Table(caption, "tab:significance", header, tuple(blocks))

@@ -19,11 +19,29 @@ if TYPE_CHECKING:
     from .edits import Edit, load_edit, save_edit
     from .errors import MechAbsaError
     from .evaluate import Scores, compare, evaluate, predict, read_predictions
-    from .examples import Example, Examples, Polarity, class_counts, duplicates, leakage, mixed_polarity, split_by_sentence
-    from .models import Model, load_model
-    from .pairs import Counterfactual, GaussianNoise, MeanAblation, Pair, Pairs, Resample, ZeroAblation, make_pairs
+    from .examples import (
+        Example,
+        Examples,
+        Polarity,
+        class_counts,
+        duplicates,
+        leakage,
+        mixed_polarity,
+        split_by_sentence,
+    )
+    from .model import Model, load_model
     from .patch.effects import Effects
     from .patch.importance import ImportanceMap, Selection, load_sites
+    from .patch.pairs import (
+        Counterfactual,
+        GaussianNoise,
+        MeanAblation,
+        Pair,
+        Pairs,
+        Resample,
+        ZeroAblation,
+        make_pairs,
+    )
     from .patch.trace import trace
     from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
     from .readers import load_examples, write_jsonl
@@ -36,9 +54,27 @@ _HOMES = {
     "edits": ("Edit", "load_edit", "save_edit"),
     "errors": ("MechAbsaError",),
     "evaluate": ("Scores", "compare", "evaluate", "predict", "read_predictions"),
-    "examples": ("Example", "Examples", "Polarity", "class_counts", "duplicates", "leakage", "mixed_polarity", "split_by_sentence"),
-    "models": ("Model", "load_model"),
-    "pairs": ("Counterfactual", "GaussianNoise", "MeanAblation", "Pair", "Pairs", "Resample", "ZeroAblation", "make_pairs"),
+    "examples": (
+        "Example",
+        "Examples",
+        "Polarity",
+        "class_counts",
+        "duplicates",
+        "leakage",
+        "mixed_polarity",
+        "split_by_sentence",
+    ),
+    "model": ("Model", "load_model"),
+    "patch.pairs": (
+        "Counterfactual",
+        "GaussianNoise",
+        "MeanAblation",
+        "Pair",
+        "Pairs",
+        "Resample",
+        "ZeroAblation",
+        "make_pairs",
+    ),
     "patch.effects": ("Effects",),
     "patch.importance": ("ImportanceMap", "Selection", "load_sites"),
     "patch.trace": ("trace",),
@@ -55,9 +91,13 @@ __all__ = sorted(_HOME_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f"mech_absa has no name {name!r}; public names are {', '.join(__all__)}")
+        raise AttributeError(
+            f"mech_absa has no name {name!r}; public names are {', '.join(__all__)}"
+        )
     value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value  # importing the package `evaluate` must not shadow the function of that name
+    globals()[name] = (
+        value  # importing the package `evaluate` must not shadow the function of that name
+    )
     return value
 
 

@@ -20,7 +20,11 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    return "usage: mech-absa COMMAND [FLAGS]\n\n" + "\n".join(lines) + "\n\nmech-absa COMMAND --help tells more."
+    return (
+        "usage: mech-absa COMMAND [FLAGS]\n\n"
+        + "\n".join(lines)
+        + "\n\nmech-absa COMMAND --help tells more."
+    )
 
 
 def main() -> int:
@@ -30,7 +34,10 @@ def main() -> int:
         print(usage())
         return 0
     if argv[0] not in COMMANDS:
-        print(f"mech-absa: unknown command {argv[0]!r}; accepted: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"mech-absa: unknown command {argv[0]!r}; accepted: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     name = f"mech_absa.{argv[0]}"
     sys.argv = [f"mech-absa {argv[0]}", *argv[1:]]

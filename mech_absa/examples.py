@@ -40,7 +40,9 @@ class Polarity(str, Enum):
         try:
             return _SPELLINGS[str(text).strip().lower()]
         except KeyError:
-            accepted = choices(["positive/pos/1", "negative/neg/-1", "neutral/neu/0", "conflict/mixed (left out)"])
+            accepted = choices(
+                ["positive/pos/1", "negative/neg/-1", "neutral/neu/0", "conflict/mixed (left out)"]
+            )
             raise DataError(f"unknown label {text!r}; accepted: {accepted}") from None
 
 
@@ -87,7 +89,9 @@ class Example:
     def __post_init__(self):
         if not self.aspect.strip():
             raise DataError(
-                "the aspect is empty; an aspect term of at least one character is needed", self.source or None, self.line or None
+                "the aspect is empty; an aspect term of at least one character is needed",
+                self.source or None,
+                self.line or None,
             )
         for name, span in (("aspect", self.span), ("opinion", self.opinion)):
             if span is None:
@@ -162,7 +166,11 @@ class Examples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index):
-        return replace(self, items=self.items[index]) if isinstance(index, slice) else self.items[index]
+        return (
+            replace(self, items=self.items[index])
+            if isinstance(index, slice)
+            else self.items[index]
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -196,9 +204,23 @@ class Examples(Sequence[Example]):
         """One row an example."""
         import pandas as pd
 
-        columns = ["id", "sentence", "aspect", "polarity", "span", "opinion", "domain", "source", "line"]
+        columns = [
+            "id",
+            "sentence",
+            "aspect",
+            "polarity",
+            "span",
+            "opinion",
+            "domain",
+            "source",
+            "line",
+        ]
         return pd.DataFrame(
-            [{c: getattr(e, c) if c != "polarity" else e.polarity.value for c in columns} for e in self.items], columns=columns
+            [
+                {c: getattr(e, c) if c != "polarity" else e.polarity.value for c in columns}
+                for e in self.items
+            ],
+            columns=columns,
         )
 
     def _repr_html_(self) -> str:
@@ -264,7 +286,9 @@ def mixed_polarity(items: Sequence[Example]) -> tuple[int, ...]:
     return tuple(i for i, e in enumerate(items) if len(labels[e.cluster]) > 1)
 
 
-def split_by_sentence(items: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
+def split_by_sentence(
+    items: Sequence[Example], share: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
     """Two lists, the second with about `share` of the sentences; no sentence is on both sides.
 
     Raises:

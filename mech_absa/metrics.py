@@ -48,7 +48,10 @@ class Metric:
     fn: Callable[..., Tensor]
 
     def __call__(
-        self, scores: Float[Tensor, "row label"], gold: Int[Tensor, " row"], foil: Int[Tensor, " row"] | None = None
+        self,
+        scores: Float[Tensor, "row label"],
+        gold: Int[Tensor, " row"],
+        foil: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, " row"]:
         """Scores -> the metric, one number a row.
 
@@ -88,7 +91,9 @@ def _logit_diff(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
     return right - torch.where(foil < 0, others, _gold(scores, foil.clamp(min=0)))
 
 
-def kl(logits: Float[Tensor, "row d_vocab"], clean: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+def kl(
+    logits: Float[Tensor, "row d_vocab"], clean: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
     """-KL(P_clean || P) of the next token, in nats; 0 when the run answers as the clean run does."""
     log_p, log_q = _wide(clean).log_softmax(-1), _wide(logits).log_softmax(-1)
     return -(log_p.exp() * (log_p - log_q)).sum(-1)
@@ -98,7 +103,9 @@ METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric("prob", "probability of the gold label", "normaliser", _prob),
-        Metric("prob_label", "probability of the gold label among the labels", "labels", _prob_label),
+        Metric(
+            "prob_label", "probability of the gold label among the labels", "labels", _prob_label
+        ),
         Metric("logprob", "log-probability of the gold label (nats)", "normaliser", _logprob),
         Metric("logit_diff", "logit difference, gold minus foil", "labels", _logit_diff),
         Metric("kl", "-KL(clean || run) (nats)", "vocabulary", kl),

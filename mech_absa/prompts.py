@@ -63,16 +63,26 @@ class PromptTemplate:
 
     def __post_init__(self):
         try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None]
+            fields = [
+                name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None
+            ]
         except ValueError as error:
-            raise PromptError(f"template {self.text!r} does not parse ({error}); write {{{{ and }}}} for braces") from None
+            raise PromptError(
+                f"template {self.text!r} does not parse ({error}); write {{{{ and }}}} for braces"
+            ) from None
         for name in fields:
             if name not in ("sentence", "aspect"):
-                raise PromptError(f"template {self.text!r} has an unknown field {{{name}}}; accepted: {{sentence}} and {{aspect}}")
+                raise PromptError(
+                    f"template {self.text!r} has an unknown field {{{name}}}; accepted: {{sentence}} and {{aspect}}"
+                )
         if fields.count("sentence") != 1:
-            raise PromptError(f"template {self.text!r} has {fields.count('sentence')} fields {{sentence}}; exactly one is needed")
+            raise PromptError(
+                f"template {self.text!r} has {fields.count('sentence')} fields {{sentence}}; exactly one is needed"
+            )
         if "aspect" not in fields:
-            raise PromptError(f"template {self.text!r} has no field {{aspect}}; the question must name the aspect at least once")
+            raise PromptError(
+                f"template {self.text!r} has no field {{aspect}}; the question must name the aspect at least once"
+            )
 
     def __call__(self, example: Example) -> Prompt:
         """The prompt that asks about `example`."""
@@ -90,7 +100,9 @@ class PromptTemplate:
             return None if span is None else (span[0] + offset, span[1] + offset)
 
         sentence = (offset, offset + len(example.sentence))
-        return Prompt(text, sentence, shift(example.span), shift(example.opinion), tuple(queries), example)
+        return Prompt(
+            text, sentence, shift(example.span), shift(example.opinion), tuple(queries), example
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +165,9 @@ def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokens:
     roles = _roles(prompt, offsets)
     if adds_bos(tokenizer) if bos is None else bos:
         if tokenizer.bos_token_id is None:
-            raise PromptError(f"a BOS token was asked for, but the tokenizer {tokenizer.name_or_path!r} has none")
+            raise PromptError(
+                f"a BOS token was asked for, but the tokenizer {tokenizer.name_or_path!r} has none"
+            )
         ids, roles = [tokenizer.bos_token_id, *ids], [ROLE["template"], *roles]
     if not ids:
         raise PromptError("the prompt is empty")
@@ -252,7 +266,9 @@ class Verbalizer:
 
     def __post_init__(self):
         if len(self.words) < 2:
-            raise PromptError(f"{len(self.words)} label was given; at least two are needed to tell apart")
+            raise PromptError(
+                f"{len(self.words)} label was given; at least two are needed to tell apart"
+            )
         if empty := [p.value for p, w in self.words if not w.strip()]:
             raise PromptError(f"the label of {empty[0]} is empty; a word is needed")
 
@@ -288,13 +304,17 @@ class Verbalizer:
                 f"no label for {polarity.value}; labels were given for {', '.join(p.value for p in self.polarities)}"
             ) from None
 
-    def label_ids(self, tokenizer: Any, template: PromptTemplate | None = None) -> list[tuple[int, ...]]:
+    def label_ids(
+        self, tokenizer: Any, template: PromptTemplate | None = None
+    ) -> list[tuple[int, ...]]:
         """Token ids of each label, as they follow a prompt.
 
         Raises:
             PromptError: two labels tokenise alike, one begins the other, or a label melts into the prompt's last token.
         """
-        probe = (template or PromptTemplate())(Example("it was fine .", "it", Polarity.NEUTRAL, (0, 2))).text
+        probe = (template or PromptTemplate())(
+            Example("it was fine .", "it", Polarity.NEUTRAL, (0, 2))
+        ).text
         base, _ = _ids_and_offsets(tokenizer, probe)
         found: list[tuple[int, ...]] = []
         for _, word in self.words:
@@ -308,12 +328,20 @@ class Verbalizer:
         for i, a in enumerate(found):
             for j, b in enumerate(found):
                 if i != j and a == b[: len(a)]:
-                    how = "tokenise alike" if a == b else "cannot be told apart, since the tokens of one begin the other"
+                    how = (
+                        "tokenise alike"
+                        if a == b
+                        else "cannot be told apart, since the tokens of one begin the other"
+                    )
                     words = f"{self.words[i][1]!r} and {self.words[j][1]!r}"
-                    raise PromptError(f"the labels {words} {how} (ids {list(a)} and {list(b)}); choose labels with different tokens")
+                    raise PromptError(
+                        f"the labels {words} {how} (ids {list(a)} and {list(b)}); choose labels with different tokens"
+                    )
         return found
 
-    def continuations(self, tokenizer: Any, template: PromptTemplate | None = None) -> tuple[Continuation, ...]:
+    def continuations(
+        self, tokenizer: Any, template: PromptTemplate | None = None
+    ) -> tuple[Continuation, ...]:
         """The runs that score all labels; one where every label is a single token."""
         groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
         for index, ids in enumerate(self.label_ids(tokenizer, template)):

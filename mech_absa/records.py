@@ -41,7 +41,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; a result is to be read by others
+        temporary.chmod(
+            0o666 & ~mask
+        )  # mkstemp makes private files; a result is to be read by others
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -85,7 +87,11 @@ def sha256_bytes(*chunks: bytes) -> str:
 
 def sha256_file(path: str | Path) -> str:
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else sha256_bytes(f.read())
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else sha256_bytes(f.read())
+        )
 
 
 def fingerprint(config: Any) -> str:
@@ -95,7 +101,16 @@ def fingerprint(config: Any) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    names = ("mech-absa", "torch", "transformer-lens", "transformers", "numpy", "scipy", "statsmodels", "accelerate")
+    names = (
+        "mech-absa",
+        "torch",
+        "transformer-lens",
+        "transformers",
+        "numpy",
+        "scipy",
+        "statsmodels",
+        "accelerate",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -120,7 +135,13 @@ class RunFolder:
 
     STATE = ".run"
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], resume: bool = False, free: Iterable[str] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        free: Iterable[str] = (),
+    ):
         self.path = Path(path)
         self.config = plain(config)
         self.resume = resume
@@ -130,15 +151,21 @@ class RunFolder:
 
     def _check(self) -> None:
         if self.path.is_file():
-            raise RunFolderError(f"--out {self.path} is a file; a folder that is new or empty is needed")
+            raise RunFolderError(
+                f"--out {self.path} is a file; a folder that is new or empty is needed"
+            )
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.resume:
-            raise RunFolderError(f"--out {self.path} is not empty; choose a new folder, or give --resume to take up the run it holds")
+            raise RunFolderError(
+                f"--out {self.path} is not empty; choose a new folder, or give --resume to take up the run it holds"
+            )
         state = self.path / self.STATE / "config.json"
         record = self.path / "run.json"
         if not state.exists() and not record.exists():
-            raise RunFolderError(f"--out {self.path} holds no run to resume; choose a new or empty folder")
+            raise RunFolderError(
+                f"--out {self.path} holds no run to resume; choose a new or empty folder"
+            )
         held = json.loads((state if state.exists() else record).read_text(encoding="utf-8"))
         if held.get("key") != self.key:
             mine, theirs = self.config, held.get("config", {})

@@ -18,9 +18,9 @@ from torch import Tensor
 from .axes import Resid
 from .errors import PromptError
 from .examples import Example
-from .forward import Point, advance, last, rows_of
 from .metrics import Need
-from .models import Model
+from .model import Model
+from .model.forward import Point, advance, last, rows_of
 from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer, encode
 
 
@@ -65,7 +65,10 @@ def extend(tokens: Tokens, continuation: Continuation, pad_id: int = 0) -> Token
 
 
 def last_residual(
-    model: Model, tokens: Tokens, edit: Applicable | None = None, reads: Int[Tensor, "batch read"] | None = None
+    model: Model,
+    tokens: Tokens,
+    edit: Applicable | None = None,
+    reads: Int[Tensor, "batch read"] | None = None,
 ) -> Resid | Float[Tensor, "batch read d_model"]:
     """The residual stream after the last block, hooks and edit in force.
 
@@ -75,7 +78,11 @@ def last_residual(
     x = model.embed(tokens.ids)
     if edit is None or isinstance(edit, Pointed):
         points = edit.points(model, tokens) if edit is not None else ()
-        return advance(model, x, 0, None, points) if reads is None else last(model, x, reads, 0, points)
+        return (
+            advance(model, x, 0, None, points)
+            if reads is None
+            else last(model, x, reads, 0, points)
+        )
     with edit.applied(model, tokens):
         whole = advance(model, x)
     return whole if reads is None else rows_of(whole, reads)
@@ -88,7 +95,10 @@ def positions_read(lengths: Sequence[int], continuation: Continuation) -> Int[Te
 
 
 def read_labels(
-    model: Model, rows: Float[Tensor, "batch read d_model"], continuation: Continuation, need: Need = "normaliser"
+    model: Model,
+    rows: Float[Tensor, "batch read d_model"],
+    continuation: Continuation,
+    need: Need = "normaliser",
 ) -> Float[Tensor, "batch label"]:
     """Scores of the labels that this continuation reads.
 
@@ -131,9 +141,13 @@ def label_scores(
             batch = Tokens.stack([prompts[i] for i in rows])
             for continuation in continuations:
                 tokens = extend(batch, continuation)
-                rows_read = last_residual(model, tokens, edit, positions_read(tokens.lengths, continuation))
+                rows_read = last_residual(
+                    model, tokens, edit, positions_read(tokens.lengths, continuation)
+                )
                 part = read_labels(model, rows_read, continuation, need)
-                scores[torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])] = part.to("cpu", wide)
+                scores[
+                    torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])
+                ] = part.to("cpu", wide)
     return scores
 
 

@@ -72,12 +72,16 @@ class Site:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise SiteError(f"unknown kind of site {self.kind!r} in layer {self.layer}; accepted: {choices(KINDS)}")
+            raise SiteError(
+                f"unknown kind of site {self.kind!r} in layer {self.layer}; accepted: {choices(KINDS)}"
+            )
         if (self.head is not None) != (self.kind in HEAD_KINDS):
             need = "needs a head, as in L5.head3" if self.kind in HEAD_KINDS else "has no heads"
             raise SiteError(f"site L{self.layer}.{self.kind} {need}")
         if isinstance(self.at, str) and self.at not in ROLES and self.at not in ROLE_GROUPS:
-            raise SiteError(f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*ROLES, *ROLE_GROUPS])}")
+            raise SiteError(
+                f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*ROLES, *ROLE_GROUPS])}"
+            )
 
     def __str__(self) -> str:
         head = "" if self.head is None else str(self.head)
@@ -93,10 +97,17 @@ class Site:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise SiteError(f"{text!r} is no site; sites look like L5.resid_post, L5.head3 or L5.attn_out@query.last")
+            raise SiteError(
+                f"{text!r} is no site; sites look like L5.resid_post, L5.head3 or L5.attn_out@query.last"
+            )
         text_at: str | None = match["at"]
         at = int(text_at) if text_at is not None and re.fullmatch(r"-?\d+", text_at) else text_at
-        return cls(int(match["layer"]), match["kind"], None if match["head"] is None else int(match["head"]), at)
+        return cls(
+            int(match["layer"]),
+            match["kind"],
+            None if match["head"] is None else int(match["head"]),
+            at,
+        )
 
     @property
     def hook_name(self) -> str:
@@ -109,7 +120,12 @@ class Site:
         return replace(self, at=None)
 
     def check(
-        self, n_layers: int, n_heads: int, n_kv_heads: int | None = None, kinds: Iterable[str] = KINDS, model: str = "the model"
+        self,
+        n_layers: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        kinds: Iterable[str] = KINDS,
+        model: str = "the model",
     ) -> Site:
         """Itself, when a model of this shape has it.
 
@@ -117,12 +133,16 @@ class Site:
             SiteError: the model has no such layer, head or kind.
         """
         if self.layer >= n_layers:
-            raise SiteError(f"site {self} does not exist: {model} has {n_layers} layers, L0 to L{n_layers - 1}")
+            raise SiteError(
+                f"site {self} does not exist: {model} has {n_layers} layers, L0 to L{n_layers - 1}"
+            )
         if self.kind not in (kinds := tuple(kinds)):
             raise SiteError(f"site {self} does not exist in {model}; it has {choices(kinds)}")
         heads = n_kv_heads if self.kind in ("k", "v") and n_kv_heads else n_heads
         if self.head is not None and self.head >= heads:
-            raise SiteError(f"site {self} does not exist: {model} has {heads} such heads a layer, 0 to {heads - 1}")
+            raise SiteError(
+                f"site {self} does not exist: {model} has {heads} such heads a layer, 0 to {heads - 1}"
+            )
         return self
 
 
@@ -153,5 +173,7 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
             raise SiteError(f"{text!r} names no layers; accepted: 3, 2-5, 0,2-4, {choices(named)}")
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     if max(layers) >= n_layers:
-        raise SiteError(f"layer {max(layers)} was asked for; the model has {n_layers} layers, 0 to {n_layers - 1}")
+        raise SiteError(
+            f"layer {max(layers)} was asked for; the model has {n_layers} layers, 0 to {n_layers - 1}"
+        )
     return tuple(sorted(layers))

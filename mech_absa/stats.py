@@ -81,7 +81,12 @@ class McNemar:
 
 
 def cluster_bootstrap(
-    values: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """Mean and percentile interval of every cell, resampling clusters with replacement.
 
@@ -106,18 +111,26 @@ def cluster_bootstrap(
         mean = sums.sum(axis=0) / counts.sum(axis=0)
     ends = np.full((2, n_cells), np.nan)
 
-    weights = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
-    nothing_missing = bool((counts == counts[:, :1]).all())  # then one column of counts serves every cell
+    weights = (
+        np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
+    )
+    nothing_missing = bool(
+        (counts == counts[:, :1]).all()
+    )  # then one column of counts serves every cell
     usable = np.flatnonzero((counts > 0).sum(axis=0) >= 2)
     step = max(1, _BUDGET // draws)
     for cells in (usable[i : i + step] for i in range(0, len(usable), step)):
         drawn = weights @ (counts[:, :1] if nothing_missing else counts[:, cells])
-        with np.errstate(invalid="ignore"):  # a draw may miss every cluster that has a value here: NaN, left out below
+        with np.errstate(
+            invalid="ignore"
+        ):  # a draw may miss every cluster that has a value here: NaN, left out below
             ends[:, cells] = _percentiles(weights @ sums[:, cells] / drawn, level)
     return Interval(mean.reshape(shape), ends[0].reshape(shape), ends[1].reshape(shape))
 
 
-def sign_flip(values: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 9999, seed: int = 0) -> Float[np.ndarray, "*cell"]:
+def sign_flip(
+    values: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 9999, seed: int = 0
+) -> Float[np.ndarray, "*cell"]:
     """Two-sided p of "the mean is 0" for every cell, by flipping the signs of whole clusters.
 
     Exact, over all 2^k sign patterns of k clusters, where these are no more than `draws`; else (1 + hits) / (1 + draws) over random
@@ -163,7 +176,9 @@ def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*ce
     adjusted = np.array(p, dtype=float)
     tested = ~np.isnan(adjusted)
     if not ((adjusted[tested] >= 0) & (adjusted[tested] <= 1)).all():
-        raise ConfigError("a p-value to adjust lies outside [0, 1]; accepted: probabilities, or NaN for no test")
+        raise ConfigError(
+            "a p-value to adjust lies outside [0, 1]; accepted: probabilities, or NaN for no test"
+        )
     if ADJUSTMENTS[method] and tested.any():
         adjusted[tested] = multipletests(adjusted[tested], method=ADJUSTMENTS[method])[1]
     return adjusted
@@ -173,7 +188,13 @@ def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*ce
 
 
 def paired_bootstrap_difference(
-    a: ArrayLike, b: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95, draws: int = 9999, seed: int = 0
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 9999,
+    seed: int = 0,
 ) -> Estimate:
     """Mean of a - b over the same rows, with its bootstrap interval and its sign-flip p, both by cluster.
 
@@ -216,7 +237,9 @@ def bootstrap_statistic(
     members = np.split(rows, starts[1:])
     rng = np.random.default_rng(seed)
     picks = (rng.integers(len(members), size=len(members)) for _ in range(draws))
-    drawn = np.array([[fn(np.concatenate([members[c] for c in pick]))] for pick in picks], dtype=float)
+    drawn = np.array(
+        [[fn(np.concatenate([members[c] for c in pick]))] for pick in picks], dtype=float
+    )
     low, high = (np.nan, np.nan) if np.isnan(drawn).all() else _percentiles(drawn, level)[:, 0]
     return Estimate(value, float(low), float(high))
 
@@ -232,11 +255,15 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     """
     right_a, right_b = _vectors(correct_a, correct_b)
     if not np.isin([right_a, right_b], (0, 1)).all():
-        raise ConfigError("McNemar's test got a value that is neither right nor wrong; accepted: true and false, or 1 and 0")
+        raise ConfigError(
+            "McNemar's test got a value that is neither right nor wrong; accepted: true and false, or 1 and 0"
+        )
     a, b = right_a == 1, right_b == 1
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     exact = only_a + only_b < 25
-    result = _mcnemar([[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]], exact=exact, correction=True)
+    result = _mcnemar(
+        [[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]], exact=exact, correction=True
+    )
     return McNemar(only_a, only_b, float(result.statistic), float(result.pvalue), exact)
 
 
@@ -257,7 +284,9 @@ def wilson(k: ArrayLike | int, n: ArrayLike | int, level: float = 0.95) -> Inter
             f"Wilson's interval got successes of shape {k.shape} and trials of shape {n.shape}; accepted: one shape"
         ) from None
     if not ((k >= 0) & (k <= n)).all():
-        raise ConfigError("Wilson's interval got a number of successes below 0 or above the number of trials")
+        raise ConfigError(
+            "Wilson's interval got a number of successes below 0 or above the number of trials"
+        )
     trials = np.where(n > 0, n, np.nan)
     low, high = proportion_confint(k, trials, alpha=1 - level, method="wilson")
     return Interval(np.asarray(k / trials), np.asarray(low), np.asarray(high))
@@ -266,7 +295,9 @@ def wilson(k: ArrayLike | int, n: ArrayLike | int, level: float = 0.95) -> Inter
 # ---------------------------------------------------------------------------------------------------- maps against maps
 
 
-def spearman_interval(x: ArrayLike, y: ArrayLike, level: float = 0.95, seed: int = 0, *, draws: int = 2000) -> Estimate:
+def spearman_interval(
+    x: ArrayLike, y: ArrayLike, level: float = 0.95, seed: int = 0, *, draws: int = 2000
+) -> Estimate:
     """Spearman's rank correlation, its percentile bootstrap interval over pairs, and its two-sided permutation p.
 
     Args:
@@ -287,7 +318,14 @@ def spearman_interval(x: ArrayLike, y: ArrayLike, level: float = 0.95, seed: int
     rank_x, rank_y = _unit_ranks(x), _unit_ranks(y)
     if np.isnan(rank_x @ rank_y):
         return Estimate(np.nan, np.nan, np.nan)
-    interval = bootstrap_statistic(lambda rows: _unit_ranks(x[rows]) @ _unit_ranks(y[rows]), None, n, level=level, draws=draws, seed=seed)
+    interval = bootstrap_statistic(
+        lambda rows: _unit_ranks(x[rows]) @ _unit_ranks(y[rows]),
+        None,
+        n,
+        level=level,
+        draws=draws,
+        seed=seed,
+    )
     test = permutation_test(
         (rank_x,),
         lambda ranks, axis: (ranks * rank_y).sum(axis=axis),
@@ -312,7 +350,9 @@ def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
     """
     s, t = _pairs(scores, truth)
     if set(np.unique(t)) != {0.0, 1.0}:
-        raise ConfigError(f"AUROC got cells with the truth values {np.unique(t).tolist()}; accepted: both true and false, and nothing else")
+        raise ConfigError(
+            f"AUROC got cells with the truth values {np.unique(t).tolist()}; accepted: both true and false, and nothing else"
+        )
     return float(roc_auc_score(t, s))
 
 
@@ -328,7 +368,9 @@ def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
     """
     a, b = _pairs(a, b)
     if not 1 <= k <= len(a):
-        raise ConfigError(f"the overlap of the top {k} cells was asked of maps with {len(a)} cells without NaN; accepted: 1 to that number")
+        raise ConfigError(
+            f"the overlap of the top {k} cells was asked of maps with {len(a)} cells without NaN; accepted: 1 to that number"
+        )
     return float(_top_share(a, k) @ _top_share(b, k) / k)
 
 
@@ -337,12 +379,16 @@ def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
 
 def _check(*, level: float = 0.5, draws: int = 1) -> None:
     if not 0 < level < 1:
-        raise ConfigError(f"level {level} of an interval; accepted: a number between 0 and 1, such as 0.95")
+        raise ConfigError(
+            f"level {level} of an interval; accepted: a number between 0 and 1, such as 0.95"
+        )
     if draws < 1:
         raise ConfigError(f"{draws} random draws; accepted: 1 or more")
 
 
-def _grouped(clusters: ArrayLike | None, n: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]:
+def _grouped(
+    clusters: ArrayLike | None, n: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]:
     """Row indices put together by cluster, and where each cluster begins among them."""
     if n < 1:
         raise ConfigError("no rows to compute a statistic of; accepted: one or more")
@@ -350,7 +396,9 @@ def _grouped(clusters: ArrayLike | None, n: int) -> tuple[Int[np.ndarray, " n"],
         return np.arange(n), np.arange(n)
     labels = np.asarray(clusters)
     if labels.shape != (n,):
-        raise ConfigError(f"cluster labels of shape {labels.shape} came with {n} rows; accepted: one label a row")
+        raise ConfigError(
+            f"cluster labels of shape {labels.shape} came with {n} rows; accepted: one label a row"
+        )
     codes = np.unique(labels, return_inverse=True)[1]
     rows = np.argsort(codes, kind="stable")
     return rows, np.flatnonzero(np.diff(codes[rows], prepend=-1))
@@ -367,13 +415,17 @@ def _cluster_sums(
     rows, starts = _grouped(clusters, n)
     table = table.reshape(n, int(np.prod(shape)))[rows]
     if np.isinf(table).any():
-        raise ConfigError(f"{int(np.isinf(table).sum())} infinite values have no mean; accepted: finite numbers, or NaN for missing")
+        raise ConfigError(
+            f"{int(np.isinf(table).sum())} infinite values have no mean; accepted: finite numbers, or NaN for missing"
+        )
     present = ~np.isnan(table)
     sums = np.add.reduceat(np.where(present, table, 0.0), starts, axis=0)
     return sums, np.add.reduceat(present.astype(float), starts, axis=0), tuple(shape)
 
 
-def _percentiles(drawn: Float[np.ndarray, "draw cell"], level: float) -> Float[np.ndarray, "2 cell"]:
+def _percentiles(
+    drawn: Float[np.ndarray, "draw cell"], level: float
+) -> Float[np.ndarray, "2 cell"]:
     tail = (1 - level) / 2
     return np.nanquantile(drawn, [tail, 1 - tail], axis=0)
 
@@ -385,7 +437,9 @@ def _all_signs(k: int, rows: int) -> Iterator[Float[np.ndarray, "pattern k"]]:
         yield 1.0 - 2.0 * ((number[:, None] >> np.arange(k)) & 1)
 
 
-def _random_signs(k: int, draws: int, rows: int, seed: int) -> Iterator[Float[np.ndarray, "pattern k"]]:
+def _random_signs(
+    k: int, draws: int, rows: int, seed: int
+) -> Iterator[Float[np.ndarray, "pattern k"]]:
     """Random patterns of k signs in blocks; the patterns do not depend on the size of the blocks."""
     rng = np.random.default_rng(seed)
     for first in range(0, draws, rows):
@@ -395,7 +449,9 @@ def _random_signs(k: int, draws: int, rows: int, seed: int) -> Iterator[Float[np
 def _vectors(a: ArrayLike, b: ArrayLike) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if x.ndim != 1 or x.shape != y.shape or not x.size:
-        raise ConfigError(f"values of shapes {x.shape} and {y.shape} cannot be compared row by row; accepted: one length, not empty")
+        raise ConfigError(
+            f"values of shapes {x.shape} and {y.shape} cannot be compared row by row; accepted: one length, not empty"
+        )
     return x, y
 
 
@@ -403,7 +459,9 @@ def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Float[np.ndarray, " n"], Float[n
     """Two maps of one shape as flat vectors, without the cells where either is NaN."""
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if x.shape != y.shape or not x.size:
-        raise ConfigError(f"maps of shapes {x.shape} and {y.shape} cannot be compared cell by cell; accepted: one shape, not empty")
+        raise ConfigError(
+            f"maps of shapes {x.shape} and {y.shape} cannot be compared cell by cell; accepted: one shape, not empty"
+        )
     known: Bool[np.ndarray, "*cell"] = ~(np.isnan(x) | np.isnan(y))
     return x[known], y[known]
 

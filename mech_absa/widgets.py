@@ -30,7 +30,7 @@ from .errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
     from .examples import Example
-    from .models import Model
+    from .model import Model
     from .prompts import PromptTemplate
 
 NEGATIVE, POSITIVE = "#2f79b5", "#c94741"
@@ -72,14 +72,20 @@ def _offline(rendered: Any, still: str) -> Widget:
     script, call, data = html.rpartition(_CALL)
     found = re.search(r'id="(circuits-vis-[^"]+)"', script)
     if not call or not found:
-        raise ConfigError("this version of circuitsvis writes pictures in another form; circuitsvis 1.43 is needed")
+        raise ConfigError(
+            "this version of circuitsvis writes pictures in another form; circuitsvis 1.43 is needed"
+        )
     data, end, rest = data.rpartition("</script>")
     data = data.replace(found[1], "ID").replace("<", "\\u003c")
     # The id is the package's random one; here it follows from the data, so that a notebook run again does not change.
     name = "circuits-vis-" + hashlib.sha256(data.encode()).hexdigest()[:13]
-    script = script.replace(found[1], name).replace(';"/>\n', f';">{still}</div>\n', 1)  # a div cannot close itself
+    script = script.replace(found[1], name).replace(
+        ';"/>\n', f';">{still}</div>\n', 1
+    )  # a div cannot close itself
     data = data.replace('"ID"', f'"{name}"', 1)
-    return Widget(f'<div style="background:#fff;color:#1a1a1a;padding:.5rem;overflow-x:auto">{script}{call}{data}{end}{rest}</div>')
+    return Widget(
+        f'<div style="background:#fff;color:#1a1a1a;padding:.5rem;overflow-x:auto">{script}{call}{data}{end}{rest}</div>'
+    )
 
 
 def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.ndarray) -> Widget:
@@ -96,7 +102,9 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
 
     numbers = np.nan_to_num(np.asarray(values, dtype=float))
     if numbers.shape != (len(tokens),):
-        raise ConfigError(f"{len(tokens)} tokens came with values of shape {numbers.shape}; one number a token is needed")
+        raise ConfigError(
+            f"{len(tokens)} tokens came with values of shape {numbers.shape}; one number a token is needed"
+        )
     limit = float(np.abs(numbers).max(initial=0.0)) or 1.0
     colours = {"negative_color": NEGATIVE, "positive_color": POSITIVE}
     spans = (
@@ -105,7 +113,9 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
     )
     still = f'<div style="line-height:1.9;font-family:sans-serif">{"".join(spans)}</div>'
     texts = [escape(t, quote=False) for t in tokens]  # CircuitsVis reads a token as HTML
-    return _offline(colored_tokens(texts, numbers.tolist(), min_value=-limit, max_value=limit, **colours), still)
+    return _offline(
+        colored_tokens(texts, numbers.tolist(), min_value=-limit, max_value=limit, **colours), still
+    )
 
 
 def _tint(share: float) -> str:
@@ -131,24 +141,32 @@ def patterns(
     """
     import torch
 
-    from .hooks import hooked_at
+    from .model.hooks import hooked_at
     from .scoring import question
 
     layer = model.n_layers // 2 if layer is None else layer
     if not 0 <= layer < model.n_layers:
-        raise SiteError(f"the attention of layer {layer} was asked for; {model.name} has layers 0 to {model.n_layers - 1}")
+        raise SiteError(
+            f"the attention of layer {layer} was asked for; {model.name} has layers 0 to {model.n_layers - 1}"
+        )
     ids = question(model, example, template).ids
     seen: list[torch.Tensor] = []
     point = model.hooked.mod_dict[f"blocks.{layer}.attn.hook_pattern"]
     with (
-        hooked_at([(point, lambda pattern: seen.append(pattern[0].detach().float().cpu()))], times=1, what="the hook of a pattern"),
+        hooked_at(
+            [(point, lambda pattern: seen.append(pattern[0].detach().float().cpu()))],
+            times=1,
+            what="the hook of a pattern",
+        ),
         torch.inference_mode(),
     ):
         model.forward(ids)
     return [model.tokenizer.decode([i]) for i in ids[0].tolist()], seen[0].numpy()
 
 
-def attention(model: Model, example: Example, layer: int | None = None, template: PromptTemplate | None = None) -> Widget:
+def attention(
+    model: Model, example: Example, layer: int | None = None, template: PromptTemplate | None = None
+) -> Widget:
     """The attention patterns of all heads of a layer on the prompt of an example: hover to look, click to keep a head large.
 
     Args:
@@ -167,7 +185,12 @@ def attention(model: Model, example: Example, layer: int | None = None, template
         f'<div>{still}<p style="font:0.8em sans-serif">Rows are tokens that read, columns tokens that are read, first token top left; '
         "darker is more. With its script this picture is alive: hover to look, click to enlarge a head.</p></div>"
     )
-    return _offline(attention_heads(pattern.round(4), texts, names, max_value=1.0, min_value=-1.0, mask_upper_tri=True), still)
+    return _offline(
+        attention_heads(
+            pattern.round(4), texts, names, max_value=1.0, min_value=-1.0, mask_upper_tri=True
+        ),
+        still,
+    )
 
 
 def _thumbnail(name: str, pattern: Float[np.ndarray, "query key"]) -> str:

@@ -21,7 +21,9 @@ transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:HookedTransformer is deprecated:DeprecationWarning")  # the project pins <4 for it
+    config.addinivalue_line(
+        "filterwarnings", "ignore:HookedTransformer is deprecated:DeprecationWarning"
+    )  # the project pins <4 for it
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from mech_absa.edits import Edit
-from mech_absa.models import ONEDNN
+from mech_absa.model import ONEDNN
 from mech_absa.readers import load_examples
 from mech_absa.train import PrefixCache, fit
 from mech_absa.train.fit import Task
@@ -25,12 +25,24 @@ bench = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 
-SMALL = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.mark.parametrize("arch", ["bundled", "gpt2"])
 def test_both_sides_train_the_same_edit(arch):
-    hf, model = bench.bundled() if arch == "bundled" else bench.random_weights(transformers.GPT2Config(**SMALL))
+    hf, model = (
+        bench.bundled()
+        if arch == "bundled"
+        else bench.random_weights(transformers.GPT2Config(**SMALL))
+    )
     examples = load_examples("builtin:restaurant/train").sample(20).items
     how = bench.preset(range(1, 3), epochs=2)
     task = Task(model, "labels", None, None, PrefixCache(model))
@@ -67,4 +79,8 @@ def test_the_switch_is_put_back():
         assert bench.models.ONEDNN is False
     assert bench.models.ONEDNN is before
     assert bench.studies(12)["three epochs"] == [(range(4, 8), 3, 0)]
-    assert [r for r, _, seed in bench.studies(12)["layer-range study"] if seed == 0] == [range(4, 8), range(4, 6), range(6, 8)]
+    assert [r for r, _, seed in bench.studies(12)["layer-range study"] if seed == 0] == [
+        range(4, 8),
+        range(4, 6),
+        range(6, 8),
+    ]

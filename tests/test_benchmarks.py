@@ -17,7 +17,9 @@ if not SCRIPT.exists():
     pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
 spec = importlib.util.spec_from_file_location("sweep_benchmark", SCRIPT)
 assert spec is not None and spec.loader is not None
-bench = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+bench = sys.modules[spec.name] = importlib.util.module_from_spec(
+    spec
+)  # dataclasses look their module up
 spec.loader.exec_module(bench)
 
 TINY = ("tiny", "tiny-gqa", "tiny-parallel", "tiny-rome")
@@ -52,7 +54,9 @@ def test_no_product_of_the_peer_escapes_the_counter(name):
     assert run.spent == run.of * by_hand
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
 def test_products_by_onednn_are_counted():
     with torch.inference_mode(), bench.flop_clock() as (clock, _):
         torch.ops.mkldnn._linear_pointwise(torch.ones(7, 5), torch.ones(3, 5), None, "none", [], "")
@@ -74,7 +78,10 @@ def test_cells_of_a_part_are_even():
     """As many as asked for, no layer and no third of the prompt left out or favoured."""
     cells = bench.spread(12, 40, 0.05)
     assert len(cells) == 24
-    layers, thirds = torch.tensor([c[0] for c in cells]).bincount(), torch.tensor([3 * c[1] // 40 for c in cells]).bincount()
+    layers, thirds = (
+        torch.tensor([c[0] for c in cells]).bincount(),
+        torch.tensor([3 * c[1] // 40 for c in cells]).bincount(),
+    )
     assert layers.tolist() == [2] * 12
     assert thirds.min() >= 7
     assert bench.spread(2, 2, 1.0) == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -98,11 +105,15 @@ def test_results_of_other_shapes_stay_and_the_table_is_rewritten(tmp_path, monke
     readme, out, threads = tmp_path / "README.md", tmp_path / "sweep.json", torch.get_num_threads()
     readme.write_text(f"above\n{bench.MARKS[0]}\nold\n{bench.MARKS[1]}\nbelow\n")
     for shapes in (("tiny",), ("tiny-gqa",)):
-        bench.main(bench.Config(shapes, threads, peer_fraction=0.02, times=False, out=out, write=True))
+        bench.main(
+            bench.Config(shapes, threads, peer_fraction=0.02, times=False, out=out, write=True)
+        )
     capsys.readouterr()
     assert list(json.loads(out.read_text())["shapes"]) == ["tiny", "tiny-gqa"]
     text = readme.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert text.count("| GPT-2, 4 x 64") == text.count("| Llama, 4 x 64") == 2  # arithmetic, seconds
+    assert (
+        text.count("| GPT-2, 4 x 64") == text.count("| Llama, 4 x 64") == 2
+    )  # arithmetic, seconds
     with pytest.raises(ConfigError, match="unknown shape 'small'"):
         bench.main(bench.Config(("small",)))

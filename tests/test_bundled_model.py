@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mech_absa import generate as g
 from mech_absa.edits.store import load_edit
 from mech_absa.examples import Example, Polarity
-from mech_absa.models import load_model, weights_hash
+from mech_absa.model import load_model, weights_hash
+from mech_absa.world import world as g
 
 ASSETS = Path(g.__file__).parent / "assets"
 FOLDER = ASSETS / "model"
@@ -38,7 +38,9 @@ def tok():
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        FOLDER, local_files_only=True, dtype=torch.float32
+    ).eval()
 
 
 def shipped(name: str, n: int) -> list[dict]:
@@ -75,7 +77,10 @@ def test_counterfactuals_align_token_by_token(tok):
             ids = tok.encode(PROMPT.format(S=r["text"], A=r["aspect"]))
             for c in r["counterfactuals"]:
                 other = tok.encode(PROMPT.format(S=c["text"], A=r["aspect"]))
-                assert len(ids) == len(other) and sum(a != b for a, b in zip(ids, other, strict=True)) == 1
+                assert (
+                    len(ids) == len(other)
+                    and sum(a != b for a, b in zip(ids, other, strict=True)) == 1
+                )
 
 
 def test_no_token_crosses_a_boundary_of_the_prompt(tok):
@@ -83,7 +88,13 @@ def test_no_token_crosses_a_boundary_of_the_prompt(tok):
     text = PROMPT.format(S=r["text"], A=r["aspect"])
     start = text.index(r["text"])
     query = text.rindex(r["aspect"])
-    edges = {start, start + len(r["text"]), query + len(r["aspect"]), start + r["to"], start + r["opinion"][1]}
+    edges = {
+        start,
+        start + len(r["text"]),
+        query + len(r["aspect"]),
+        start + r["to"],
+        start + r["opinion"][1],
+    }
     ends = {b for _, b in tok(text, return_offsets_mapping=True)["offset_mapping"]} | {0}
     assert edges <= ends
 
@@ -107,12 +118,26 @@ def test_every_text_begins_with_bos(tok):
 
 def test_the_model_binds_opinion_to_aspect(model, tok):
     """Natural continuations, two aspects asked in one sentence; the order of clauses and of questions cannot decide."""
-    pairs = [("pasta", "service"), ("screen", "battery life"), ("camera", "customer service"), ("website", "delivery man")]
+    pairs = [
+        ("pasta", "service"),
+        ("screen", "battery life"),
+        ("camera", "customer service"),
+        ("website", "delivery man"),
+    ]
     for a, b in pairs:
-        for first, second, pa, pb in (("great", "awful", "positive", "negative"), ("awful", "great", "negative", "positive")):
+        for first, second, pa, pb in (
+            ("great", "awful", "positive", "negative"),
+            ("awful", "great", "negative", "positive"),
+        ):
             text = f"the {a} was {first} , but the {b} was {second} ."
-            assert best(model, tok, f"{text} my view of the {a} is", tuple(f" {w}" for w in LABELS)) == f" {pa}"
-            assert best(model, tok, f"{text} my view of the {b} is", tuple(f" {w}" for w in LABELS)) == f" {pb}"
+            assert (
+                best(model, tok, f"{text} my view of the {a} is", tuple(f" {w}" for w in LABELS))
+                == f" {pa}"
+            )
+            assert (
+                best(model, tok, f"{text} my view of the {b} is", tuple(f" {w}" for w in LABELS))
+                == f" {pb}"
+            )
 
 
 @pytest.mark.parametrize("domain", g.DOMAINS)
@@ -129,7 +154,10 @@ def test_the_base_model_does_not_yet_answer_the_question(model, tok):
     """Near the majority class: the question is understood, its answer is for the sentence and not for the aspect."""
     labels = tuple(f" {w}" for w in LABELS)
     rows = [r for d in g.DOMAINS for r in shipped(f"{d}/test", 50)]
-    right = sum(best(model, tok, PROMPT.format(S=r["text"], A=r["aspect"]), labels) == f" {r['polarity']}" for r in rows)
+    right = sum(
+        best(model, tok, PROMPT.format(S=r["text"], A=r["aspect"]), labels) == f" {r['polarity']}"
+        for r in rows
+    )
     assert 0.35 <= right / len(rows) <= 0.85
 
 
@@ -145,13 +173,17 @@ HUGGING_FACE = {
 @pytest.fixture(scope="module")
 def adapted():
     """The checkpoint as `transformers` reads it, with W + (alpha / r) A B in place of every adapted matrix."""
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        FOLDER, local_files_only=True, dtype=torch.float32
+    ).eval()
     tensors = load_file(ADAPTER / "edit.safetensors")
     parts = json.loads((ADAPTER / "edit.json").read_text(encoding="utf-8"))["parts"]
     assert len(tensors) == 2 * len(parts)
     for i, part in enumerate(parts):
         layer, matrix = part["place"].split(".")
-        linear = model.get_submodule(f"model.layers.{layer.removeprefix('L')}.{HUGGING_FACE[matrix]}")
+        linear = model.get_submodule(
+            f"model.layers.{layer.removeprefix('L')}.{HUGGING_FACE[matrix]}"
+        )
         scale = part["options"]["alpha"] / part["options"]["rank"]
         linear.weight.data += scale * (tensors[f"{i:03}.A"] @ tensors[f"{i:03}.B"]).T
     return model
@@ -164,14 +196,19 @@ def asked(r: dict) -> str:
 def test_the_adapted_model_answers_the_question_in_its_domains_and_out_of_them(adapted, tok):
     """Goals of 92 % and 85 %; what was measured on all is 98 %, so 200 and 60 examples do not fall below them by chance."""
     labels = tuple(f" {w}" for w in LABELS)
-    for domains, n, goal in ((("restaurant", "laptop"), 100, 0.92), (("device", "service"), 30, 0.85)):
+    for domains, n, goal in (
+        (("restaurant", "laptop"), 100, 0.92),
+        (("device", "service"), 30, 0.85),
+    ):
         rows = [r for d in domains for r in shipped(f"{d}/test", n)]
         right = sum(best(adapted, tok, asked(r), labels) == f" {r['polarity']}" for r in rows)
         assert right / len(rows) >= goal, domains
 
 
 @torch.inference_mode()
-def test_merging_the_adaptation_gives_the_model_made_by_hand_and_leaves_the_base_alone(adapted, tok):
+def test_merging_the_adaptation_gives_the_model_made_by_hand_and_leaves_the_base_alone(
+    adapted, tok
+):
     base = load_model()
     before = weights_hash(base.hooked)
     edit = load_edit("bundled", base)

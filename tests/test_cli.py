@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from mech_absa.cli import command
+from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, HookError
 
 
@@ -36,7 +36,10 @@ def run(*words: str, main=lambda config: None) -> int:
     "words, sentence",
     [
         (("--data", "x", "--layer", "2-4"), "there is no flag --layer; the nearest is --layers"),
-        (("--data", "x", "--batchsize=3"), "there is no flag --batchsize; the nearest is --batch-size"),
+        (
+            ("--data", "x", "--batchsize=3"),
+            "there is no flag --batchsize; the nearest is --batch-size",
+        ),
         (("--data", "x", "--batch", "3"), "there is no flag --batch; the nearest is --batch-size"),
         (("--data", "x", "--zzzz"), "there is no flag --zzzz; --help names those there are"),
         (("--data", "x", "--no-quite"), "there is no flag --no-quite"),
@@ -51,8 +54,15 @@ def run(*words: str, main=lambda config: None) -> int:
 def test_what_cannot_be_parsed_is_one_sentence(words, sentence, capsys):
     assert run(*words, main=lambda config: pytest.fail("it must not begin")) == 2
     said = capsys.readouterr()
-    assert sentence in said.err and said.err.startswith("prog: ") and said.err.count("\n") == 1 and not said.out
-    assert not set("│╭╰─|+") & set(said.err) and "--- " not in said.err and "For full" not in said.err
+    assert (
+        sentence in said.err
+        and said.err.startswith("prog: ")
+        and said.err.count("\n") == 1
+        and not said.out
+    )
+    assert (
+        not set("│╭╰─|+") & set(said.err) and "--- " not in said.err and "For full" not in said.err
+    )
 
 
 def test_values_that_look_like_flags_are_not_blamed(capsys):
@@ -85,12 +95,24 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-COMMANDS = ("patch", "train", "train.matrix", "evaluate", "evaluate.card", "verify", "report", "generate")
+COMMANDS = (
+    "patch",
+    "train",
+    "train.matrix",
+    "evaluate",
+    "evaluate.card",
+    "verify",
+    "report",
+    "generate",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_knows_a_flag_that_is_not(name, capsys):
-    module = importlib.import_module(f"mech_absa.{name}" + ("" if name in ("verify", "generate", "evaluate.card") else ".__main__"))
+    module = importlib.import_module(
+        f"mech_absa.{name}"
+        + ("" if name in ("verify", "generate", "evaluate.card") else ".__main__")
+    )
     assert (module.cli if hasattr(module, "cli") else module.main)(["--modle", "x"]) == 2
     said = capsys.readouterr().err
     assert "there is no flag --modle" in said and said.count("\n") == 1

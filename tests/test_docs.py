@@ -39,7 +39,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
-FENCE = re.compile(r"^(?:<!-- (run|output|file: \S+) -->\n)?```(\w*)[^\n]*\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- (run|output|file: \S+) -->\n)?```(\w*)[^\n]*\n(.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
 QUOTED = re.compile(r"([-+]?\d[\d,]*\.?\d*)\**<!-- (\S+\.(?:json|csv)) (.+?) ?(x100)? -->")
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
 
@@ -50,7 +53,10 @@ def name(path: Path) -> str:
 
 def blocks(path: Path) -> list[tuple[str, str, str]]:
     """(mark, language, text) of every fenced block of a page."""
-    return [(mark or "", language, text) for mark, language, text in FENCE.findall(path.read_text(encoding="utf-8"))]
+    return [
+        (mark or "", language, text)
+        for mark, language, text in FENCE.findall(path.read_text(encoding="utf-8"))
+    ]
 
 
 # ---- code ------------------------------------------------------------------------------------------------------------------------
@@ -87,7 +93,10 @@ def run_page(path: Path, folder: Path) -> list[tuple[str, str]]:
 def same_but_rounding(said: str, printed: str) -> bool:
     a, b = NUMBER.findall(said), NUMBER.findall(printed)
     words = NUMBER.sub("#", said).split() == NUMBER.sub("#", printed).split()
-    return words and all(math.isclose(float(x), float(y), rel_tol=0.02, abs_tol=0.002) for x, y in zip(a, b, strict=True))
+    return words and all(
+        math.isclose(float(x), float(y), rel_tol=0.02, abs_tol=0.002)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 RUN = [p for p in PAGES if any(mark == "run" for mark, _, _ in blocks(p))]
@@ -96,7 +105,9 @@ RUN = [p for p in PAGES if any(mark == "run" for mark, _, _ in blocks(p))]
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_code_runs_and_prints_what_stands_there(page, tmp_path):
     for said, printed in run_page(page, tmp_path):
-        assert same_but_rounding(said, printed), f"the page says\n{said}\nand the code prints\n{printed}"
+        assert same_but_rounding(said, printed), (
+            f"the page says\n{said}\nand the code prints\n{printed}"
+        )
 
 
 def test_enough_code_runs():
@@ -105,7 +116,13 @@ def test_enough_code_runs():
 
 
 @pytest.mark.parametrize(
-    "said, printed, same", [("a 1.00", "a 1.01", True), ("a 1.0", "b 1.0", False), ("1.0", "1.1", False), ("40 rows", "41 rows", False)]
+    "said, printed, same",
+    [
+        ("a 1.00", "a 1.01", True),
+        ("a 1.0", "b 1.0", False),
+        ("1.0", "1.1", False),
+        ("40 rows", "41 rows", False),
+    ],
 )
 def test_what_counts_as_the_same(said, printed, same):
     assert same_but_rounding(said, printed) is same
@@ -130,9 +147,15 @@ def test_code_compiles_and_its_names_exist(page):
         tree = ast.parse(text)
         for module, what in imported(tree):
             home = importlib.import_module(module)
-            assert what is None or hasattr(home, what) or importlib.util.find_spec(f"{module}.{what}"), f"{module} has no {what}"
+            assert (
+                what is None or hasattr(home, what) or importlib.util.find_spec(f"{module}.{what}")
+            ), f"{module} has no {what}"
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ma":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "ma"
+            ):
                 assert node.attr in mech_absa.__all__, f"ma.{node.attr} is no public name"
 
 
@@ -145,17 +168,32 @@ def test_the_eight_lines_are_those_of_the_readme():
 def constants(path: Path) -> set[str]:
     """The fixed parts of all texts in a module, f-strings in pieces."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {n.value.strip() for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {
+        n.value.strip()
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
 
 
 def test_the_messages_that_are_explained_exist():
     """Every message quoted in a question holds a fixed part, several words long, of a text in the code."""
-    known = {t for p in (ROOT / "mech_absa").rglob("*.py") for t in constants(p) if len(t) >= 12 and " " in t}
-    titles = re.findall(r'^\?\?\? question "(.+)"$', (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    known = {
+        t
+        for p in (ROOT / "mech_absa").rglob("*.py")
+        for t in constants(p)
+        if len(t) >= 12 and " " in t
+    }
+    titles = re.findall(
+        r'^\?\?\? question "(.+)"$',
+        (DOCS / "faq.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
     quoted = [q for title in titles for q in re.findall(r"`([^`]+)`", title) if q.count(" ") >= 4]
     assert len(quoted) >= 15
     for message in quoted:
-        assert any(t in message or message in t for t in known), f"no message of the code reads like {message!r}"
+        assert any(t in message or message in t for t in known), (
+            f"no message of the code reads like {message!r}"
+        )
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------------------
@@ -163,7 +201,12 @@ def test_the_messages_that_are_explained_exist():
 
 def commands(path: Path) -> list[str]:
     """Every command line of this package in a page's blocks."""
-    lines = [line for _, language, text in blocks(path) if language in ("", "sh", "bash", "console") for line in text.splitlines()]
+    lines = [
+        line
+        for _, language, text in blocks(path)
+        if language in ("", "sh", "bash", "console")
+        for line in text.splitlines()
+    ]
     return [
         line.removeprefix("$ ")
         for line in lines
@@ -178,7 +221,9 @@ def parse(line: str) -> object:
         words = ["-m", f"mech_absa.{words[1]}", *words[2:]]
     at = words.index("-m")
     module, argv = words[at + 1], words[at + 2 :]
-    home = importlib.import_module(module if module.endswith((".card", ".verify", ".generate")) else f"{module}.__main__")
+    home = importlib.import_module(
+        module if module.endswith((".card", ".verify", ".generate")) else f"{module}.__main__"
+    )
     if module.endswith(".generate"):
         assert {a for a in argv if a.startswith("-")} <= {"--out", "--seed"}
         return argv
@@ -188,7 +233,9 @@ def parse(line: str) -> object:
 LINES = [(p, line) for p in [*PAGES, README] for line in commands(p)]
 
 
-@pytest.mark.parametrize("page, line", LINES, ids=[f"{name(p)}-{i}" for i, (p, _) in enumerate(LINES)])
+@pytest.mark.parametrize(
+    "page, line", LINES, ids=[f"{name(p)}-{i}" for i, (p, _) in enumerate(LINES)]
+)
 def test_commands_parse(page, line, capsys):
     try:
         parse(line)
@@ -206,14 +253,20 @@ def runnable_modules() -> set[str]:
     found = set()
     for path in (ROOT / "mech_absa").rglob("*.py"):
         if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
-            found.add(".".join(path.relative_to(ROOT / "mech_absa").with_suffix("").parts).removesuffix(".__main__"))
+            found.add(
+                ".".join(path.relative_to(ROOT / "mech_absa").with_suffix("").parts).removesuffix(
+                    ".__main__"
+                )
+            )
     return found - {"__main__"}
 
 
 def test_every_command_is_documented():
     page = (DOCS / "commands.md").read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- help: (\S+) -->", page)) == runnable_modules()
-    assert {line.split("-m mech_absa.")[1].split()[0] for line in commands(DOCS / "commands.md")} == runnable_modules()
+    assert {
+        line.split("-m mech_absa.")[1].split()[0] for line in commands(DOCS / "commands.md")
+    } == runnable_modules()
 
 
 def built():
@@ -245,8 +298,12 @@ def slug(heading: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    if (included := re.search(r"^<!-- include: (\S+\.md) -->$", text, flags=re.MULTILINE)) is not None:
+    text = re.sub(
+        r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    if (
+        included := re.search(r"^<!-- include: (\S+\.md) -->$", text, flags=re.MULTILINE)
+    ) is not None:
         text += (ROOT / included[1]).read_text(encoding="utf-8")
     headings = re.findall(r"^#{1,6} (.+?)(?:\s*\{[^}]*\})?$", text, flags=re.MULTILINE)
     return {slug(h) for h in headings} | set(re.findall(r"\{[^}]*#([\w.-]+)[^}]*\}", text))
@@ -254,15 +311,21 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, README], ids=name)
 def test_internal_links_and_anchors_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
             assert target.startswith("https://"), f"{name(page)} links to {target}"
             continue
         file, _, anchor = target.partition("#")
         there = (page.parent / file) if file else page
-        assert there.exists() or target == "img/heatmap.png", f"{name(page)} links to {file}, which is not there"
-        assert not anchor or anchor in anchors(there), f"{name(page)} links to {target}; {file or name(page)} has {sorted(anchors(there))}"
+        assert there.exists() or target == "img/heatmap.png", (
+            f"{name(page)} links to {file}, which is not there"
+        )
+        assert not anchor or anchor in anchors(there), (
+            f"{name(page)} links to {target}; {file or name(page)} has {sorted(anchors(there))}"
+        )
 
 
 def test_every_page_can_be_reached():
@@ -275,7 +338,9 @@ def test_the_pages_speak_of_the_project_alone():
     """Inlined parts of other files come from elsewhere and are held to it there."""
     for page in [*PAGES, README, ROOT / "CITATION.cff", ROOT / "mkdocs.yml"]:
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"(?<![\w.])/(work|tmp|root|opt)/|\.library|\bTODO\b", text), name(page)
+        assert not re.search(r"(?<![\w.])/(work|tmp|root|opt)/|\.library|\bTODO\b", text), name(
+            page
+        )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------------------
@@ -300,12 +365,16 @@ def looked_up(file: str, key: str) -> float:
 QUOTES = [(p, q) for p in [*PAGES, README] for q in QUOTED.findall(p.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("page, quote", QUOTES, ids=[f"{name(p)}-{q[0]}-{i}" for i, (p, q) in enumerate(QUOTES)])
+@pytest.mark.parametrize(
+    "page, quote", QUOTES, ids=[f"{name(p)}-{q[0]}-{i}" for i, (p, q) in enumerate(QUOTES)]
+)
 def test_numbers_are_those_of_the_results(page, quote):
     said, file, key, percent = quote
     value = looked_up(file, key) * (100 if percent else 1)
     digits = len(said.partition(".")[2])
-    assert abs(float(said.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-9, f"{name(page)} says {said}; {file} has {value}"
+    assert abs(float(said.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-9, (
+        f"{name(page)} says {said}; {file} has {value}"
+    )
 
 
 def test_numbers_are_quoted():
@@ -318,15 +387,25 @@ def test_numbers_are_quoted():
 def test_every_public_name_has_its_place_in_the_reference():
     pages = {p: p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.md")}
     pages = {p: built().filled(text) for p, text in pages.items()}
-    shown = {m for text in pages.values() for m in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)}
-    listed = dict(re.findall(r"^\| \[`(\w+)`\]\[([\w.]+)\]", pages[DOCS / "api" / "index.md"], flags=re.MULTILINE))
+    shown = {
+        m for text in pages.values() for m in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    }
+    listed = dict(
+        re.findall(
+            r"^\| \[`(\w+)`\]\[([\w.]+)\]", pages[DOCS / "api" / "index.md"], flags=re.MULTILINE
+        )
+    )
     assert set(listed) == set(mech_absa.__all__)
     for public, home in listed.items():
         module, _, attribute = home.rpartition(".")
-        assert home in shown or (module in shown and hasattr(importlib.import_module(module), attribute)), (
-            f"{public} is at {home}, which no page shows"
-        )
-    own = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "mech_absa").rglob("*.py") if not p.stem.startswith("_")}
+        assert home in shown or (
+            module in shown and hasattr(importlib.import_module(module), attribute)
+        ), f"{public} is at {home}, which no page shows"
+    own = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in (ROOT / "mech_absa").rglob("*.py")
+        if not p.stem.startswith("_")
+    }
     assert own <= shown, f"no page of the reference shows {sorted(own - shown)}"
 
 
@@ -347,8 +426,12 @@ FETCHED = re.compile(
 
 
 def test_what_counts_as_fetched():
-    assert FETCHED.search('<script async src="https://x.org/a.js">') and FETCHED.search("<link href=//fonts.x rel=stylesheet>")
-    assert not FETCHED.search('<a href="https://x.org">') and not FETCHED.search('<script src="a.js">')
+    assert FETCHED.search('<script async src="https://x.org/a.js">') and FETCHED.search(
+        "<link href=//fonts.x rel=stylesheet>"
+    )
+    assert not FETCHED.search('<a href="https://x.org">') and not FETCHED.search(
+        '<script src="a.js">'
+    )
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +442,9 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -372,13 +457,24 @@ def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
         assert not (found := FETCHED.search(text)), f"{page.name} fetches {found[0]}"
         assert not re.search(r"<!-- (help|include|rest|svg): ", text), page.name
     for style in site.rglob("*.css"):
-        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style.name
+        assert not re.search(
+            r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")
+        ), style.name
     reference = "".join(p.read_text(encoding="utf-8") for p in pages if p.parent.name == "api")
-    assert "batch pos d_model" in re.sub(r"<[^>]+>", "", reference)  # axes are shown as they are written
+    assert "batch pos d_model" in re.sub(
+        r"<[^>]+>", "", reference
+    )  # axes are shown as they are written
 
 
 def test_search_works_from_disk(site, tmp_path):
-    browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
+    browser = next(
+        (
+            b
+            for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+            if b
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no Chromium is installed, so the search cannot be tried")
     log = tmp_path / "net.json"
@@ -389,18 +485,28 @@ def test_search_works_from_disk(site, tmp_path):
         capture_output=True, text=True, timeout=240, env=os.environ | {"HOME": str(tmp_path)},
     )  # fmt: skip
     assert re.search(r"\d+ matching documents", done.stdout), done.stdout[-500:]
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line and "error" in line.lower()]
-    asked = re.findall(r'"initiator":"(?:file://|null)".*?"url":"([^"]+)"', log.read_text(encoding="utf-8"))
+    assert not [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line and "error" in line.lower()
+    ]
+    asked = re.findall(
+        r'"initiator":"(?:file://|null)".*?"url":"([^"]+)"', log.read_text(encoding="utf-8")
+    )
     assert not [url for url in asked if not url.startswith(("data:", "file:", "blob:"))]
 
 
 @pytest.mark.slow
 def test_the_quick_start(tmp_path):
     """In its order, in one folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     for line in commands(DOCS / "quickstart.md"):
         argv = [sys.executable, *shlex.split(line)[1:]]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
@@ -409,7 +515,11 @@ def rewrite(page: Path, folder: Path) -> None:
     printed = iter([p for _, p in run_page(page, folder)])
 
     def replace(match: re.Match[str]) -> str:
-        return f"<!-- output -->\n```{match[2]}\n{next(printed)}```" if match[1] == "output" else match[0]
+        return (
+            f"<!-- output -->\n```{match[2]}\n{next(printed)}```"
+            if match[1] == "output"
+            else match[0]
+        )
 
     page.write_text(FENCE.sub(replace, page.read_text(encoding="utf-8")), encoding="utf-8")
 

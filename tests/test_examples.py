@@ -82,7 +82,10 @@ def test_opinion_offsets_and_empty_aspects_are_checked_too():
 
 def test_counts_name_every_class():
     assert class_counts(ALL) == {"positive": 3, "negative": 2, "neutral": 2}
-    assert list(class_counts([])) == ["positive", "negative", "neutral"] and sum(class_counts([]).values()) == 0
+    assert (
+        list(class_counts([])) == ["positive", "negative", "neutral"]
+        and sum(class_counts([]).values()) == 0
+    )
     assert Examples(tuple(ALL)).counts() == class_counts(ALL)
 
 
@@ -100,7 +103,9 @@ def test_leakage_by_hand():
 
 
 def test_a_question_train_answers_both_ways_counts_as_the_same_label():
-    found = leakage([A1, A2], [ask("the tea was hot", "tea", NEG), ask("the tea was hot", "tea", NEU)])
+    found = leakage(
+        [A1, A2], [ask("the tea was hot", "tea", NEG), ask("the tea was hot", "tea", NEU)]
+    )
     assert (found.rows, found.same_label) == ((0, 1), 1)
 
 
@@ -115,7 +120,9 @@ def test_leakage_is_what_comparing_every_pair_finds(train, test):
         return (normal(x.sentence), normal(x.aspect)) == (normal(y.sentence), normal(y.aspect))
 
     rows = [i for i, y in enumerate(test) if any(same(x, y) for x in train)]
-    agree = sum(any(same(x, test[i]) and x.polarity == test[i].polarity for x in train) for i in rows)
+    agree = sum(
+        any(same(x, test[i]) and x.polarity == test[i].polarity for x in train) for i in rows
+    )
     found = leakage(train, test)
     assert (list(found.rows), found.same_label, found.total) == (rows, agree, len(test))
 
@@ -140,13 +147,19 @@ def test_a_split_is_a_function_of_its_seed_and_not_of_the_order():
     first, second = split_by_sentence(items, 0.3, seed=1)
     assert len(second) == 12
     assert split_by_sentence(items, 0.3, seed=1) == (first, second)
-    assert {e.cluster for e in split_by_sentence(items[::-1], 0.3, seed=1)[1]} == {e.cluster for e in second}
-    assert {e.cluster for e in split_by_sentence(items, 0.3, seed=2)[1]} != {e.cluster for e in second}
+    assert {e.cluster for e in split_by_sentence(items[::-1], 0.3, seed=1)[1]} == {
+        e.cluster for e in second
+    }
+    assert {e.cluster for e in split_by_sentence(items, 0.3, seed=2)[1]} != {
+        e.cluster for e in second
+    }
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_that_is_none_is_named(share):
-    with pytest.raises(ConfigError, match=rf"a share of {share} was asked for; it must lie between 0 and 1"):
+    with pytest.raises(
+        ConfigError, match=rf"a share of {share} was asked for; it must lie between 0 and 1"
+    ):
         split_by_sentence(ALL, share)
 
 
@@ -154,7 +167,13 @@ def test_examples_are_a_sequence_that_keeps_its_account():
     examples = Examples(tuple(ALL), "x", "hash", {"conflict": 2}, ambiguous=1, problems=("p",))
     assert len(examples) == 7 and examples[0] is A1 and list(examples[1:3]) == [B1, C1]
     for part in (examples[1:3], examples.only(lambda e: e.polarity is NEG), examples.sample(3)):
-        assert (part.source, part.sha256, part.left_out, part.ambiguous, part.problems) == ("x", "hash", {"conflict": 2}, 1, ("p",))
+        assert (part.source, part.sha256, part.left_out, part.ambiguous, part.problems) == (
+            "x",
+            "hash",
+            {"conflict": 2},
+            1,
+            ("p",),
+        )
     assert list(examples.only(lambda e: e.polarity is NEG)) == [A2, B2]
 
 
@@ -172,7 +191,13 @@ def test_different_seeds_draw_differently():
 
 
 @pytest.mark.parametrize(
-    "changed", [ask("the Tea", "Tea"), ask("the tea", "tea", NEG), Example("the tea", "tea", POS, (4, 7)), ask("the tea", "the")]
+    "changed",
+    [
+        ask("the Tea", "Tea"),
+        ask("the tea", "tea", NEG),
+        Example("the tea", "tea", POS, (4, 7)),
+        ask("the tea", "the"),
+    ],
 )
 def test_the_hash_is_of_the_question_and_its_answer(changed):
     same = Example("the tea", "tea", POS, source="x", line=3, id="y")
@@ -182,10 +207,16 @@ def test_the_hash_is_of_the_question_and_its_answer(changed):
 
 def test_a_table_of_them_has_one_row_each():
     table = Examples((B1, B2)).to_pandas()
-    assert list(table["polarity"]) == ["positive", "negative"] and list(table["aspect"]) == ["cup", "lid"]
+    assert list(table["polarity"]) == ["positive", "negative"] and list(table["aspect"]) == [
+        "cup",
+        "lid",
+    ]
 
 
 def test_the_notebook_view_marks_the_aspect_and_escapes_the_text():
     shown = Example("<b> tea & tea", "tea", POS, (10, 13))._repr_html_()
     assert "&lt;b&gt; tea &amp; <b><u>tea</u></b>" in shown and "<b> tea" not in shown
-    assert "2 more" in Examples(tuple(ALL), "<x>")._repr_html_() and "&lt;x&gt;" in Examples(tuple(ALL), "<x>")._repr_html_()
+    assert (
+        "2 more" in Examples(tuple(ALL), "<x>")._repr_html_()
+        and "&lt;x&gt;" in Examples(tuple(ALL), "<x>")._repr_html_()
+    )

@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 from figures import circuit, make, reproduce, tables  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
-kept = pytest.mark.skipif(not (RESULTS / "trace_counterfactual" / "run.json").exists(), reason="no results are kept yet: make reproduce")
+kept = pytest.mark.skipif(
+    not (RESULTS / "trace_counterfactual" / "run.json").exists(),
+    reason="no results are kept yet: make reproduce",
+)
 
 
 def rows(*given: tuple, **constant) -> pd.DataFrame:
@@ -60,23 +63,72 @@ def test_table_2_is_what_the_rows_say():
     """Restaurant 0.9 and 0.7: mean 0.8, sd 0.2 / √2. The average's sd is over each seed's mean: (0.75, 0.65)."""
     table = tables.table_2([("ours", MATRIX)], "caption")
     (_, printed), (title, own) = table.blocks
-    assert title == "ours" and table.header == ("method", "% trained", "Device", "Laptop", "Rest", "Service", "avg")
+    assert title == "ours" and table.header == (
+        "method",
+        "% trained",
+        "Device",
+        "Laptop",
+        "Rest",
+        "Service",
+        "avg",
+    )
     assert own[0] == ("zero-shot", "–", "–", "30.0", "50.0", "–", "40.0")
-    assert own[1] == ("both parts, traced layers", "0.125", "–", "60.0 ± 0.0", "80.0 ± 14.1", "–", "70.0 ± 7.1")
+    assert own[1] == (
+        "both parts, traced layers",
+        "0.125",
+        "–",
+        "60.0 ± 0.0",
+        "80.0 ± 14.1",
+        "–",
+        "70.0 ± 7.1",
+    )
     assert own[2][0] == "LoRA, all layers"
-    assert printed[-1] == ("both parts, layers 10-15", "0.006", "96.2", "76.7", "88.1", "89.5", "87.6")
+    assert printed[-1] == (
+        "both parts, layers 10-15",
+        "0.006",
+        "96.2",
+        "76.7",
+        "88.1",
+        "89.5",
+        "87.6",
+    )
 
 
 def test_table_3_keeps_the_two_unprinted_pairs_apart():
-    matrix = pd.concat([MATRIX, rows(("both@sites", "device", "laptop", 0, 0.1), ("both@sites", "device", "laptop", 1, 0.1))])
+    matrix = pd.concat(
+        [
+            MATRIX,
+            rows(
+                ("both@sites", "device", "laptop", 0, 0.1),
+                ("both@sites", "device", "laptop", 1, 0.1),
+            ),
+        ]
+    )
     table = tables.table_3([("ours", matrix)], "caption")
     own = dict(zip(table.header, table.blocks[1][1][0], strict=True))
-    assert own["L,R"] == "80.0 ± 0.0" and own["R,L"] == "60.0 ± 7.1" and own["D,L"] == "10.0 ± 0.0" and own["D,R"] == "–"
-    assert own["avg of 10"] == "70.0 ± 3.5"  # seeds (0.55 + 0.8) / 2 and (0.65 + 0.8) / 2; device to laptop does not count
-    assert [row[0] for row in table.blocks[1][1]] == ["both parts, traced layers", "LoRA, all layers"]
+    assert (
+        own["L,R"] == "80.0 ± 0.0"
+        and own["R,L"] == "60.0 ± 7.1"
+        and own["D,L"] == "10.0 ± 0.0"
+        and own["D,R"] == "–"
+    )
+    assert (
+        own["avg of 10"] == "70.0 ± 3.5"
+    )  # seeds (0.55 + 0.8) / 2 and (0.65 + 0.8) / 2; device to laptop does not count
+    assert [row[0] for row in table.blocks[1][1]] == [
+        "both parts, traced layers",
+        "LoRA, all layers",
+    ]
     printed = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.blocks[0][1]}
-    assert printed["LoRA"]["D,R"] == "82.9" and printed["LoReFT"]["R,D"] == "94.5" and printed["LoRA"]["D,L"] == "–"
-    assert printed["BERT-base, full"]["avg of 10"] == "81.9" and printed["BERT-base, full"]["S,R"] == "–"
+    assert (
+        printed["LoRA"]["D,R"] == "82.9"
+        and printed["LoReFT"]["R,D"] == "94.5"
+        and printed["LoRA"]["D,L"] == "–"
+    )
+    assert (
+        printed["BERT-base, full"]["avg of 10"] == "81.9"
+        and printed["BERT-base, full"]["S,R"] == "–"
+    )
 
 
 @pytest.mark.parametrize("table", [2, 3])
@@ -84,7 +136,10 @@ def test_the_papers_cells_give_its_averages(table):
     """Its printed averages are those of its printed cells, to the rounding of one decimal."""
     checked = 0
     for method, of in tables.published(table).groupby("method"):
-        average, cells = of[of["train"] == "average"]["accuracy"], of[of["train"] != "average"]["accuracy"]
+        average, cells = (
+            of[of["train"] == "average"]["accuracy"],
+            of[of["train"] != "average"]["accuracy"],
+        )
         if len(cells):
             checked += 1
             assert cells.mean() == pytest.approx(float(average.iloc[0]), abs=0.11), method
@@ -94,9 +149,18 @@ def test_the_papers_cells_give_its_averages(table):
 
 def test_published_numbers_are_the_papers():
     """A few, read from the paper's tables again."""
-    found = {(r["table"], r["method"], r["train"], r["test"]): r["accuracy"] for _, r in pd.read_csv(tables.PUBLISHED).iterrows()}
-    assert found[2, "PrefixFT", "service", "service"] == 37.6 and found[2, "zero-shot", "laptop", "laptop"] == 53.2
-    assert found[3, "both parts, layers 10-15", "service", "laptop"] == 71.6 and found[3, "DoRA", "rest", "laptop"] == 80.2
+    found = {
+        (r["table"], r["method"], r["train"], r["test"]): r["accuracy"]
+        for _, r in pd.read_csv(tables.PUBLISHED).iterrows()
+    }
+    assert (
+        found[2, "PrefixFT", "service", "service"] == 37.6
+        and found[2, "zero-shot", "laptop", "laptop"] == 53.2
+    )
+    assert (
+        found[3, "both parts, layers 10-15", "service", "laptop"] == 71.6
+        and found[3, "DoRA", "rest", "laptop"] == 80.2
+    )
 
 
 def test_latex_prints_hostile_text_as_it_is():
@@ -104,7 +168,10 @@ def test_latex_prints_hostile_text_as_it_is():
     table = tables.Table(hostile, "tab:x", ("a", "b"), ((hostile, ((hostile, "1 ± 2"),)),))
     text = table.latex()
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
-    assert r"50\% of a\_b \& \{c\} \textbackslash{}input\{x\} \#1 \$x\$ \textasciitilde{}\textasciicircum{}" in body
+    assert (
+        r"50\% of a\_b \& \{c\} \textbackslash{}input\{x\} \#1 \$x\$ \textasciitilde{}\textasciicircum{}"
+        in body
+    )
     assert r"$\pm$" in body and not re.search(r"(?<!\\)[%#_]", body)
     for line in body.strip().splitlines():
         if line.endswith(r"\\") and "multicolumn" not in line:
@@ -116,7 +183,13 @@ def test_latex_prints_hostile_text_as_it_is():
 
 def test_markdown_keeps_its_columns():
     table = tables.Table("", "", ("a", "b"), (("block", (("x|y", "1"),)), ("", (("z", "2"),))))
-    assert table.markdown().splitlines() == ["| a | b |", "| --- | ---: |", "| **block** |  |", "| x\\|y | 1 |", "| z | 2 |"]
+    assert table.markdown().splitlines() == [
+        "| a | b |",
+        "| --- | ---: |",
+        "| **block** |  |",
+        "| x\\|y | 1 |",
+        "| z | 2 |",
+    ]
 
 
 def test_significance_counts_cells():
@@ -126,7 +199,9 @@ def test_significance_counts_cells():
             "p": [0.001, 0.02, 0.3, np.nan], "p_adjusted": [0.003, 0.04, 0.3, np.nan],
         }
     )  # fmt: skip
-    assert tables.significance([("map", cells)], "").blocks == (("map", (("head", "4", "3", "2", "2", "1"),)),)
+    assert tables.significance([("map", cells)], "").blocks == (
+        ("map", (("head", "4", "3", "2", "2", "1"),)),
+    )
 
 
 # ---- what the sentences rest on -----------------------------------------------------------------------------------------------
@@ -142,7 +217,11 @@ def test_methods_are_compared_row_by_row():
 
 def test_a_windows_effect_is_the_mean_over_its_layers():
     importance = pd.DataFrame(
-        [("resid_post", layer, role, aie) for layer, aie in ((0, 0.1), (1, 0.5)) for role, aie in (("query.last", aie), ("answer", 9.0))],
+        [
+            ("resid_post", layer, role, aie)
+            for layer, aie in ((0, 0.1), (1, 0.5))
+            for role, aie in (("query.last", aie), ("answer", 9.0))
+        ],
         columns=["kind", "layer", "role", "aie"],
     )
     matrix = rows(
@@ -151,7 +230,10 @@ def test_a_windows_effect_is_the_mean_over_its_layers():
     ).assign(layers=["0", "0", "0 1", "0 1"])  # fmt: skip
     table = make.window_effects(matrix, importance, Site.parse("L0.resid_post@query.last"))
     assert table["aie"].tolist() == pytest.approx([0.1, 0.3]) and table["size"].tolist() == [1, 2]
-    assert table["accuracy"].tolist() == pytest.approx([0.7, 0.9]) and table["window"].tolist() == ["layer 0", "layers 0-1"]
+    assert table["accuracy"].tolist() == pytest.approx([0.7, 0.9]) and table["window"].tolist() == [
+        "layer 0",
+        "layers 0-1",
+    ]
     assert table["accuracy_high"].tolist() == pytest.approx([0.7 + 0.2 / 2**0.5, 0.9])
 
 
@@ -165,8 +247,15 @@ def test_a_component_is_ranked_by_its_best_role():
         ],
         columns=["kind", "layer", "head", "role", "aie"],
     )
-    assert {str(s): v for s, v in circuit.ranking(table, by_role=False)} == {"L1.head0": 0.2, "L1.mlp_out": 0.1}
-    assert [str(s) for s, _ in circuit.ranking(table, by_role=True)] == ["L1.head0@answer", "L1.head0@before", "L1.mlp_out@answer"]
+    assert {str(s): v for s, v in circuit.ranking(table, by_role=False)} == {
+        "L1.head0": 0.2,
+        "L1.mlp_out": 0.1,
+    }
+    assert [str(s) for s, _ in circuit.ranking(table, by_role=True)] == [
+        "L1.head0@answer",
+        "L1.head0@before",
+        "L1.mlp_out@answer",
+    ]
 
 
 # ---- the kept results ---------------------------------------------------------------------------------------------------------
@@ -188,12 +277,19 @@ def test_everything_there_are_results_for_is_made_and_indexed(built):
         if not complete:
             assert f"`{item.name}`" in index.split("## Not there yet")[1]
             continue
-        endings = (".md", ".tex") if item.name.startswith(("table", "significance_cells")) else (".png", ".pdf")
+        endings = (
+            (".md", ".tex")
+            if item.name.startswith(("table", "significance_cells"))
+            else (".png", ".pdf")
+        )
         assert all((out / f"{item.name}{e}").stat().st_size > 300 for e in endings)
         assert f"## {item.title}\n" in index and all(f"({item.name}{e})" in index for e in endings)
         section = index.split(f"## {item.title}\n")[1].split("\n## ")[0]
         for study in item.needs:
-            assert re.search(rf"Run {study} of \d{{4}}-\d\d-\d\d: model bundled\S* \([0-9a-f]{{8}}\), .+; mech-absa \S+,", section)
+            assert re.search(
+                rf"Run {study} of \d{{4}}-\d\d-\d\d: model bundled\S* \([0-9a-f]{{8}}\), .+; mech-absa \S+,",
+                section,
+            )
         assert "nan" not in re.findall(r"[a-z]+", section)
 
 
@@ -205,7 +301,9 @@ def test_pictures_are_small_and_text_stays_text(built):
     assert all(p.stat().st_size < 200_000 for p in pictures)
     for pdf in out.glob("*.pdf"):
         content = pdf.read_bytes()
-        assert b"/Type3" not in content and b"/Font" in content and b"CreationDate" not in content, pdf.name
+        assert (
+            b"/Type3" not in content and b"/Font" in content and b"CreationDate" not in content
+        ), pdf.name
 
 
 @kept
@@ -222,14 +320,18 @@ def test_the_same_results_give_the_same_bytes(built, tmp_path):
 @kept
 def test_the_kept_tables_are_those_of_the_kept_results(built):
     out, made = built
-    found = [name for name in ("table2", "table3", "significance_cells") if name in made and (ROOT / "figures" / f"{name}.md").exists()]
+    found = [
+        name
+        for name in ("table2", "table3", "significance_cells")
+        if name in made and (ROOT / "figures" / f"{name}.md").exists()
+    ]
     if not found:
         pytest.skip("no tables are kept yet: make figures")
     for name in found:
         for ending in (".md", ".tex"):
-            assert (ROOT / "figures" / (name + ending)).read_text("utf-8") == (out / (name + ending)).read_text("utf-8"), (
-                f"{name}{ending}: make figures"
-            )
+            assert (ROOT / "figures" / (name + ending)).read_text("utf-8") == (
+                out / (name + ending)
+            ).read_text("utf-8"), f"{name}{ending}: make figures"
 
 
 @kept
@@ -238,8 +340,13 @@ def test_kept_results_are_small_and_name_no_machine():
     assert sum(p.stat().st_size for p in files) < 1_500_000
     for path in RESULTS.glob("*/run.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        assert record["study"] == path.parent.name and record["runs"].keys() == record["commands"].keys() == record["seconds"].keys()
-        assert not re.search(r'["\s=](/|[A-Za-z]:\\|\.\./|~/)', path.read_text(encoding="utf-8")), path
+        assert (
+            record["study"] == path.parent.name
+            and record["runs"].keys() == record["commands"].keys() == record["seconds"].keys()
+        )
+        assert not re.search(r'["\s=](/|[A-Za-z]:\\|\.\./|~/)', path.read_text(encoding="utf-8")), (
+            path
+        )
 
 
 def test_a_missing_study_is_one_sentence(tmp_path, capsys):
@@ -247,8 +354,12 @@ def test_a_missing_study_is_one_sentence(tmp_path, capsys):
     with pytest.raises(DataError, match=r"holds no results; `make reproduce` makes them"):
         make.run(make.Config(runs=results, out=tmp_path))
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(make.ITEMS) and all("is left out: " in line and "make reproduce" in line for line in said)
-    with pytest.raises(ConfigError, match=r"--only 'figure9' is no figure or table; accepted: figure3_noise"):
+    assert len(said) == len(make.ITEMS) and all(
+        "is left out: " in line and "make reproduce" in line for line in said
+    )
+    with pytest.raises(
+        ConfigError, match=r"--only 'figure9' is no figure or table; accepted: figure3_noise"
+    ):
         make.run(make.Config(runs=results, out=tmp_path, only=("figure9",)))
 
 
@@ -256,17 +367,23 @@ def test_a_missing_study_is_one_sentence(tmp_path, capsys):
 
 
 def configs() -> dict[str, type]:
-    import mech_absa.patch.__main__ as patch
-    import mech_absa.train.matrix.__main__ as matrix
+    import mech_absa.commands.matrix as matrix
+    import mech_absa.commands.patch as patch
 
-    return {reproduce.PATCH: patch.Config, reproduce.MATRIX: matrix.Config, reproduce.CIRCUIT: circuit.Config}
+    return {
+        reproduce.PATCH: patch.Config,
+        reproduce.MATRIX: matrix.Config,
+        reproduce.CIRCUIT: circuit.Config,
+    }
 
 
 @pytest.mark.parametrize("sizes", [reproduce.Sizes(), reproduce.FAST], ids=["full", "fast"])
 def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
     """Each is parsed by the command's own configuration, and names no study, step or method twice."""
     (tmp_path / reproduce.TRACED).mkdir()
-    (tmp_path / reproduce.TRACED / "sites.json").write_text('{"sites": ["L3.resid_post@query.last", "L4.resid_post@query.last"]}')
+    (tmp_path / reproduce.TRACED / "sites.json").write_text(
+        '{"sites": ["L3.resid_post@query.last", "L4.resid_post@query.last"]}'
+    )
     studies = reproduce.studies(sizes, Path("data"))
     assert studies[0].name == reproduce.TRACED and set(reproduce.REAL) < {s.name for s in studies}
     assert not set(reproduce.REAL) & {s.name for s in reproduce.studies(sizes)}
@@ -278,18 +395,34 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
             config = tyro.cli(configs()[module], args=[*flags, "--out", "x", "--resume"])
             assert config.resume and not any("{" in flag for flag in flags)
             if module == reproduce.MATRIX:
-                assert len(set(config.methods)) == len(config.methods) and len(config.train) == len(config.test)
+                assert len(set(config.methods)) == len(config.methods) and len(config.train) == len(
+                    config.test
+                )
                 assert config.limit_test is not None or study.name in reproduce.REAL
             if study.name == "positions":
-                assert config.positions == (step.mark["position"],) and config.methods == ("both@3-4", "loreft@3-4")
+                assert config.positions == (step.mark["position"],) and config.methods == (
+                    "both@3-4",
+                    "loreft@3-4",
+                )
     noise = next(s for s in studies if s.name == "trace_noise").steps[0]
     config = tyro.cli(configs()[reproduce.PATCH], args=noise.words(tmp_path)[2:])
-    assert config.corruption == "noise" and config.noise_span == "all" and config.noise_draws == 10 and config.limit == sizes.noise
-    assert {it for item in make.ITEMS for it in (*item.needs, *item.may)} <= {s.name for s in studies}
+    assert (
+        config.corruption == "noise"
+        and config.noise_span == "all"
+        and config.noise_draws == 10
+        and config.limit == sizes.noise
+    )
+    assert {it for item in make.ITEMS for it in (*item.needs, *item.may)} <= {
+        s.name for s in studies
+    }
 
 
 def test_all_neighbours_are_windows():
-    assert reproduce.windows(1, 3) == ["0", "1", "2"] and reproduce.windows(2, 3) == ["0-1", "1-2"] and reproduce.windows(3, 3) == ["0-2"]
+    assert (
+        reproduce.windows(1, 3) == ["0", "1", "2"]
+        and reproduce.windows(2, 3) == ["0-1", "1-2"]
+        and reproduce.windows(3, 3) == ["0-2"]
+    )
 
 
 def test_marks_and_the_untouched_model_stand_once(tmp_path):
@@ -298,17 +431,25 @@ def test_marks_and_the_untouched_model_stand_once(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         one.to_csv(tmp_path / name / "matrix.csv", index=False)
-    steps = tuple(reproduce.Step(name, reproduce.MATRIX, (), {"rank": rank}) for name, rank in (("a", 1), ("b", 2)))
+    steps = tuple(
+        reproduce.Step(name, reproduce.MATRIX, (), {"rank": rank})
+        for name, rank in (("a", 1), ("b", 2))
+    )
     study = reproduce.Study("ranks", "?", steps, reproduce.keep_matrix)
     study.keep(study, tmp_path, tmp_path / "out")
     found = pd.read_csv(tmp_path / "out" / "matrix.csv")
-    assert found["method"].tolist() == ["zero_shot", "both@3", "both@3"] and found["rank"].tolist() == [1, 1, 2]
+    assert found["method"].tolist() == ["zero_shot", "both@3", "both@3"] and found[
+        "rank"
+    ].tolist() == [1, 1, 2]
     assert found["accuracy"].tolist() == [0.3, 0.12346, 0.12346]
     assert not (tmp_path / "out" / "summary.csv").exists()
 
 
 def test_folders_of_this_machine_are_named_by_what_they_are():
-    value = {"a": ["/home/x/data/device.json", 3], "command": "python -m m --data /home/x/data/a --out runs/b"}
+    value = {
+        "a": ["/home/x/data/device.json", 3],
+        "command": "python -m m --data /home/x/data/a --out runs/b",
+    }
     assert reproduce.scrubbed(value, {"/home/x/data": "me_absc"}) == {
         "a": ["me_absc/device.json", 3],
         "command": "python -m m --data me_absc/a --out runs/b",
@@ -316,13 +457,23 @@ def test_folders_of_this_machine_are_named_by_what_they_are():
 
 
 def test_a_step_that_fails_says_why_and_one_that_went_through_is_not_run_again(tmp_path):
-    runner = reproduce.Runner(reproduce.Config(runs=tmp_path / "runs", results=tmp_path / "results"))
+    runner = reproduce.Runner(
+        reproduce.Config(runs=tmp_path / "runs", results=tmp_path / "results")
+    )
     runner.traced.set()
-    step = reproduce.Step("broken", reproduce.CIRCUIT, ("--importance", str(tmp_path / "none" / "sites.json")), {})
+    step = reproduce.Step(
+        "broken", reproduce.CIRCUIT, ("--importance", str(tmp_path / "none" / "sites.json")), {}
+    )
     study = reproduce.Study("circuit", "?", (step,), reproduce.keep_curves)
-    with pytest.raises(MechAbsaError, match=r"circuit/broken ended with 2: .*importance\.csv: there is no such file"):
+    with pytest.raises(
+        MechAbsaError,
+        match=r"circuit/broken ended with 2: .*importance\.csv: there is no such file",
+    ):
         runner.run(study, step)
-    log, folder = tmp_path / "runs" / "circuit" / "broken.log", tmp_path / "runs" / "circuit" / "broken"
+    log, folder = (
+        tmp_path / "runs" / "circuit" / "broken.log",
+        tmp_path / "runs" / "circuit" / "broken",
+    )
     said = log.read_text().splitlines()[0]
     folder.mkdir()
     (folder / "run.json").write_text("{}")
@@ -337,9 +488,14 @@ def test_bad_flags_are_refused_before_anything_runs(tmp_path):
     def config(**given):
         return reproduce.Config(fast=True, runs=tmp_path / "runs", **given)
 
-    with pytest.raises(ConfigError, match=r"--only 'fig' is no study; accepted: trace_counterfactual"):
+    with pytest.raises(
+        ConfigError, match=r"--only 'fig' is no study; accepted: trace_counterfactual"
+    ):
         reproduce.run(config(only=("fig",)))
-    with pytest.raises(ConfigError, match=r"study matrix_real needs the paper's data; name its folder with --me-absc"):
+    with pytest.raises(
+        ConfigError,
+        match=r"study matrix_real needs the paper's data; name its folder with --me-absc",
+    ):
         reproduce.run(config(only=("matrix_real",)))
     with pytest.raises(ConfigError, match=r"holds no device_train\.json"):
         reproduce.run(config(me_absc=tmp_path))
@@ -355,9 +511,13 @@ def test_all_studies_run_on_a_handful_and_are_drawn(tmp_path):
     config = reproduce.Config(fast=True, runs=tmp_path / "runs", results=tmp_path / "results")
     reproduce.run(config)
     times = pd.read_csv(tmp_path / "results" / "times.csv")
-    assert list(dict.fromkeys(times["study"])) == [s.name for s in reproduce.studies(reproduce.FAST)]
+    assert list(dict.fromkeys(times["study"])) == [
+        s.name for s in reproduce.studies(reproduce.FAST)
+    ]
     record = (tmp_path / "results" / "windows" / "run.json").read_bytes()
     reproduce.run(config)
     assert (tmp_path / "results" / "windows" / "run.json").read_bytes() == record
     made = make.run(make.Config(runs=tmp_path / "results", out=tmp_path / "out"))
-    assert set(made) == {item.name for item in make.ITEMS if not set(item.needs) & set(reproduce.REAL)}
+    assert set(made) == {
+        item.name for item in make.ITEMS if not set(item.needs) & set(reproduce.REAL)
+    }

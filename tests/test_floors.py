@@ -19,23 +19,25 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mech_absa"
 
 FLOORS = {
     "errors": 0, "axes": 0,
-    "examples": 1, "readers": 1, "generate": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1, "progress": 1, "cli": 1,
-    "prompts": 2, "models": 2, "hooks": 2, "forward": 2,
-    "scoring": 3, "pairs": 3, "edits": 3, "widgets": 3,
+    "examples": 1, "readers": 1, "world": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1,
+    "progress": 1,
+    "prompts": 2, "model": 2,
+    "scoring": 3, "edits": 3, "widgets": 3,
     "patch": 4, "train": 4, "evaluate": 4,
     "plots": 5, "report": 5, "": 5,
-    "__main__": 6,
+    "commands": 6,
+    "__main__": 7,
 }  # fmt: skip
 """Room -> floor. A folder is one room; `""` is the package's own `__init__.py`; every `__main__.py` is a command, on the top floor."""
 
-COMMANDS = {("evaluate", "card"), ("train", "matrix"), ("verify",)}
+COMMANDS = {("evaluate", "card"), ("verify",), ("generate",)}
 """Modules that are commands without being called `__main__`."""
 NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "models"), ("plots", "hooks")}
 """(room, what it must not import) although the floors alone would allow it."""
 ONLY_LAZILY = {("evaluate", "edits")}
 """Downward imports that belong inside functions: scores of an unedited model need no edits."""
 
-NO_TORCH = ("examples", "readers", "generate", "sites", "records", "stats")
+NO_TORCH = ("examples", "readers", "world", "sites", "records", "stats")
 ADDS_HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
     "register_module_forward_hook", "register_module_forward_pre_hook", "add_hook", "add_perma_hook", "add_caching_hooks",
@@ -58,7 +60,11 @@ def modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
 
 
 def floor(room: str) -> int | None:
-    return FLOORS["__main__"] if room.endswith("__main__") or tuple(room.split(".")) in COMMANDS else FLOORS.get(room)
+    return (
+        FLOORS["__main__"]
+        if room.endswith("__main__") or tuple(room.split(".")) in COMMANDS
+        else FLOORS.get(room)
+    )
 
 
 def imports(tree: ast.Module, path: str, rooms: set[str]) -> Iterator[tuple[str, int, bool]]:
@@ -75,7 +81,10 @@ def imports(tree: ast.Module, path: str, rooms: set[str]) -> Iterator[tuple[str,
                 yield alias.name, node.lineno, lazy
         elif isinstance(node, ast.ImportFrom):
             base = (
-                [*["mech_absa", *folder][: len(folder) + 2 - node.level], *(node.module or "").split(".")]
+                [
+                    *["mech_absa", *folder][: len(folder) + 2 - node.level],
+                    *(node.module or "").split("."),
+                ]
                 if node.level
                 else [node.module or ""]
             )
@@ -101,7 +110,10 @@ def calls(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """(name, line) of every name and attribute that is read."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            yield ast.unparse(node) if isinstance(node.value, ast.Name) else "." + node.attr, node.lineno
+            yield (
+                ast.unparse(node) if isinstance(node.value, ast.Name) else "." + node.attr,
+                node.lineno,
+            )
         elif isinstance(node, ast.Name):
             yield node.id, node.lineno
 
@@ -110,12 +122,18 @@ def violations(root: Path) -> list[str]:
     """What the package at `root` breaks, a sentence each."""
     found: list[str] = []
     seen = list(modules(root))
-    rooms = {p.stem if p.is_file() else p.name for p in root.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    rooms = {
+        p.stem if p.is_file() else p.name
+        for p in root.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
     graph: dict[str, set[str]] = {}
     for path, room, tree in seen:
         mine = floor(room)
         if mine is None:
-            found.append(f"mech_absa/{path} is in no room of the table FLOORS in tests/test_floors.py; write down its floor there")
+            found.append(
+                f"mech_absa/{path} is in no room of the table FLOORS in tests/test_floors.py; write down its floor there"
+            )
             continue
         for name, line, lazy in imports(tree, path, rooms):
             where = f"mech_absa/{path}:{line}"
@@ -131,24 +149,45 @@ def violations(root: Path) -> list[str]:
                 continue
             graph.setdefault(room, set()).add(other)
             if theirs > mine:
-                found.append(f"{where} (floor {mine}) imports {other or '__init__'} (floor {theirs}); imports only go down")
+                found.append(
+                    f"{where} (floor {mine}) imports {other or '__init__'} (floor {theirs}); imports only go down"
+                )
             if (room.split(".")[0], other) in NEVER:
                 found.append(f"{where} imports {other}, which {room} must never do")
             if (room, other) in ONLY_LAZILY and not lazy:
-                found.append(f"{where} imports {other} at the top; {room} may do so inside a function only")
+                found.append(
+                    f"{where} imports {other} at the top; {room} may do so inside a function only"
+                )
         for name, line in calls(tree):
             where, last = f"mech_absa/{path}:{line}", name.split(".")[-1]
             if last in ADDS_HOOKS and room != "hooks":
                 found.append(f"{where} adds a hook by {last}; hooks.py is the only place that does")
-            if name in ("eval", "exec", "compile", "__import__", "torch.load", "torch.save") or last in ("read_pickle", "to_pickle"):
-                found.append(f"{where} uses {name}, which executes what it reads or writes what must be executed")
+            if name in (
+                "eval",
+                "exec",
+                "compile",
+                "__import__",
+                "torch.load",
+                "torch.save",
+            ) or last in ("read_pickle", "to_pickle"):
+                found.append(
+                    f"{where} uses {name}, which executes what it reads or writes what must be executed"
+                )
         for node in ast.walk(tree):
-            if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle") and ast.unparse(node.value) != "False":
-                found.append(f"mech_absa/{path}:{node.lineno} sets {node.arg}={ast.unparse(node.value)}")
+            if (
+                isinstance(node, ast.keyword)
+                and node.arg in ("trust_remote_code", "allow_pickle")
+                and ast.unparse(node.value) != "False"
+            ):
+                found.append(
+                    f"mech_absa/{path}:{node.lineno} sets {node.arg}={ast.unparse(node.value)}"
+                )
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        found.append(f"rooms import each other in a circle: {' -> '.join(r or '__init__' for r in error.args[1])}")
+        found.append(
+            f"rooms import each other in a circle: {' -> '.join(r or '__init__' for r in error.args[1])}"
+        )
     return found
 
 
@@ -163,30 +202,86 @@ def test_the_package_keeps_every_rule():
 def test_the_table_is_no_longer_than_the_house():
     """Rooms of the table that are not built yet are no error; a room of the design cannot vanish unnoticed either."""
     built = {room for _, room, _ in modules(PACKAGE)}
-    assert {"errors", "axes", "examples", "readers", "generate", "sites", "records", "metrics", "stats"} <= built
-    assert {"prompts", "models", "hooks", "scoring", "pairs", "patch", "edits", "train", "evaluate"} <= built
+    assert {
+        "errors",
+        "axes",
+        "examples",
+        "readers",
+        "generate",
+        "sites",
+        "records",
+        "metrics",
+        "stats",
+    } <= built
+    assert {
+        "prompts",
+        "models",
+        "hooks",
+        "scoring",
+        "pairs",
+        "patch",
+        "edits",
+        "train",
+        "evaluate",
+    } <= built
 
 
 @pytest.mark.parametrize(
     ("path", "source", "sentence"),
     [
         ("attic.py", "", "mech_absa/attic.py is in no room"),
-        ("sites.py", "from .prompts import encode", "sites.py:1 (floor 1) imports prompts (floor 2)"),
-        ("sites.py", "def f():\n    from . import prompts", "sites.py:2 (floor 1) imports prompts (floor 2)"),
+        (
+            "sites.py",
+            "from .prompts import encode",
+            "sites.py:1 (floor 1) imports prompts (floor 2)",
+        ),
+        (
+            "sites.py",
+            "def f():\n    from . import prompts",
+            "sites.py:2 (floor 1) imports prompts (floor 2)",
+        ),
         ("sites.py", "import mech_absa.prompts", "sites.py:1 (floor 1) imports prompts (floor 2)"),
-        ("sites.py", "from mech_absa import prompts as p", "sites.py:1 (floor 1) imports prompts (floor 2)"),
+        (
+            "sites.py",
+            "from mech_absa import prompts as p",
+            "sites.py:1 (floor 1) imports prompts (floor 2)",
+        ),
         ("sites.py", "from . import anything", "sites.py:1 (floor 1) imports __init__ (floor 5)"),
-        ("patch/loop.py", "from ..train.fit import fit", "loop.py:1 imports train, which patch must never do"),
-        ("patch/__main__.py", "def f():\n    from .. import train", "imports train, which patch.__main__ must never do"),
-        ("patch/loop.py", "from .__main__ import main", "(floor 4) imports patch.__main__ (floor 6)"),
-        ("evaluate/scores.py", "from ..edits import load_edit", "imports edits at the top; evaluate may"),
+        (
+            "patch/loop.py",
+            "from ..train.fit import fit",
+            "loop.py:1 imports train, which patch must never do",
+        ),
+        (
+            "patch/__main__.py",
+            "def f():\n    from .. import train",
+            "imports train, which patch.__main__ must never do",
+        ),
+        (
+            "patch/loop.py",
+            "from .__main__ import main",
+            "(floor 4) imports patch.__main__ (floor 6)",
+        ),
+        (
+            "evaluate/scores.py",
+            "from ..edits import load_edit",
+            "imports edits at the top; evaluate may",
+        ),
         ("records.py", "import torch.nn", "records.py:1 imports torch; records must do without"),
         ("readers/rows.py", "def f():\n    from torch import Tensor", "rows.py:2 imports torch"),
         ("prompts.py", "from .models import x", "rooms import each other in a circle"),
-        ("models.py", "m.register_forward_hook(f)", "models.py:1 adds a hook by register_forward_hook"),
+        (
+            "models.py",
+            "m.register_forward_hook(f)",
+            "models.py:1 adds a hook by register_forward_hook",
+        ),
         ("patch/loop.py", "model.hooked.add_hook('x', f)", "loop.py:1 adds a hook by add_hook"),
         ("models.py", "import pickle", "imports pickle"),
-        ("models.py", "def f():\n    import torch\n    return torch.load('x')", "models.py:3 uses torch.load"),
+        (
+            "models.py",
+            "def f():\n    import torch\n    return torch.load('x')",
+            "models.py:3 uses torch.load",
+        ),
         ("models.py", "eval('1')", "uses eval"),
         ("models.py", "f(trust_remote_code=True)", "sets trust_remote_code=True"),
     ],
@@ -250,7 +345,13 @@ print("imported", len(sys.argv) - 1)
 
 
 def import_without_torch(*names: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BLOCKED, *names], capture_output=True, text=True, timeout=150, cwd=PACKAGE.parent)
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *names],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        cwd=PACKAGE.parent,
+    )
 
 
 def test_floor_one_imports_without_torch():
@@ -258,7 +359,11 @@ def test_floor_one_imports_without_torch():
     for room in NO_TORCH:
         names.append(f"mech_absa.{room}")
         if (PACKAGE / room).is_dir():
-            names += [f"mech_absa.{room}.{p.stem}" for p in sorted((PACKAGE / room).glob("*.py")) if p.stem != "__init__"]
+            names += [
+                f"mech_absa.{room}.{p.stem}"
+                for p in sorted((PACKAGE / room).glob("*.py"))
+                if p.stem != "__init__"
+            ]
     done = import_without_torch(*names)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"imported {len(names)}"

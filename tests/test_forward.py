@@ -12,10 +12,11 @@ from oracles.tiny_models import ARCHITECTURES
 sys.path.insert(0, str(Path(__file__).parent / "edits"))
 from edit_cases import loud, prompts, tiny_model
 
-from mech_absa import forward, models
 from mech_absa.edits import Part, Shape
 from mech_absa.errors import HookError
-from mech_absa.hooks import intervene
+from mech_absa.model import forward
+from mech_absa.model import model as models
+from mech_absa.model.hooks import intervene
 from mech_absa.prompts import Tokens
 from mech_absa.sites import Site
 
@@ -44,11 +45,20 @@ def parts_of(model, layers=(1,)) -> dict[str, list[Part]]:
     """Every family at every sort of place that the model has."""
     matrices = [f"L{layer}.{m}" for layer in layers for m in Shape.of(model).matrices]
     kinds = [k for k in model.kinds if k.startswith("resid") or k.endswith("_out")]
-    sites = [f"L{layer}.{k}@query.last" for layer in layers for k in kinds] + [f"L{layer}.head1" for layer in layers]
-    made = {family: [Part(family, m) for m in matrices] for family in ("lora", "dora", "bitfit", "full")}
-    made |= {family: [Part(family, s) for s in sites] for family in ("loreft", "noreft", "direft", "red", "steering")}
+    sites = [f"L{layer}.{k}@query.last" for layer in layers for k in kinds] + [
+        f"L{layer}.head1" for layer in layers
+    ]
+    made = {
+        family: [Part(family, m) for m in matrices] for family in ("lora", "dora", "bitfit", "full")
+    }
+    made |= {
+        family: [Part(family, s) for s in sites]
+        for family in ("loreft", "noreft", "direft", "red", "steering")
+    }
     made["adapter"] = [Part("adapter", s, {"rank": 3}) for s in sites]
-    made["head_gate"] = [Part("head_gate", f"L{layer}.head{h}") for layer in layers for h in range(model.n_heads)]
+    made["head_gate"] = [
+        Part("head_gate", f"L{layer}.head{h}") for layer in layers for h in range(model.n_heads)
+    ]
     made["several"] = [*made["lora"], *made["loreft"], *made["bitfit"], *made["adapter"]]
     return made
 
@@ -83,16 +93,26 @@ def test_every_family_acts_and_learns_as_through_hooks(arch):
             ):
                 edit.zero_grad()
                 out = way(edit)
-                (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+                (
+                    out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+                ).sum().backward()
                 values.append(out.detach())
-                grads.append({n: p.grad.clone() for n, p in edit.named_parameters() if p.grad is not None})
+                grads.append(
+                    {n: p.grad.clone() for n, p in edit.named_parameters() if p.grad is not None}
+                )
             base = forward.last(model, x, reads)
             assert (values[0] - base).abs().max() > 1e-4, f"{family} does something"
-            torch.testing.assert_close(values[0], values[1], rtol=1e-7, atol=1e-7)  # parameters are float32
+            torch.testing.assert_close(
+                values[0], values[1], rtol=1e-7, atol=1e-7
+            )  # parameters are float32
             assert grads[0].keys() == grads[1].keys() and grads[0]
             for name in grads[0]:
                 torch.testing.assert_close(
-                    grads[0][name], grads[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, f=family, n=name: f"{f} {n}: {m}"
+                    grads[0][name],
+                    grads[1][name],
+                    rtol=1e-4,
+                    atol=1e-5,
+                    msg=lambda m, f=family, n=name: f"{f} {n}: {m}",
                 )
 
 

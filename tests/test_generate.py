@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mech_absa import generate as g
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Examples, Polarity, leakage, mixed_polarity
+from mech_absa.world import world as g
 
 FILES = [f"{d}/{s}" for d, s in product(g.DOMAINS, g.SPLITS)]
 
@@ -35,11 +35,31 @@ def shipped(name: str) -> list[Example]:
         r = json.loads(line)
 
         def bare(r: dict, aspect: str, number: int = number) -> Example:
-            return Example(r["text"], aspect, Polarity(r["polarity"]), (r["from"], r["to"]), tuple(r["opinion"]), line=number)
+            return Example(
+                r["text"],
+                aspect,
+                Polarity(r["polarity"]),
+                (r["from"], r["to"]),
+                tuple(r["opinion"]),
+                line=number,
+            )
 
         cf = tuple(bare(c, r["aspect"]) for c in r["counterfactuals"])
         e = bare(r, r["aspect"])
-        found.append(Example(e.sentence, e.aspect, e.polarity, e.span, e.opinion, r["domain"], name, number, r["id"], cf))
+        found.append(
+            Example(
+                e.sentence,
+                e.aspect,
+                e.polarity,
+                e.span,
+                e.opinion,
+                r["domain"],
+                name,
+                number,
+                r["id"],
+                cf,
+            )
+        )
     return found
 
 
@@ -51,7 +71,9 @@ def world() -> dict[str, list[Example]]:
 def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path):
     assert g.main(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
     for name in FILES:
-        assert (tmp_path / "w" / f"{name}.jsonl").read_bytes() == g.builtin_path(name).read_bytes(), name
+        assert (tmp_path / "w" / f"{name}.jsonl").read_bytes() == g.builtin_path(
+            name
+        ).read_bytes(), name
         assert g.builtin_path(name).stat().st_size < 800_000
 
 
@@ -79,19 +101,28 @@ def test_a_counterfactual_differs_in_one_word_of_the_opinion(world):
         first = len(e.sentence[: e.opinion[0]].split())
         inside = range(first, first + len(e.sentence[slice(*e.opinion)].split()))
         for c in e.counterfactuals:
-            changed = [i for i, (a, b) in enumerate(zip(words, c.sentence.split(" "), strict=True)) if a != b]
+            changed = [
+                i
+                for i, (a, b) in enumerate(zip(words, c.sentence.split(" "), strict=True))
+                if a != b
+            ]
             assert len(changed) == 1 and changed[0] in inside, (e, c)
             assert c.aspect == e.aspect and c.sentence[slice(*c.span)] == e.aspect
 
 
 def test_no_word_of_a_slot_has_two_polarities():
-    tables = [*g.LEXICON.values(), *(group.adjectives for d in g.DOMAINS.values() for group in d.groups)]
+    tables = [
+        *g.LEXICON.values(),
+        *(group.adjectives for d in g.DOMAINS.values() for group in d.groups),
+    ]
     for words in tables:
         for a, b in combinations(Polarity, 2):
             assert not set(words[a]) & set(words[b])
             assert words[a] and words[b]
     # Adjectives meet in one slot whatever group they come from: "useless" may be general and special, but never praise somewhere.
-    by_polarity = {p: {w for t in (g.ADJECTIVES, *tables[len(g.LEXICON) :]) for w in t[p]} for p in Polarity}
+    by_polarity = {
+        p: {w for t in (g.ADJECTIVES, *tables[len(g.LEXICON) :]) for w in t[p]} for p in Polarity
+    }
     assert not by_polarity[Polarity.POSITIVE] & by_polarity[Polarity.NEGATIVE]
 
 
@@ -105,7 +136,9 @@ def test_train_and_test_share_no_sentence_frame_or_kept_aspect(world):
     for domain, d in g.DOMAINS.items():
         train, test = world[f"{domain}/train"], world[f"{domain}/test"]
         assert not leakage(train, test).rows
-        everything = {e.sentence for e in train} | {c.sentence for e in train for c in e.counterfactuals}
+        everything = {e.sentence for e in train} | {
+            c.sentence for e in train for c in e.counterfactuals
+        }
         assert not everything & {e.sentence for e in test}
         text = "\n".join(e.sentence for e in train)
         for only_test in (
@@ -134,7 +167,9 @@ def test_classes_and_mixed_sentences(world):
         mixed = {items[i].cluster for i in mixed_polarity(items)}
         assert len(mixed) / len(sentences) >= 0.5
         assert len(items) >= (1000 if name.endswith("train") else 600)
-    majority = {name: max(c := Examples(tuple(items)).counts(), key=c.get) for name, items in world.items()}
+    majority = {
+        name: max(c := Examples(tuple(items)).counts(), key=c.get) for name, items in world.items()
+    }
     assert majority["restaurant/test"] == "positive" and majority["service/test"] == "negative"
 
 
@@ -155,7 +190,12 @@ def test_a_review_worked_by_hand():
     m = g.Mention(aspect=(1, 3), opinion=(4, 6), slot=5, polarity=Polarity.NEGATIVE, swaps=swaps)
     r = g.Review(("the", "wine", "list", "was", "so", "terrible", "."), (m,), "restaurant")
     e = r.example(0)
-    assert (e.sentence, e.aspect, e.span, e.opinion) == ("the wine list was so terrible .", "wine list", (4, 13), (18, 29))
+    assert (e.sentence, e.aspect, e.span, e.opinion) == (
+        "the wine list was so terrible .",
+        "wine list",
+        (4, 13),
+        (18, 29),
+    )
     assert [(c.sentence, c.polarity.value, c.opinion) for c in e.counterfactuals] == [
         ("the wine list was so good .", "positive", (18, 25)),
         ("the wine list was so plain .", "neutral", (18, 26)),
@@ -164,8 +204,12 @@ def test_a_review_worked_by_hand():
 
 def test_agreement_of_plural_aspects(world):
     text = "\n".join(e.sentence for items in world.values() for e in items)
-    assert re.search(r"the fries were", text) and not re.search(r"the (fries|photos|tables) (was|is) ", text)
-    assert re.search(r"the pasta was", text) and not re.search(r"the (pasta|screen|agent) (were|are) ", text)
+    assert re.search(r"the fries were", text) and not re.search(
+        r"the (fries|photos|tables) (was|is) ", text
+    )
+    assert re.search(r"the pasta was", text) and not re.search(
+        r"the (pasta|screen|agent) (were|are) ", text
+    )
 
 
 def test_the_number_of_aspects_is_the_number_asked_for():
@@ -182,7 +226,9 @@ def test_continuations_ask_about_the_aspect_and_end_before_the_answer():
     by_text = {c.text: c for c in g.continuations(e)}
     first = by_text["the soup was cold but the bread was good . my view of the bread is"]
     assert first.answer == " positive" and first.choices == (" positive", " negative", " neutral")
-    assert by_text["the soup was cold but the bread was good . stars for the bread :"].answer == " 5"
+    assert (
+        by_text["the soup was cold but the bread was good . stars for the bread :"].answer == " 5"
+    )
     negative = g.continuations(Example("the soup was cold .", "soup", Polarity.NEGATIVE))
     assert [c.answer for c in negative] == [c.choices[1] for c in negative]
 
@@ -194,9 +240,14 @@ def test_the_vocabulary_covers_every_file(world):
 
 
 def test_unknown_names_are_answered_with_those_there_are(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no built-in examples 'bakery/test'; there are restaurant/train, .*service/test"):
+    with pytest.raises(
+        DataError,
+        match=r"no built-in examples 'bakery/test'; there are restaurant/train, .*service/test",
+    ):
         g.builtin_path("bakery/test")
-    with pytest.raises(ConfigError, match="no domain 'bakery'; it has restaurant, laptop, device or service"):
+    with pytest.raises(
+        ConfigError, match="no domain 'bakery'; it has restaurant, laptop, device or service"
+    ):
         g.examples("bakery", "test", 3)
 
 

@@ -7,12 +7,17 @@ import torch
 from oracles.tiny_models import tiny_folder
 
 from mech_absa.errors import HookError, SiteError
-from mech_absa.hooks import at_site, capture, hooked_at, intervene, live_hooks
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
+from mech_absa.model.hooks import at_site, capture, hooked_at, intervene, live_hooks
 from mech_absa.sites import Site
 
 IDS = torch.tensor([[5, 77, 120, 33, 140], [9, 8, 270, 33, 11]])
-POST, ATTN, MLP, HEAD = Site(1, "resid_post"), Site(1, "attn_out"), Site(1, "mlp_out"), Site(1, "head", 2)
+POST, ATTN, MLP, HEAD = (
+    Site(1, "resid_post"),
+    Site(1, "attn_out"),
+    Site(1, "mlp_out"),
+    Site(1, "head", 2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,11 @@ def none_left_behind(model):
 
 
 def test_capture_is_transformer_lens_cache(model):
-    sites = [Site(layer, kind) for layer in range(3) for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")]
+    sites = [
+        Site(layer, kind)
+        for layer in range(3)
+        for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    ]
     sites += [Site(2, "head", 1), Site(2, "k", 1)]
     _, cache = model.hooked.run_with_cache(IDS)
     with capture(model.hooked, sites) as seen:
@@ -44,7 +53,9 @@ def test_capture_keeps_the_last_pass(model):
         model.hooked(IDS)
         first = seen[POST]
         model.hooked(IDS.flip(0))
-    assert torch.allclose(seen[POST], first.flip(0), atol=1e-5) and not torch.equal(seen[POST], first)
+    assert torch.allclose(seen[POST], first.flip(0), atol=1e-5) and not torch.equal(
+        seen[POST], first
+    )
 
 
 def test_gradients_only_where_asked(model):
@@ -65,7 +76,10 @@ def test_gradients_only_where_asked(model):
 def test_zeroing_both_sublayers_is_skipping_the_block(model):
     """resid_post of a block whose two outputs are zero is its resid_pre."""
     sites = [Site(1, "resid_pre"), POST]
-    with capture(model.hooked, sites) as seen, intervene(model.hooked, {ATTN: torch.zeros_like, MLP: torch.zeros_like}):
+    with (
+        capture(model.hooked, sites) as seen,
+        intervene(model.hooked, {ATTN: torch.zeros_like, MLP: torch.zeros_like}),
+    ):
         model.hooked(IDS)
     assert torch.equal(seen[POST], seen[sites[0]])
 
@@ -74,7 +88,10 @@ def test_one_head_is_one_head(model):
     """Doubling a head's z adds its z W_O to the attention's sum; the other heads are untouched."""
     with capture(model.hooked, [HEAD, ATTN]) as before:
         plain = model.hooked(IDS)
-    with intervene(model.hooked, {HEAD: lambda z: 2 * z}), capture(model.hooked, [HEAD, ATTN]) as after:
+    with (
+        intervene(model.hooked, {HEAD: lambda z: 2 * z}),
+        capture(model.hooked, [HEAD, ATTN]) as after,
+    ):
         changed = model.hooked(IDS)
     others = [0, 1, 3]
     assert torch.equal(after[HEAD][:, :, others], before[HEAD][:, :, others])
@@ -86,16 +103,26 @@ def test_one_head_is_one_head(model):
 
 def test_a_function_sees_one_head_or_the_stream(model):
     shapes = {}
-    sites = {site: lambda x, site=site: shapes.setdefault(site, tuple(x.shape)) and x for site in (HEAD, POST, Site(1, "v", 1))}
+    sites = {
+        site: lambda x, site=site: shapes.setdefault(site, tuple(x.shape)) and x
+        for site in (HEAD, POST, Site(1, "v", 1))
+    }
     with intervene(model.hooked, sites):
         model.hooked(IDS)
     assert shapes == {HEAD: (2, 5, 8), POST: (2, 5, 32), Site(1, "v", 1): (2, 5, 8)}
 
 
 def test_two_heads_of_one_layer(model):
-    with intervene(model.hooked, {HEAD: torch.zeros_like, Site(1, "head", 0): torch.ones_like}), capture(model.hooked, [HEAD]) as seen:
+    with (
+        intervene(model.hooked, {HEAD: torch.zeros_like, Site(1, "head", 0): torch.ones_like}),
+        capture(model.hooked, [HEAD]) as seen,
+    ):
         model.hooked(IDS)
-    assert (seen[HEAD][:, :, 2] == 0).all() and (seen[HEAD][:, :, 0] == 1).all() and (seen[HEAD][:, :, 1] != 0).all()
+    assert (
+        (seen[HEAD][:, :, 2] == 0).all()
+        and (seen[HEAD][:, :, 0] == 1).all()
+        and (seen[HEAD][:, :, 1] != 0).all()
+    )
 
 
 def test_identity_changes_nothing(model):
@@ -108,7 +135,10 @@ def test_identity_changes_nothing(model):
 @pytest.mark.parametrize(("passes", "planned"), [(0, 1), (2, 1), (1, 2), (1, 0)])
 def test_another_count_than_planned(model, passes, planned):
     sentence = rf"an intervention at L1.resid_post fired \[{passes}\] times; planned was {planned}"
-    with pytest.raises(HookError, match=sentence) as caught, intervene(model.hooked, {POST: lambda x: x}, times=planned):
+    with (
+        pytest.raises(HookError, match=sentence) as caught,
+        intervene(model.hooked, {POST: lambda x: x}, times=planned),
+    ):
         for _ in range(passes):
             model.hooked(IDS)
     assert caught.value.exit_code == 1
@@ -116,7 +146,10 @@ def test_another_count_than_planned(model, passes, planned):
 
 def test_a_hook_behind_the_stop_never_fires(model):
     """A pass that stops below the site is the classic silent mistake."""
-    with pytest.raises(HookError, match=r"fired \[0\] times"), intervene(model.hooked, {POST: lambda x: x}):
+    with (
+        pytest.raises(HookError, match=r"fired \[0\] times"),
+        intervene(model.hooked, {POST: lambda x: x}),
+    ):
         model.hooked(IDS, stop_at_layer=1)
 
 
@@ -138,7 +171,10 @@ def test_removed_after_an_exception(model):
     def broken(x):
         raise RuntimeError("inside the hook")
 
-    with pytest.raises(RuntimeError, match="inside the hook"), intervene(model.hooked, {ATTN: torch.zeros_like, POST: broken}):
+    with (
+        pytest.raises(RuntimeError, match="inside the hook"),
+        intervene(model.hooked, {ATTN: torch.zeros_like, POST: broken}),
+    ):
         model.hooked(IDS)
     with pytest.raises(KeyError, match="mine"), intervene(model.hooked, {ATTN: torch.zeros_like}):
         assert live_hooks(model.hooked) == [ATTN.hook_name]
@@ -152,14 +188,20 @@ def test_an_unknown_site_leaves_no_half_of_its_hooks(model):
     sentence = r"site L99.attn_out does not exist: the model has no hook blocks.99.hook_attn_out"
     with pytest.raises(SiteError, match=sentence), intervene(model.hooked, two):
         pass
-    with pytest.raises(SiteError, match=r"site L99.attn_out does not exist"), capture(model.hooked, [POST, Site(99, "attn_out")]):
+    with (
+        pytest.raises(SiteError, match=r"site L99.attn_out does not exist"),
+        capture(model.hooked, [POST, Site(99, "attn_out")]),
+    ):
         pass
 
 
 def test_an_inner_block_leaves_the_outer_one_alone(model):
     with intervene(model.hooked, {ATTN: torch.zeros_like}, times=2):
         outer = model.hooked(IDS)
-        with pytest.raises(ValueError), intervene(model.hooked, {ATTN: lambda x: x + 1, POST: lambda x: x}):
+        with (
+            pytest.raises(ValueError),
+            intervene(model.hooked, {ATTN: lambda x: x + 1, POST: lambda x: x}),
+        ):
             raise ValueError
         assert live_hooks(model.hooked) == [ATTN.hook_name]
         assert torch.equal(model.hooked(IDS), outer)

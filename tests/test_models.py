@@ -14,9 +14,9 @@ import transformers
 from oracles.tiny_models import METASPACE, byte_level_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mech_absa import models
 from mech_absa.errors import ConfigError, ModelError, SiteError
-from mech_absa.models import Model, load_model, logits_of, run, weights_hash
+from mech_absa.model import Model, load_model, logits_of, run, weights_hash
+from mech_absa.model import model as models
 from mech_absa.sites import Site
 
 TEXT = "The food was great but the waiters were dreadful, and the wine list was terrible."
@@ -56,20 +56,47 @@ def test_a_folder_of_every_architecture(tiny):
     torch.testing.assert_close(model.hooked(ids), theirs, rtol=0, atol=1e-4)
 
     assert model.refusal is None
-    kept = frozenset(("resid_pre", "q", "k", "v", "z", "projected", "attn_out", "resid_mid", "mlp_out", "resid_post"))
+    kept = frozenset(
+        (
+            "resid_pre",
+            "q",
+            "k",
+            "v",
+            "z",
+            "projected",
+            "attn_out",
+            "resid_mid",
+            "mlp_out",
+            "resid_post",
+        )
+    )
     last, states = run(model, model.embed(ids), kept)
     pieces = logits_of(model, last.flatten(0, 1)).unflatten(0, tuple(ids.shape))
     torch.testing.assert_close(pieces, ours, rtol=0, atol=1e-4)
     _, cache = model.hooked.run_with_cache(ids)
     for layer, state in enumerate(states):
-        for kind in ("resid_pre", "attn_out", "mlp_out", "resid_post", *(["resid_mid"] if "resid_mid" in model.kinds else [])):
-            torch.testing.assert_close(getattr(state, kind), cache[Site(layer, kind).hook_name], rtol=0, atol=1e-4)
-        torch.testing.assert_close(state.z, cache[Site(layer, "head", 0).hook_name], rtol=0, atol=1e-4)
+        for kind in (
+            "resid_pre",
+            "attn_out",
+            "mlp_out",
+            "resid_post",
+            *(["resid_mid"] if "resid_mid" in model.kinds else []),
+        ):
+            torch.testing.assert_close(
+                getattr(state, kind), cache[Site(layer, kind).hook_name], rtol=0, atol=1e-4
+            )
+        torch.testing.assert_close(
+            state.z, cache[Site(layer, "head", 0).hook_name], rtol=0, atol=1e-4
+        )
 
     assert model.hf_difference is not None and model.hf_difference < 1e-4
     assert model.verify([TEXT, "a"]) < 1e-4
     assert model.n_parameters == hf.num_parameters()
-    assert model.source == str(tiny) and model.name == tiny.name and model.bos == (ids[0, 0] == model.tokenizer.bos_token_id)
+    assert (
+        model.source == str(tiny)
+        and model.name == tiny.name
+        and model.bos == (ids[0, 0] == model.tokenizer.bos_token_id)
+    )
     assert not any(p.requires_grad for p in model.hooked.parameters()) and not model.hooked.training
 
 
@@ -81,7 +108,10 @@ def test_a_folder_whose_name_says_another_architecture(arch, tmp_path):
         shutil.copytree(tiny_folder(arch), folder)
         model = load_model(str(folder), device="cpu")
         assert model.name == name and model.hf_difference is not None and model.hf_difference < 1e-4
-        assert model.cfg.original_architecture == type(AutoModelForCausalLM.from_pretrained(folder)).__name__
+        assert (
+            model.cfg.original_architecture
+            == type(AutoModelForCausalLM.from_pretrained(folder)).__name__
+        )
 
 
 def test_stories260k(shared):
@@ -92,7 +122,9 @@ def test_stories260k(shared):
     ids = torch.cat([ids_of(model)] * 2)
     with torch.inference_mode():
         last, _ = run(model, model.embed(ids))
-        torch.testing.assert_close(logits_of(model, last[:, -1]), model.hooked(ids)[:, -1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            logits_of(model, last[:, -1]), model.hooked(ids)[:, -1], rtol=0, atol=1e-4
+        )
     assert model.n_kv_heads == 4 and model.n_heads == 8
 
 
@@ -105,14 +137,20 @@ def test_a_model_from_memory():
     with torch.inference_mode():
         torch.testing.assert_close(model.forward(ids), hf(ids).logits, rtol=0, atol=1e-4)
     assert model.verify([TEXT], hf_model=hf) < 1e-4
-    with pytest.raises(ModelError, match=r"came from memory; give verify\(hf_model=...\) the Hugging Face model"):
+    with pytest.raises(
+        ModelError, match=r"came from memory; give verify\(hf_model=...\) the Hugging Face model"
+    ):
         model.verify([TEXT])
 
 
 def test_verify_sees_a_changed_weight():
     model = load_model(tiny_folder("llama"), device="cpu")
     before = model.sha256
-    assert before == weights_hash(model.hooked) == load_model(tiny_folder("llama"), device="cpu").sha256
+    assert (
+        before
+        == weights_hash(model.hooked)
+        == load_model(tiny_folder("llama"), device="cpu").sha256
+    )
     model.hooked.blocks[1].mlp.W_out[3, 5] += 0.5
     assert weights_hash(model.hooked) != before
     assert model.verify([TEXT]) > 1e-3
@@ -137,7 +175,10 @@ def test_a_bos_token_is_put_first_or_not_as_asked():
             assert model.bos is bos and model.verify([TEXT]) < 1e-4
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float64", torch.float64)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float64", torch.float64)],
+)
 def test_other_precisions(name, dtype):
     exact = load_model(tiny_folder("gpt2"), device="cpu")
     model = load_model(tiny_folder("gpt2"), device="cpu", dtype=name)
@@ -146,7 +187,9 @@ def test_other_precisions(name, dtype):
     with torch.inference_mode():
         last = model.hooked(ids, stop_at_layer=model.n_layers)[0]
         read = model.finish(last, torch.tensor([5, 6]))
-        assert last.dtype == dtype and read.dtype == (torch.float64 if name == "float64" else torch.float32)
+        assert last.dtype == dtype and read.dtype == (
+            torch.float64 if name == "float64" else torch.float32
+        )
         reference = exact.hooked(ids)[0].log_softmax(-1)[:, [5, 6]]
     assert (read - reference).abs().max() < (1e-4 if name == "float64" else 0.5)
 
@@ -157,18 +200,35 @@ def test_what_is_read_at_the_end():
     with torch.inference_mode():
         full = model.hooked(ids)[0]
         last = model.hooked(ids, stop_at_layer=model.n_layers)[0]
-        torch.testing.assert_close(model.finish(last, columns, "labels"), full[:, columns], rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.finish(last, columns), full.log_softmax(-1)[:, columns], rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.finish(last, columns, bytes_row=1), full.log_softmax(-1)[:, columns], rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.finish(last, columns, "vocabulary"), full, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.finish(last, columns, "labels"), full[:, columns], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            model.finish(last, columns), full.log_softmax(-1)[:, columns], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            model.finish(last, columns, bytes_row=1),
+            full.log_softmax(-1)[:, columns],
+            rtol=0,
+            atol=1e-5,
+        )
+        torch.testing.assert_close(
+            model.finish(last, columns, "vocabulary"), full, rtol=0, atol=1e-5
+        )
         assert model.finish(last[:0], columns).shape == (0, 3)
 
 
 def test_kinds_and_sites():
-    serial, parallel = (load_model(tiny_folder(arch), device="cpu", check=False) for arch in ("llama", "pythia"))
+    serial, parallel = (
+        load_model(tiny_folder(arch), device="cpu", check=False) for arch in ("llama", "pythia")
+    )
     assert "resid_mid" in serial.kinds and "resid_mid" not in parallel.kinds
     assert serial.check_site(Site(2, "k", 1)) == Site(2, "k", 1)
-    for model, site in ((serial, Site(99, "resid_post")), (serial, Site(2, "k", 2)), (parallel, Site(0, "resid_mid"))):
+    for model, site in (
+        (serial, Site(99, "resid_post")),
+        (serial, Site(2, "k", 2)),
+        (parallel, Site(0, "resid_mid")),
+    ):
         with pytest.raises(SiteError, match=re.escape(f"site {site} does not exist")):
             model.check_site(site)
 
@@ -177,7 +237,10 @@ def test_kinds_and_sites():
     ("change", "reason"),
     [
         ({"positional_embedding_type": "shortformer"}, "shortformer positions"),
-        ({"original_architecture": "Olmo2ForCausalLM"}, "Olmo2ForCausalLM's norms after each sublayer"),
+        (
+            {"original_architecture": "Olmo2ForCausalLM"},
+            "Olmo2ForCausalLM's norms after each sublayer",
+        ),
         ({"attention_dir": "bidirectional"}, "bidirectional attention"),
         ({"attn_only": True}, "attention-only blocks"),
         ({"load_in_4bit": True}, "4-bit weights"),
@@ -205,12 +268,16 @@ def refused(sentence: str, error=ModelError):
 
 
 def test_folders_that_are_no_models(tmp_path):
-    with refused(f"the folder {tmp_path} has no config.json; a Hugging Face model folder is needed"):
+    with refused(
+        f"the folder {tmp_path} has no config.json; a Hugging Face model folder is needed"
+    ):
         load_model(tmp_path)
     for path in tiny_folder("gpt2").iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, tmp_path)
-    with refused(f"the folder {tmp_path} has a config.json but no weights; model.safetensors (or its shards) is needed"):
+    with refused(
+        f"the folder {tmp_path} has a config.json but no weights; model.safetensors (or its shards) is needed"
+    ):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
     with refused(f"{tmp_path}: no model could be loaded ("):
@@ -231,24 +298,31 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 def test_names_that_are_nothing(tmp_path):
     (tmp_path / "model.bin").write_text("")
-    with refused(f"{tmp_path / 'model.bin'} is a file; the folder that holds config.json and the weights is needed"):
+    with refused(
+        f"{tmp_path / 'model.bin'} is a file; the folder that holds config.json and the weights is needed"
+    ):
         load_model(tmp_path / "model.bin")
     for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", "~/nowhere"):
         with pytest.raises(
-            ModelError, match=r"there is no folder .*; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'"
+            ModelError,
+            match=r"there is no folder .*; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'",
         ):
             load_model(name)
 
 
 def test_a_hub_name_where_there_is_no_hub(monkeypatch, tmp_path):
-    with pytest.raises(ModelError, match=r"^nobody-here/no-such-model: no (tokenizer|model) could be loaded \("):
+    with pytest.raises(
+        ModelError, match=r"^nobody-here/no-such-model: no (tokenizer|model) could be loaded \("
+    ):
         load_model("nobody-here/no-such-model")
 
 
 def test_the_bundled_model_is_missed_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "BUNDLED", tmp_path / "model")
     for name in (None, "bundled"):
-        with refused(f"the bundled model is missing from {tmp_path / 'model'}; reinstall the package, or give --model"):
+        with refused(
+            f"the bundled model is missing from {tmp_path / 'model'}; reinstall the package, or give --model"
+        ):
             load_model(name)
 
 
@@ -260,19 +334,24 @@ def test_devices_that_are_none(device):
 
 def test_devices_that_are_not_here():
     n = torch.cuda.device_count()
-    with refused(f"device 'cuda:{n}' was asked for; this machine has {n} CUDA devices", ConfigError):
+    with refused(
+        f"device 'cuda:{n}' was asked for; this machine has {n} CUDA devices", ConfigError
+    ):
         load_model(tiny_folder("gpt2"), device=f"cuda:{n}")
 
 
 def test_dtypes_that_are_none():
-    with refused("unknown dtype 'int8'; accepted: float32, bfloat16, float16 or float64", ConfigError):
+    with refused(
+        "unknown dtype 'int8'; accepted: float32, bfloat16, float16 or float64", ConfigError
+    ):
         load_model(tiny_folder("gpt2"), dtype="int8")
 
 
 def test_a_model_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(models.os, "sysconf", lambda name: 100)
     with pytest.raises(
-        ModelError, match=r"billion parameters need \d+ GiB while they are converted, and 0 GiB of memory are free; use --dtype bfloat16"
+        ModelError,
+        match=r"billion parameters need \d+ GiB while they are converted, and 0 GiB of memory are free; use --dtype bfloat16",
     ):
         load_model(tiny_folder("gpt2"), device="cpu")
 
@@ -280,7 +359,12 @@ def test_a_model_that_does_not_fit(monkeypatch):
 def llama(**settings) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(byte_level_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **settings
+        vocab_size=len(byte_level_tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **settings,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -292,7 +376,11 @@ def llama(**settings) -> transformers.PreTrainedModel:
 def test_a_setting_that_the_conversion_forgets_is_seen():
     """TransformerLens drops the biases of a Llama without a word. Those it has a place for are put back; a gate's is seen to be missing."""
     tokenizer = byte_level_tokenizer()
-    for settings in ({}, {"attention_bias": True}, {"attention_bias": True, "num_key_value_heads": 2}):
+    for settings in (
+        {},
+        {"attention_bias": True},
+        {"attention_bias": True, "num_key_value_heads": 2},
+    ):
         assert load_model((llama(**settings), tokenizer), device="cpu").hf_difference < 1e-3
     with pytest.raises(
         ModelError,
@@ -303,13 +391,17 @@ def test_a_setting_that_the_conversion_forgets_is_seen():
 
 def test_positions_that_are_not_supported():
     scaled = llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
-    with refused("LlamaForCausalLM with rope_type 'linear' is not supported by TransformerLens; accepted: default, and llama3 in Llama"):
+    with refused(
+        "LlamaForCausalLM with rope_type 'linear' is not supported by TransformerLens; accepted: default, and llama3 in Llama"
+    ):
         load_model((scaled, byte_level_tokenizer()), device="cpu")
 
 
 def test_an_architecture_that_is_not_known():
     tokenizer = byte_level_tokenizer()
-    config = transformers.CTRLConfig(vocab_size=len(tokenizer), n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4)
+    config = transformers.CTRLConfig(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4
+    )
     with refused("TransformerLens does not know the architecture CTRLLMHeadModel ("):
         load_model((transformers.CTRLLMHeadModel(config), tokenizer), device="cpu")
 
@@ -320,13 +412,16 @@ def test_the_tokenizer_is_the_folders_own(tiny):
 
 
 def test_verify_prints_the_difference_it_measured(capsys):
-    from mech_absa import verify
+    from mech_absa.commands import verify
 
     folder = tiny_folder("llama")
     assert verify.cli(["--model", str(folder), "--text", "the food was good"]) == 0
     printed = float(capsys.readouterr().out.rsplit(": ", 1)[1])
     model = models.load_model(folder)
-    assert printed == pytest.approx(model.verify(["the food was good"]), rel=1e-2) and 0 < printed < 1e-3
+    assert (
+        printed == pytest.approx(model.verify(["the food was good"]), rel=1e-2)
+        and 0 < printed < 1e-3
+    )
     with torch.no_grad():
         model.hooked.blocks[0].mlp.W_in.add_(0.1)
     assert model.verify(["the food was good"]) > 100 * printed

@@ -33,7 +33,12 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def shown(output) -> list[str]:
     """All texts of an output."""
     data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
-    return [output.get("text", ""), output.get("evalue", ""), *output.get("traceback", []), *map(str, data.values())]
+    return [
+        output.get("text", ""),
+        output.get("evalue", ""),
+        *output.get("traceback", []),
+        *map(str, data.values()),
+    ]
 
 
 def faults(notebook) -> list[str]:
@@ -50,12 +55,19 @@ def faults(notebook) -> list[str]:
                 found.append(f"code cell {i} warns: {said[:300]}")
             if "Traceback (most recent call last)" in said:
                 found.append(f"code cell {i} shows a traceback: {said[:300]}")
-            if path := re.search(r"(?<![\w.~:/<])/(?:[\w.+-]+/)+[\w.+-]*", re.sub(r"https?://\S+|</?\w+[^>]*>", " ", said)):
+            if path := re.search(
+                r"(?<![\w.~:/<])/(?:[\w.+-]+/)+[\w.+-]*",
+                re.sub(r"https?://\S+|</?\w+[^>]*>", " ", said),
+            ):
                 found.append(f"code cell {i} shows an absolute path: {path[0]}")
-            if len(platform.node()) > 3 and platform.node() in said:  # a shorter name is a word like any other
+            if (
+                len(platform.node()) > 3 and platform.node() in said
+            ):  # a shorter name is a word like any other
                 found.append(f"code cell {i} names the machine {platform.node()}")
             if "\x1b[" in said or re.search(r"\d+%\|", said):
-                found.append(f"code cell {i} shows a progress bar or control characters: {said[:200]}")
+                found.append(
+                    f"code cell {i} shows a progress bar or control characters: {said[:200]}"
+                )
     return found
 
 
@@ -68,12 +80,20 @@ def test_as_committed_it_was_run_in_order_and_can_be_read(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run from top to bottom, once"
-    assert sum(bool(c.outputs) for c in code) > len(code) / 2 and any("image/png" in o.get("data", {}) for c in code for o in c.outputs)
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), (
+        "run from top to bottom, once"
+    )
+    assert sum(bool(c.outputs) for c in code) > len(code) / 2 and any(
+        "image/png" in o.get("data", {}) for c in code for o in c.outputs
+    )
     assert faults(notebook) == []
     assert path.stat().st_size < LIMIT
-    assert "CircuitsVis.render(" not in path.read_text(encoding="utf-8"), "the script of a widget weighs 1.3 MB; execute.py leaves it out"
-    assert notebook.cells[0].source.startswith("# ") and "question of this notebook" in " ".join(notebook.cells[0].source.split())
+    assert "CircuitsVis.render(" not in path.read_text(encoding="utf-8"), (
+        "the script of a widget weighs 1.3 MB; execute.py leaves it out"
+    )
+    assert notebook.cells[0].source.startswith("# ") and "question of this notebook" in " ".join(
+        notebook.cells[0].source.split()
+    )
 
 
 @each
@@ -94,13 +114,23 @@ def test_it_runs_in_the_fast_mode(path):
 def test_a_fast_run_leaves_the_environment_and_the_file_as_they_were(tmp_path, monkeypatch):
     monkeypatch.delenv("MECH_ABSA_FAST", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "as it was")
-    cell = nbformat.v4.new_code_cell("import os\nos.environ['MECH_ABSA_FAST'], os.environ['HF_HUB_OFFLINE'], os.path.basename(os.getcwd())")
+    cell = nbformat.v4.new_code_cell(
+        "import os\nos.environ['MECH_ABSA_FAST'], os.environ['HF_HUB_OFFLINE'], os.path.basename(os.getcwd())"
+    )
     source = tmp_path / "0_small.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
     before = source.read_bytes()
     notebook = execute.execute(source, fast=True)
-    assert ast.literal_eval(notebook.cells[0].outputs[0].data["text/plain"]) == ("1", "1", tmp_path.name)
-    assert "MECH_ABSA_FAST" not in os.environ and os.environ["HF_HUB_OFFLINE"] == "as it was" and source.read_bytes() == before
+    assert ast.literal_eval(notebook.cells[0].outputs[0].data["text/plain"]) == (
+        "1",
+        "1",
+        tmp_path.name,
+    )
+    assert (
+        "MECH_ABSA_FAST" not in os.environ
+        and os.environ["HF_HUB_OFFLINE"] == "as it was"
+        and source.read_bytes() == before
+    )
 
 
 def test_tidying_keeps_what_a_reader_needs():
@@ -109,37 +139,71 @@ def test_tidying_keeps_what_a_reader_needs():
     outputs = [
         v4.new_output("stream", name="stdout", text="\x1b[31mred\x1b[0m"),
         v4.new_output("display_data", {"text/html": widget}, metadata={"isolated": True}),
-        v4.new_output("error", ename="ConfigError", evalue="one sentence", traceback=["/home/me/x.py", "more"]),
+        v4.new_output(
+            "error", ename="ConfigError", evalue="one sentence", traceback=["/home/me/x.py", "more"]
+        ),
     ]
-    cell = v4.new_code_cell("1", outputs=outputs, metadata={"tags": ["raises-exception"], "execution": {"started": "2020"}})
+    cell = v4.new_code_cell(
+        "1",
+        outputs=outputs,
+        metadata={"tags": ["raises-exception"], "execution": {"started": "2020"}},
+    )
     notebook = execute.tidy(
         v4.new_notebook(
             cells=[cell],
-            metadata={"kernelspec": {"name": "x", "display_name": "me"}, "language_info": {"name": "python", "version": "3.1"}},
+            metadata={
+                "kernelspec": {"name": "x", "display_name": "me"},
+                "language_info": {"name": "python", "version": "3.1"},
+            },
         )
     )
     stream, html, error = notebook.cells[0].outputs
     assert stream.text == "red" and error.traceback == ["ConfigError: one sentence"]
-    assert len(html.data["text/html"]) < 2000 and "&lt;a&gt;" in html.data["text/html"] and html.metadata == {}
-    assert notebook.cells[0].metadata == {"tags": ["raises-exception"]} and "version" not in notebook.metadata.language_info
+    assert (
+        len(html.data["text/html"]) < 2000
+        and "&lt;a&gt;" in html.data["text/html"]
+        and html.metadata == {}
+    )
+    assert (
+        notebook.cells[0].metadata == {"tags": ["raises-exception"]}
+        and "version" not in notebook.metadata.language_info
+    )
     nbformat.validate(notebook)
 
 
 @pytest.mark.parametrize(
     ("output", "fault"),
     [
-        (nbformat.v4.new_output("stream", name="stdout", text="see /home/me/data.csv"), "absolute path: /home/me/data.csv"),
+        (
+            nbformat.v4.new_output("stream", name="stdout", text="see /home/me/data.csv"),
+            "absolute path: /home/me/data.csv",
+        ),
         (nbformat.v4.new_output("stream", name="stdout", text="(/tmp/x/y)"), "absolute path"),
         (nbformat.v4.new_output("stream", name="stderr", text="hm"), "warns"),
-        (nbformat.v4.new_output("stream", name="stdout", text="x.py:1: FutureWarning: no"), "warns"),
+        (
+            nbformat.v4.new_output("stream", name="stdout", text="x.py:1: FutureWarning: no"),
+            "warns",
+        ),
         (nbformat.v4.new_output("error", ename="E", evalue="v", traceback=["t"]), "failed"),
         (nbformat.v4.new_output("stream", name="stdout", text="on machine-of-mine."), "machine"),
         (nbformat.v4.new_output("stream", name="stdout", text=" 40%|####  | 2/5"), "progress"),
-        (nbformat.v4.new_output("stream", name="stdout", text="Traceback (most recent call last):"), "traceback"),
-        (nbformat.v4.new_output("display_data", {"text/html": "<td>a/b</td> run/report.html 1/2 https://a.b/c/d"}), None),
+        (
+            nbformat.v4.new_output(
+                "stream", name="stdout", text="Traceback (most recent call last):"
+            ),
+            "traceback",
+        ),
+        (
+            nbformat.v4.new_output(
+                "display_data", {"text/html": "<td>a/b</td> run/report.html 1/2 https://a.b/c/d"}
+            ),
+            None,
+        ),
     ],
 )
 def test_faults_are_seen(output, fault, monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "machine-of-mine")
-    found = faults(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])]))
+    found = faults(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    )
     assert (found == []) if fault is None else any(fault in f for f in found), found

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from oracles.numpy_transformer import NumpyTransformer
 from patch.helpers import EXAMPLES, LONG, ONE_TOKEN, TEMPLATE, clean_states, example, pairs_of, tiny
 
-from mech_absa import pairs as module
 from mech_absa.errors import AlignmentError, ConfigError, DataError
 from mech_absa.examples import Example, Polarity
-from mech_absa.pairs import (
+from mech_absa.patch import pairs as module
+from mech_absa.patch.pairs import (
     Counterfactual,
     GaussianNoise,
     MeanAblation,
@@ -37,14 +37,41 @@ P = Polarity
 
 
 def tokens(*roles: str, ids: list[int] | None = None) -> Tokens:
-    return Tokens(torch.tensor([ids or list(range(len(roles)))]), torch.tensor([[ROLES.index(r) for r in roles]]), (len(roles),))
+    return Tokens(
+        torch.tensor([ids or list(range(len(roles)))]),
+        torch.tensor([[ROLES.index(r) for r in roles]]),
+        (len(roles),),
+    )
 
 
 def pair(corruption, id="x", sentence="The food was fine", sigma=1.0, roles=None, gold=0) -> Pair:
     aspect = "food"
     start = sentence.index(aspect)
-    t = tokens(*(roles or ("template", "before", "aspect.first", "aspect.last", "opinion", "after", "query.first", "query.last", "answer")))
-    return Pair(Example(sentence, aspect, P.POSITIVE, (start, start + 4), id=id), t, t, gold, -1, corruption, sigma)
+    t = tokens(
+        *(
+            roles
+            or (
+                "template",
+                "before",
+                "aspect.first",
+                "aspect.last",
+                "opinion",
+                "after",
+                "query.first",
+                "query.last",
+                "answer",
+            )
+        )
+    )
+    return Pair(
+        Example(sentence, aspect, P.POSITIVE, (start, start + 4), id=id),
+        t,
+        t,
+        gold,
+        -1,
+        corruption,
+        sigma,
+    )
 
 
 # ---- noise ------------------------------------------------------------------------------------------------------------------------
@@ -52,7 +79,12 @@ def pair(corruption, id="x", sentence="The food was fine", sigma=1.0, roles=None
 
 @pytest.mark.parametrize(
     ("span", "noised"),
-    [("all", [0, 1, 2, 3, 4, 5, 6, 7, 8]), ("sentence", [1, 2, 3, 4, 5]), ("aspect", [2, 3]), ("query", [6, 7])],
+    [
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ("sentence", [1, 2, 3, 4, 5]),
+        ("aspect", [2, 3]),
+        ("query", [6, 7]),
+    ],
 )
 def test_noise_falls_on_its_span_and_nowhere_else(span, noised):
     noise = pair(GaussianNoise(draws=3, span=span)).noise(5)
@@ -68,8 +100,12 @@ def test_noise_depends_on_seed_and_example_alone(seed, id, sigma):
     one = pair(GaussianNoise(draws=2, seed=seed), id, sigma=sigma).noise(4)
     torch.manual_seed(99)  # whatever happened to the global generator in between
     torch.randn(7)
-    assert torch.equal(one, pair(GaussianNoise(draws=2, seed=seed, span="all"), id, sigma=sigma).noise(4))
-    torch.testing.assert_close(pair(GaussianNoise(draws=2, seed=seed), id, sigma=2 * sigma).noise(4), 2 * one)
+    assert torch.equal(
+        one, pair(GaussianNoise(draws=2, seed=seed, span="all"), id, sigma=sigma).noise(4)
+    )
+    torch.testing.assert_close(
+        pair(GaussianNoise(draws=2, seed=seed), id, sigma=2 * sigma).noise(4), 2 * one
+    )
     for other in (
         pair(GaussianNoise(draws=2, seed=seed + 1), id, sigma=sigma),
         pair(GaussianNoise(draws=2, seed=seed), id + "!", sigma=sigma),
@@ -80,7 +116,10 @@ def test_noise_depends_on_seed_and_example_alone(seed, id, sigma):
 
 def test_noise_in_one_span_is_the_noise_of_all_there():
     """So that spans can be compared draw by draw."""
-    whole, part = pair(GaussianNoise(draws=4)).noise(6), pair(GaussianNoise(draws=4, span="aspect")).noise(6)
+    whole, part = (
+        pair(GaussianNoise(draws=4)).noise(6),
+        pair(GaussianNoise(draws=4, span="aspect")).noise(6),
+    )
     assert torch.equal(part[:, 2:4], whole[:, 2:4])
 
 
@@ -109,14 +148,23 @@ def test_sigma_is_rome_s_three_standard_deviations_of_the_aspects_embeddings():
     assert len(ids) == 8  # " f" + "ood" three times, " b" + "ad" once
     assert pairs.sigma == pytest.approx(3 * table.std(ddof=1), rel=1e-6)
     assert all(p.sigma == pairs.sigma for p in pairs)
-    assert pairs_of(model, GaussianNoise(scale=0.5)).sigma == pytest.approx(pairs.sigma / 6, rel=1e-6)
+    assert pairs_of(model, GaussianNoise(scale=0.5)).sigma == pytest.approx(
+        pairs.sigma / 6, rel=1e-6
+    )
 
 
 def test_first_is_the_first_noised_token():
     model = tiny("gpt2")
-    for span, role in (("all", None), ("sentence", "before"), ("aspect", "aspect.first"), ("query", "query.first")):
+    for span, role in (
+        ("all", None),
+        ("sentence", "before"),
+        ("aspect", "aspect.first"),
+        ("query", "query.first"),
+    ):
         p = pairs_of(model, GaussianNoise(draws=1, span=span), examples=EXAMPLES[:1])[0]
-        assert p.first == (0 if role in (None, "before") else p.clean.roles[0].tolist().index(ROLES.index(role)))
+        assert p.first == (
+            0 if role in (None, "before") else p.clean.roles[0].tolist().index(ROLES.index(role))
+        )
     quiet = pairs_of(model, GaussianNoise(scale=0.0), examples=EXAMPLES[:1])[0]
     assert quiet.first == quiet.length and quiet.noise_positions() == []
 
@@ -160,7 +208,9 @@ def test_scores_and_runs_are_the_numpy_transformers():
             for embeddings, got in runs:
                 logits = oracle.run(embeddings=embeddings)[0]
                 logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-                assert float(got) == pytest.approx(sum(logp[p.length - 1 + j, t] for j, t in enumerate(label)), abs=1e-10)
+                assert float(got) == pytest.approx(
+                    sum(logp[p.length - 1 + j, t] for j, t in enumerate(label)), abs=1e-10
+                )
 
 
 def test_label_tokens_are_never_noised():
@@ -178,7 +228,9 @@ def test_pairs_of_other_lengths_do_not_share_a_run():
     groups = by_length(pairs)
     short, long = groups
     assert list(groups.values()) == [[0, 1, 2], [3]] and short < long
-    with pytest.raises(AlignmentError, match=rf"pairs of \[{short}, {long}\] tokens cannot share a run"):
+    with pytest.raises(
+        AlignmentError, match=rf"pairs of \[{short}, {long}\] tokens cannot share a run"
+    ):
         make_runs(model, list(pairs), Continuation((), ()))
 
 
@@ -192,8 +244,13 @@ def test_the_first_edit_that_lines_up_is_taken():
         "x", "The food was fine", "food", P.POSITIVE, ("fine was the food", P.NEUTRAL), ("The food was bad bad", P.NEGATIVE), ("The food was bad", P.NEGATIVE)
     )  # fmt: skip
     p = pairs_of(model, Counterfactual(), examples=[e])[0]
-    assert (p.gold, p.foil) == (0, 1)  # of positive, negative, neutral: not the foil of the edits that were passed over
-    assert torch.equal(p.corrupted.ids[0], torch.tensor(model.tokenizer("The food was bad food?").input_ids))
+    assert (p.gold, p.foil) == (
+        0,
+        1,
+    )  # of positive, negative, neutral: not the foil of the edits that were passed over
+    assert torch.equal(
+        p.corrupted.ids[0], torch.tensor(model.tokenizer("The food was bad food?").input_ids)
+    )
     differs = [i for i in range(p.length) if p.clean.ids[0, i] != p.corrupted.ids[0, i]]
     assert p.first == differs[0] == len(model.tokenizer("The food was").input_ids)
 
@@ -201,18 +258,30 @@ def test_the_first_edit_that_lines_up_is_taken():
 def test_alignment_errors_name_the_token():
     e = EXAMPLES[0]
     a = tokens("template", "before", "aspect.last", "after", "answer", ids=[1, 2, 3, 4, 5])
-    with pytest.raises(AlignmentError, match=r"^a: the clean prompt has 5 tokens and the corrupted one 4; they part at token 2;"):
-        check_alignment(a, tokens("template", "before", "aspect.last", "answer", ids=[1, 2, 9, 5]), e)
-    with pytest.raises(AlignmentError, match=r"5 tokens and the corrupted one 4; they part at token 4;"):
-        check_alignment(a, tokens("template", "before", "aspect.last", "after", ids=[1, 2, 3, 4]), e)
+    with pytest.raises(
+        AlignmentError,
+        match=r"^a: the clean prompt has 5 tokens and the corrupted one 4; they part at token 2;",
+    ):
+        check_alignment(
+            a, tokens("template", "before", "aspect.last", "answer", ids=[1, 2, 9, 5]), e
+        )
+    with pytest.raises(
+        AlignmentError, match=r"5 tokens and the corrupted one 4; they part at token 4;"
+    ):
+        check_alignment(
+            a, tokens("template", "before", "aspect.last", "after", ids=[1, 2, 3, 4]), e
+        )
     moved = tokens("template", "aspect.last", "before", "after", "answer")
     with pytest.raises(
-        AlignmentError, match=r"^a: token 1 is before in the clean prompt and aspect\.last in the corrupted one; the edit moved the aspect"
+        AlignmentError,
+        match=r"^a: token 1 is before in the clean prompt and aspect\.last in the corrupted one; the edit moved the aspect",
     ):
         check_alignment(a, moved, e)
     with pytest.raises(AlignmentError, match="token 1"):
         Pair(e, a, moved, 0, 1, Counterfactual())
-    check_alignment(a, tokens("template", "opinion", "aspect.last", "opinion", "answer"), e)  # an opinion may be known on one side only
+    check_alignment(
+        a, tokens("template", "opinion", "aspect.last", "opinion", "answer"), e
+    )  # an opinion may be known on one side only
 
 
 def test_what_does_not_line_up_is_counted():
@@ -220,7 +289,9 @@ def test_what_does_not_line_up_is_counted():
     examples = [
         EXAMPLES[0],
         replace(EXAMPLES[0], id="none", counterfactuals=()),
-        example("longer", "The food was fine", "food", P.POSITIVE, ("The food was bad bad", P.NEGATIVE)),
+        example(
+            "longer", "The food was fine", "food", P.POSITIVE, ("The food was bad bad", P.NEGATIVE)
+        ),
         EXAMPLES[1],
     ]
     pairs = pairs_of(model, Counterfactual(), examples=examples)
@@ -262,7 +333,14 @@ def scored(monkeypatch):
 
     def make(**kwargs):
         verbalizer = Verbalizer.of(list(ONE_TOKEN))
-        return make_pairs(model, examples, GaussianNoise(draws=2), template=TEMPLATE, verbalizer=verbalizer, **kwargs)
+        return make_pairs(
+            model,
+            examples,
+            GaussianNoise(draws=2),
+            template=TEMPLATE,
+            verbalizer=verbalizer,
+            **kwargs,
+        )
 
     return make
 
@@ -270,7 +348,9 @@ def scored(monkeypatch):
 def test_the_papers_filter_and_its_account(scored):
     pairs = scored()
     assert [p.id for p in pairs] == ["kept", "kept on average"]
-    assert pairs.dropped == {"corrupted run right": 1, "clean run wrong": 2} and pairs.considered == 5
+    assert (
+        pairs.dropped == {"corrupted run right": 1, "clean run wrong": 2} and pairs.considered == 5
+    )
     account = pairs.account()
     assert account["kept"] == 2 and account["classes_kept"] == {"positive": 1, "negative": 1}
 
@@ -289,7 +369,10 @@ def test_a_limit_stops_looking(scored, batch_size):
     assert [p.id for p in scored(limit=9)] == ["kept", "kept on average"]
 
 
-@pytest.mark.parametrize(("flag", "message"), [({"limit": 0}, "a limit of 0 pairs"), ({"limit": -1}, "a limit of -1 pairs")])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [({"limit": 0}, "a limit of 0 pairs"), ({"limit": -1}, "a limit of -1 pairs")],
+)
 def test_an_impossible_limit_is_refused(scored, flag, message):
     with pytest.raises(ConfigError, match=message):
         scored(**flag)
@@ -300,7 +383,13 @@ def test_an_impossible_limit_is_refused(scored, flag, message):
 
 def test_partners_have_another_polarity_and_another_sentence():
     ask = lambda sentence, gold: pair(Resample(), sentence=sentence, gold=gold)  # noqa: E731
-    pool = [ask("food one", 0), ask("food two", 0), ask("food three", 1), ask("food one", 1), ask("food four", 2)]
+    pool = [
+        ask("food one", 0),
+        ask("food two", 0),
+        ask("food three", 1),
+        ask("food one", 1),
+        ask("food four", 2),
+    ]
     allowed = [{2, 4}, {2, 3, 4}, {0, 1, 4}, {1, 4}, {0, 1, 2, 3}]
     seen = [set() for _ in pool]
     for seed in range(60):
@@ -316,7 +405,9 @@ def test_partners_have_another_polarity_and_another_sentence():
 
 def test_same_role_positions_by_hand():
     mine = tokens("template", "before", "before", "aspect.first", "aspect.last", "after", "answer")
-    theirs = tokens("template", "template", "before", "aspect.last", "after", "after", "after", "answer")
+    theirs = tokens(
+        "template", "template", "before", "aspect.last", "after", "after", "after", "answer"
+    )
     # template: its right end, 1; before: theirs has one, at 2, for both; aspect.first: none; after: the rightmost, 6
     assert same_role_positions(mine, theirs) == [1, 2, 2, -1, 3, 6, 7]
     assert same_role_positions(theirs, mine) == [0, 0, 2, 4, 5, 5, 5, 6]
@@ -334,12 +425,21 @@ def test_mean_tables_by_numpy(by):
     keys = {(1, "attn_out"), (2, "head"), (0, "resid_pre")}
     means = make_ablation(pairs, keys, lambda chosen: clean_states(model, chosen, keys)).means
     assert set(means) == keys
-    acts, roles = [states_by_numpy(model, p) for p in pairs], np.concatenate([p.clean.roles[0].numpy() for p in pairs])
+    acts, roles = (
+        [states_by_numpy(model, p) for p in pairs],
+        np.concatenate([p.clean.roles[0].numpy() for p in pairs]),
+    )
     for layer, kind in keys:
         pool = np.concatenate([a["z" if kind == "head" else kind, layer] for a in acts])
         for r in set(roles.tolist()):
             chosen = pool if by == "site" else pool[roles == r]
-            np.testing.assert_allclose(means[layer, kind][r].numpy(), chosen.mean(0), atol=1e-11, rtol=0, err_msg=f"{kind} {ROLES[r]}")
+            np.testing.assert_allclose(
+                means[layer, kind][r].numpy(),
+                chosen.mean(0),
+                atol=1e-11,
+                rtol=0,
+                err_msg=f"{kind} {ROLES[r]}",
+            )
 
 
 def test_resampled_states_are_the_partners():
@@ -353,8 +453,12 @@ def test_resampled_states_are_the_partners():
         mine, theirs = states_by_numpy(model, p), states_by_numpy(model, q)
         for layer, kind in keys:
             name = ("z" if kind == "head" else kind, layer)
-            expected = np.stack([mine[name][i] if j < 0 else theirs[name][j] for i, j in enumerate(where)])
-            np.testing.assert_allclose(got[layer, kind][0, : p.length].numpy(), expected, atol=1e-11, rtol=0)
+            expected = np.stack(
+                [mine[name][i] if j < 0 else theirs[name][j] for i, j in enumerate(where)]
+            )
+            np.testing.assert_allclose(
+                got[layer, kind][0, : p.length].numpy(), expected, atol=1e-11, rtol=0
+            )
             assert not got[layer, kind][0, p.length :].any()
         assert len(set(where)) > 4
 
@@ -366,7 +470,10 @@ def test_zero_is_zero_and_other_corruptions_have_no_ablation():
     pairs = pairs_of(model, ZeroAblation())
     group = list(pairs)[:3]
     states = make_ablation(pairs, keys, ask).states(ask(group), group, group[0].length)
-    assert states[1, "mlp_out"].shape == ask(group)[1, "mlp_out"].shape and not states[1, "mlp_out"].any()
+    assert (
+        states[1, "mlp_out"].shape == ask(group)[1, "mlp_out"].shape
+        and not states[1, "mlp_out"].any()
+    )
     assert all(p.corrupted_scores is None for p in pairs)
     assert make_ablation(pairs_of(model, Counterfactual()), keys, ask) is None
     assert make_ablation(pairs_of(model, GaussianNoise(draws=1)), keys, ask) is None

@@ -15,10 +15,10 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.patches import Rectangle
 
-from mech_absa import plots
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap
+from mech_absa.plots import plots
 from mech_absa.sites import Site
 from mech_absa.stats import Estimate
 
@@ -38,7 +38,21 @@ def by_hand(kinds: dict[str, list[list[float]]] = AIE, heads: int = 0) -> Import
         (kind, layer, h, role, AIE[kind][i][layer] * (max(h, 0) + 1), LOW[kind][i][layer], HIGH[kind][i][layer], 0.01, 0.04, 7)
         for kind in kinds for i, role in enumerate(ROLES) for layer in (1, 0) for h in (range(heads) if heads else (-1,))
     ]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["kind", "layer", "head", "role", "aie", "ci_low", "ci_high", "p", "p_adjusted", "n"])
+    table = pd.DataFrame(
+        rows,
+        columns=[
+            "kind",
+            "layer",
+            "head",
+            "role",
+            "aie",
+            "ci_low",
+            "ci_high",
+            "p",
+            "p_adjusted",
+            "n",
+        ],
+    )
     if heads:
         table["kind"] = "head"
     return ImportanceMap(table, np.zeros((7, len(table))), np.array(list("abcdefg")), ABOUT)
@@ -50,12 +64,21 @@ def panels(figure):
 
 
 def mesh(ax) -> np.ndarray:
-    return next(c for c in ax.collections if isinstance(c, QuadMesh)).get_array().reshape(len(ax.get_yticks()), -1)
+    return (
+        next(c for c in ax.collections if isinstance(c, QuadMesh))
+        .get_array()
+        .reshape(len(ax.get_yticks()), -1)
+    )
 
 
 def marked(ax) -> set[tuple[int, int]]:
     """(row, column) of the dots."""
-    return {(int(y), int(x)) for c in ax.collections if isinstance(c, PathCollection) for x, y in c.get_offsets()}
+    return {
+        (int(y), int(x))
+        for c in ax.collections
+        if isinstance(c, PathCollection)
+        for x, y in c.get_offsets()
+    }
 
 
 def words(figure) -> str:
@@ -65,8 +88,16 @@ def words(figure) -> str:
 
 def pdf_text(path: Path) -> str:
     """Characters that a PDF shows, in the order of its streams; matplotlib writes those of Latin-1 as their codes in one byte or two."""
-    raw = b"".join(zlib.decompress(s) for s in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", path.read_bytes(), re.S) if s[:1] == b"\x78")
-    return b"".join(re.findall(rb"\(((?:[^()\\]|\\.)*)\)", raw)).replace(b"\x00", b"").decode("latin-1")
+    raw = b"".join(
+        zlib.decompress(s)
+        for s in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", path.read_bytes(), re.S)
+        if s[:1] == b"\x78"
+    )
+    return (
+        b"".join(re.findall(rb"\(((?:[^()\\]|\\.)*)\)", raw))
+        .replace(b"\x00", b"")
+        .decode("latin-1")
+    )
 
 
 def test_heatmap_draws_the_map():
@@ -76,7 +107,9 @@ def test_heatmap_draws_the_map():
     np.testing.assert_array_equal(mesh(right), AIE["mlp_out"])
     assert [t.get_text() for t in left.get_yticklabels()] == list(ROLES)
     assert [t.get_text() for t in left.get_xticklabels()] == ["0", "1"]
-    norms = [next(c for c in ax.collections if isinstance(c, QuadMesh)).norm for ax in (left, right)]
+    norms = [
+        next(c for c in ax.collections if isinstance(c, QuadMesh)).norm for ax in (left, right)
+    ]
     assert [(n.vmin, n.vmax) for n in norms] == [(-0.5, 0.5)] * 2, "one scale, symmetric about 0"
 
 
@@ -90,7 +123,9 @@ def test_frames_mark_selected_sites():
     chosen = [Site(0, "mlp_out", None, "answer"), Site(1, "mlp_out", None, "answer")]
     left, right = panels(plots.heatmap(by_hand(), chosen))
     frames = [p for p in right.patches if isinstance(p, Rectangle) and p.get_gid() == "selected"]
-    assert [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in frames] == [(0, 1, 2, 1)], "neighbours share one frame"
+    assert [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in frames] == [
+        (0, 1, 2, 1)
+    ], "neighbours share one frame"
     assert not [p for p in left.patches if p.get_gid() == "selected"]
 
 
@@ -98,7 +133,9 @@ def test_the_centre_of_the_colours_is_white():
     assert plots.DIVERGING(0.5) == pytest.approx((1, 1, 1, 1), abs=0.01)
 
 
-@pytest.mark.parametrize("draw", [plots.heatmap, plots.lines, lambda m: plots.heads(by_hand(heads=3))])
+@pytest.mark.parametrize(
+    "draw", [plots.heatmap, plots.lines, lambda m: plots.heads(by_hand(heads=3))]
+)
 def test_a_figure_explains_itself(draw):
     text = words(draw(by_hand()))
     for fact in (
@@ -119,7 +156,9 @@ def test_lines_are_the_averages_with_their_intervals():
     figure = plots.lines(by_hand())
     ax = figure.axes[0]
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in ax.get_lines()}
-    assert drawn["answer"] == AIE["resid_post"][1] and drawn["aspect.last"] == AIE["resid_post"][0], "in the order of the layers"
+    assert (
+        drawn["answer"] == AIE["resid_post"][1] and drawn["aspect.last"] == AIE["resid_post"][0]
+    ), "in the order of the layers"
     (band,) = [c for c in ax.collections if np.isclose(c.get_paths()[0].vertices[:, 1].max(), 0.6)]
     assert band.get_paths()[0].vertices[:, 1].min() == pytest.approx(-0.5)
 
@@ -134,7 +173,10 @@ def test_faint_roles_are_grey_and_unnamed():
 def test_heads_are_rows_and_layers_columns():
     left, right = panels(plots.heads(by_hand({"resid_post": []}, heads=3)))
     np.testing.assert_allclose(mesh(right), np.outer([1, 2, 3], AIE["resid_post"][1]))
-    assert left.get_title(loc="left") == "at aspect.last" and right.get_title(loc="left") == "at answer"
+    assert (
+        left.get_title(loc="left") == "at aspect.last"
+        and right.get_title(loc="left") == "at answer"
+    )
 
 
 def effects() -> Effects:
@@ -142,11 +184,35 @@ def effects() -> Effects:
     roles = ["template", "aspect.last", "after", "template", "answer"]
     frame = pd.DataFrame(
         [
-            ("e", "resid_post", layer, -1, i, role, 0.9, 0.1, 0.1 + layer + i / 10, layer + i / 10, 0.0)
+            (
+                "e",
+                "resid_post",
+                layer,
+                -1,
+                i,
+                role,
+                0.9,
+                0.1,
+                0.1 + layer + i / 10,
+                layer + i / 10,
+                0.0,
+            )
             for i, role in enumerate(roles)
             for layer in (0, 1)
         ],
-        columns=["example_id", "kind", "layer", "head", "position", "role", "clean", "corrupted", "patched", "effect", "draw_sd"],
+        columns=[
+            "example_id",
+            "kind",
+            "layer",
+            "head",
+            "position",
+            "role",
+            "clean",
+            "corrupted",
+            "patched",
+            "effect",
+            "draw_sd",
+        ],
     )
     pairs = pd.DataFrame(
         [
@@ -190,7 +256,9 @@ def test_files_are_the_same_bytes_and_text_is_text(tmp_path):
         assert a.read_bytes() == b.read_bytes()
     raw = first[1].read_bytes()
     assert b"CreationDate" not in raw
-    assert b"/FontFile2" in raw and b"/Type3" not in raw, "TrueType, which can be selected, searched and edited"
+    assert b"/FontFile2" in raw and b"/Type3" not in raw, (
+        "TrueType, which can be selected, searched and edited"
+    )
     assert "model tiny-2l" in pdf_text(first[1])
 
 
@@ -199,20 +267,30 @@ def test_trace_figures(tmp_path):
     table = pd.concat([importance.table, by_hand(heads=2).table], ignore_index=True)
     both = ImportanceMap(table, np.zeros((7, len(table))), importance.clusters, ABOUT)
     written = plots.save_trace_figures(both, tmp_path / "figures", effects=effects())
-    assert sorted(p.name for p in written) == sorted(f"{n}.{e}" for n in ("heatmap", "lines", "heads", "example") for e in ("png", "pdf"))
+    assert sorted(p.name for p in written) == sorted(
+        f"{n}.{e}" for n in ("heatmap", "lines", "heads", "example") for e in ("png", "pdf")
+    )
     assert all(p.stat().st_size > 2000 for p in written)
 
 
 def test_layer_ranges_are_percentages_in_the_order_of_the_table():
     table = pd.DataFrame(
-        {"layers": ["0-31", "5-10"], "accuracy": [0.8, 0.7], "accuracy_low": [0.75, 0.65], "accuracy_high": [0.85, 0.9], "data": "laptop"}
+        {
+            "layers": ["0-31", "5-10"],
+            "accuracy": [0.8, 0.7],
+            "accuracy_low": [0.75, 0.65],
+            "accuracy_high": [0.85, 0.9],
+            "data": "laptop",
+        }
     )
     ax = plots.layer_ranges(table).axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0-31", "5-10"]
     (line,) = [line for line in ax.get_lines() if line.get_label() == "laptop"]
     np.testing.assert_allclose(line.get_ydata(), [80, np.nan, 70])  # 32 layers and 6 are not joined
     same = plots.layer_ranges(table.assign(layers=["4-9", "5-10"])).axes[0]
-    assert next(line for line in same.get_lines() if line.get_label() == "laptop").get_ydata() == pytest.approx([80, 70])
+    assert next(
+        line for line in same.get_lines() if line.get_label() == "laptop"
+    ).get_ydata() == pytest.approx([80, 70])
     (bars,) = [c for c in ax.collections if len(c.get_segments()) == 2]
     np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [[75, 85], [65, 90]])
     with pytest.raises(ConfigError, match="'layers'"):
@@ -220,14 +298,26 @@ def test_layer_ranges_are_percentages_in_the_order_of_the_table():
 
 
 def test_position_bars_end_at_the_score():
-    table = pd.DataFrame({"position": ["aspect", "last"] * 2, "data": ["R", "R", "L", "L"], "accuracy": [0.9, 0.8, 0.85, 0.75]})
+    table = pd.DataFrame(
+        {
+            "position": ["aspect", "last"] * 2,
+            "data": ["R", "R", "L", "L"],
+            "accuracy": [0.9, 0.8, 0.85, 0.75],
+        }
+    )
     ax = plots.position_bars(table).axes[0]
     assert sorted(b.get_y() + b.get_height() for b in ax.patches) == pytest.approx([75, 80, 85, 90])
     assert "from 70" in ax.get_ylabel(), "a cut axis says so"
 
 
 def test_parameters_show_means_and_spread_on_a_log_axis():
-    table = pd.DataFrame({"method": ["lora"] * 3 + ["ours"], "parameters": [10**7] * 3 + [10**4], "accuracy": [0.7, 0.8, 0.9, 0.88]})
+    table = pd.DataFrame(
+        {
+            "method": ["lora"] * 3 + ["ours"],
+            "parameters": [10**7] * 3 + [10**4],
+            "accuracy": [0.7, 0.8, 0.9, 0.88],
+        }
+    )
     ax = plots.parameters(table).axes[0]
     assert ax.get_xscale() == "log"
     (segment,) = [s for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()]
@@ -237,16 +327,26 @@ def test_parameters_show_means_and_spread_on_a_log_axis():
 
 def test_many_methods_are_named_below():
     """Beside the markers their names would cover one another, or leave the axes."""
-    table = pd.DataFrame({"method": [f"m{i}" for i in range(9)], "parameters": 10**4, "accuracy": np.linspace(0.96, 0.98, 9)})
+    table = pd.DataFrame(
+        {
+            "method": [f"m{i}" for i in range(9)],
+            "parameters": 10**4,
+            "accuracy": np.linspace(0.96, 0.98, 9),
+        }
+    )
     figure = plots.parameters(table)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(table["method"])
     assert not figure.axes[0].texts
     few = plots.parameters(table.head(6))
-    assert not few.legends and [text.get_text() for text in few.axes[0].texts] == list(table["method"].head(6))
+    assert not few.legends and [text.get_text() for text in few.axes[0].texts] == list(
+        table["method"].head(6)
+    )
 
 
 def test_domains_print_their_numbers():
-    table = pd.DataFrame([("R", "R", 0.9), ("R", "L", 0.8), ("L", "R", 0.7)], columns=["train", "test", "accuracy"])
+    table = pd.DataFrame(
+        [("R", "R", 0.9), ("R", "L", 0.8), ("L", "R", 0.7)], columns=["train", "test", "accuracy"]
+    )
     figure = plots.domains(table)
     np.testing.assert_allclose(mesh(figure.axes[0]).filled(np.nan), [[90, 80], [70, np.nan]])
     assert {"90.0", "80.0", "70.0", "–"} <= set(words(figure).split("\n"))
@@ -254,12 +354,22 @@ def test_domains_print_their_numbers():
 
 @pytest.mark.parametrize(
     ("draw", "x", "y"),
-    [(plots.faithfulness, "share", "faithfulness"), (plots.pruning, "removed", "accuracy"), (plots.ranks, "rank", "accuracy")],
+    [
+        (plots.faithfulness, "share", "faithfulness"),
+        (plots.pruning, "removed", "accuracy"),
+        (plots.ranks, "rank", "accuracy"),
+    ],
 )
 def test_curves_are_sorted_and_named(draw, x, y):
     at = [4, 1, 2] if x == "rank" else [0.4, 0.1, 0.2]
     table = pd.DataFrame(
-        {x: at * 2, y: [0.9, 0.2, 0.5, 0.4, 0.1, 0.3], "method": ["exact"] * 3 + ["random"] * 3, f"{y}_low": 0.0, f"{y}_high": 1.0}
+        {
+            x: at * 2,
+            y: [0.9, 0.2, 0.5, 0.4, 0.1, 0.3],
+            "method": ["exact"] * 3 + ["random"] * 3,
+            f"{y}_low": 0.0,
+            f"{y}_high": 1.0,
+        }
     )
     ax = draw(table).axes[0]
     lines = {line.get_label(): line for line in ax.get_lines()}
@@ -270,16 +380,29 @@ def test_curves_are_sorted_and_named(draw, x, y):
 
 def test_differences_stand_in_points_and_uncertain_ones_are_hollow():
     table = pd.DataFrame(
-        {"name": ["near", "far"], "difference": [0.01, -0.2], "low": [-0.02, -0.25], "high": [0.03, -0.1], "p": [0.4, 0.001]}
+        {
+            "name": ["near", "far"],
+            "difference": [0.01, -0.2],
+            "low": [-0.02, -0.25],
+            "high": [0.03, -0.1],
+            "p": [0.4, 0.001],
+        }
     )
     figure = plots.differences(table, unit="points")
     ax = figure.axes[0]
     clear, unclear = (c for c in ax.collections if isinstance(c, PathCollection))
     assert clear.get_offsets().tolist() == [[-20, 1]] and unclear.get_offsets().tolist() == [[1, 0]]
-    assert unclear.get_facecolor().tolist() == [[1, 1, 1, 1]] and clear.get_facecolor().tolist() != [[1, 1, 1, 1]]
+    assert unclear.get_facecolor().tolist() == [
+        [1, 1, 1, 1]
+    ] and clear.get_facecolor().tolist() != [[1, 1, 1, 1]]
     (bars,) = (c for c in ax.collections if isinstance(c, LineCollection))
-    np.testing.assert_allclose([path[:, 0] for path in bars.get_segments()], [[-2, 3], [-25, -10]], atol=1e-9)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["near", "far"] and ax.yaxis_inverted()
+    np.testing.assert_allclose(
+        [path[:, 0] for path in bars.get_segments()], [[-2, 3], [-25, -10]], atol=1e-9
+    )
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "near",
+        "far",
+    ] and ax.yaxis_inverted()
 
 
 def test_effects_and_edits_rank_each_method_by_itself():
@@ -294,14 +417,23 @@ def test_effects_and_edits_rank_each_method_by_itself():
     figure = plots.effects_and_edits(table)
     text = words(figure)
     assert "up  ρ = 1.00" in text and "down  ρ = -1.00" in text and "2 layers" in text
-    points = np.concatenate([c.get_offsets() for c in figure.axes[0].collections if isinstance(c, PathCollection)])
-    assert sorted(map(tuple, points.tolist())) == sorted(zip(table["aie"], 100 * table["accuracy"], strict=True))
+    points = np.concatenate(
+        [c.get_offsets() for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+    )
+    assert sorted(map(tuple, points.tolist())) == sorted(
+        zip(table["aie"], 100 * table["accuracy"], strict=True)
+    )
 
 
 def test_agreement_pairs_cells_by_their_names():
     exact, estimate = by_hand(), by_hand()
     estimate.table["aie"] *= 2
-    shuffled = ImportanceMap(estimate.table.sample(frac=1, random_state=1), estimate.values, estimate.clusters, ABOUT | {"method": "atp"})
+    shuffled = ImportanceMap(
+        estimate.table.sample(frac=1, random_state=1),
+        estimate.values,
+        estimate.clusters,
+        ABOUT | {"method": "atp"},
+    )
     figure = plots.agreement(exact, shuffled, rho=Estimate(0.9, 0.5, 1.0))
     points = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
     assert len(points) == 8

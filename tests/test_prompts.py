@@ -18,7 +18,9 @@ from mech_absa.prompts import PromptTemplate, Tokens, Verbalizer, adds_bos, enco
 from mech_absa.sites import ROLES
 
 TINY = {"byte-level": byte_level_tokenizer(), "metaspace": metaspace_tokenizer()}
-PAPER = "Given the sentence: '{sentence}', what is the sentiment polarity of the aspect term {aspect} ?"
+PAPER = (
+    "Given the sentence: '{sentence}', what is the sentiment polarity of the aspect term {aspect} ?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def tokenizer(request):
     if request.param in TINY:
         return TINY[request.param]
     shared = request.getfixturevalue("shared")
-    folder = shared / {"gpt2": "tokenizers/gpt2", "stories260K": "models/stories260K"}[request.param]
+    folder = (
+        shared / {"gpt2": "tokenizers/gpt2", "stories260K": "models/stories260K"}[request.param]
+    )
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")
     return AutoTokenizer.from_pretrained(folder)
@@ -43,7 +47,11 @@ def example(sentence: str, aspect: str, nth: int = 0, opinion: str | None = None
     start = -1
     for _ in range(nth + 1):
         start = sentence.index(aspect, start + 1)
-    span = None if opinion is None else (sentence.index(opinion), sentence.index(opinion) + len(opinion))
+    span = (
+        None
+        if opinion is None
+        else (sentence.index(opinion), sentence.index(opinion) + len(opinion))
+    )
     return Example(sentence, aspect, Polarity.NEUTRAL, (start, start + len(aspect)), span)
 
 
@@ -79,40 +87,70 @@ BY_HAND = [
 
 
 def ends(n: int, name: str) -> list[str]:
-    return [f"{name}.last"] if n == 1 else [f"{name}.first", *[f"{name}.middle"] * (n - 2), f"{name}.last"]
+    return (
+        [f"{name}.last"]
+        if n == 1
+        else [f"{name}.first", *[f"{name}.middle"] * (n - 2), f"{name}.last"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("sentence", "aspect", "nth", "opinion", "inside", "question"), BY_HAND, ids=[f"{row[0]}-{row[2]}" for row in BY_HAND]
+    ("sentence", "aspect", "nth", "opinion", "inside", "question"),
+    BY_HAND,
+    ids=[f"{row[0]}-{row[2]}" for row in BY_HAND],
 )
 def test_roles_by_hand(gpt2, sentence, aspect, nth, opinion, inside, question):
     parts = inside.split("|")
     aspects = [i for i, part in enumerate(parts) if part[0] == "[" and part[-1] == "]"]
-    names = ["opinion" if part[0] == "<" else "after" if i > aspects[-1] else "before" for i, part in enumerate(parts)]
+    names = [
+        "opinion" if part[0] == "<" else "after" if i > aspects[-1] else "before"
+        for i, part in enumerate(parts)
+    ]
     for i, name in zip(aspects, ends(len(aspects), "aspect"), strict=True):
         names[i] = name
-    pieces = [part[1:-1] if names[i] in ("opinion",) or i in aspects else part for i, part in enumerate(parts)]
+    pieces = [
+        part[1:-1] if names[i] in ("opinion",) or i in aspects else part
+        for i, part in enumerate(parts)
+    ]
     asked = question.split("|")
-    expected = [*zip(pieces, names, strict=True), *zip(asked, ends(len(asked), "query"), strict=True), (" ?", "answer")]
+    expected = [
+        *zip(pieces, names, strict=True),
+        *zip(asked, ends(len(asked), "query"), strict=True),
+        (" ?", "answer"),
+    ]
 
     prompt = PromptTemplate()(example(sentence, aspect, nth, opinion))
     tokens = encode(prompt, gpt2)
     offsets = gpt2(prompt.text, return_offsets_mapping=True)["offset_mapping"]
-    found = [(prompt.text[a:b], ROLES[r]) for (a, b), r in zip(offsets, tokens.roles[0].tolist(), strict=True)]
+    found = [
+        (prompt.text[a:b], ROLES[r])
+        for (a, b), r in zip(offsets, tokens.roles[0].tolist(), strict=True)
+    ]
     assert [pair for pair in found if pair[1] != "template"] == expected
 
 
 def test_no_words_for_the_aspect(tokenizer):
     """SemEval's NULL: the whole sentence is `before`, and the question still names the aspect."""
-    tokens = encode(PromptTemplate()(Example("never again", "service", Polarity.NEGATIVE)), tokenizer)
+    tokens = encode(
+        PromptTemplate()(Example("never again", "service", Polarity.NEGATIVE)), tokenizer
+    )
     names = {ROLES[r] for r in tokens.roles[0].tolist()}
     assert {"before", "query.last", "answer", "template"} <= names
     assert not any(name.startswith("aspect") or name == "after" for name in names)
 
 
 def test_the_aspect_at_the_end_of_the_prompt_is_the_answer(gpt2):
-    tokens = encode(PromptTemplate("{sentence} : {aspect}")(example("the pasta dish", "pasta dish")), gpt2)
-    assert [ROLES[r] for r in tokens.roles[0].tolist()] == ["before", "aspect.first", "aspect.last", "template", "query.first", "answer"]
+    tokens = encode(
+        PromptTemplate("{sentence} : {aspect}")(example("the pasta dish", "pasta dish")), gpt2
+    )
+    assert [ROLES[r] for r in tokens.roles[0].tolist()] == [
+        "before",
+        "aspect.first",
+        "aspect.last",
+        "template",
+        "query.first",
+        "answer",
+    ]
 
 
 # ---- a second way ----------------------------------------------------------------------------------------------------------------
@@ -120,30 +158,48 @@ def test_the_aspect_at_the_end_of_the_prompt_is_the_answer(gpt2):
 
 def characters(tokens: Tokens, text: str, tokenizer) -> list[tuple[set[int], str]]:
     """The characters of `text` that are no blanks of every token, and its role."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     if tokens.ids.shape[1] > len(offsets):
         offsets = [(0, 0), *offsets]
     assert tokens.ids.shape[1] == tokens.roles.shape[1] == len(offsets)
     return [
-        ({i for i in range(a, b) if not text[i].isspace()}, ROLES[r]) for (a, b), r in zip(offsets, tokens.roles[0].tolist(), strict=True)
+        ({i for i in range(a, b) if not text[i].isspace()}, ROLES[r])
+        for (a, b), r in zip(offsets, tokens.roles[0].tolist(), strict=True)
     ]
 
 
 def check(one: Example, tokenizer) -> None:
     """The aspect's tokens are those that hold a visible character of it, likewise the question's; each part runs first, middle.., last."""
-    text = PAPER.replace("{sentence}", "\0").replace("{aspect}", one.aspect).replace("\0", one.sentence)
+    text = (
+        PAPER.replace("{sentence}", "\0")
+        .replace("{aspect}", one.aspect)
+        .replace("\0", one.sentence)
+    )
     prompt = PromptTemplate()(one)
     assert prompt.text == text
     shift, question = text.index("'") + 1, len(text) - 2 - len(one.aspect)
-    where = {"query": {i for i in range(question, question + len(one.aspect)) if not text[i].isspace()}, "aspect": set()}
+    where = {
+        "query": {i for i in range(question, question + len(one.aspect)) if not text[i].isspace()},
+        "aspect": set(),
+    }
     if one.span is not None:
-        where["aspect"] = {i for i in range(one.span[0] + shift, one.span[1] + shift) if not text[i].isspace()}
+        where["aspect"] = {
+            i for i in range(one.span[0] + shift, one.span[1] + shift) if not text[i].isspace()
+        }
     seen = characters(encode(prompt, tokenizer), text, tokenizer)
     for name, wanted in where.items():
         mine = [chars for chars, role in seen if role.startswith(f"{name}.") and chars]
-        assert all(chars & wanted for chars in mine), f"a token without a character of the {name} has its role"
+        assert all(chars & wanted for chars in mine), (
+            f"a token without a character of the {name} has its role"
+        )
         assert set().union(*mine) >= wanted, f"a character of the {name} is in no token of its role"
-        assert not any(chars & wanted for chars, role in seen if not role.startswith(f"{name}.") and role != "answer")
+        assert not any(
+            chars & wanted
+            for chars, role in seen
+            if not role.startswith(f"{name}.") and role != "answer"
+        )
         if wanted:
             assert [role for _, role in seen if role.startswith(f"{name}.")] == ends(
                 sum(role.startswith(f"{name}.") for _, role in seen), name
@@ -208,7 +264,10 @@ def test_the_parts_of_a_prompt_are_where_it_says():
     one = example("the {menu} was 'odd'", "{menu}", opinion="odd")
     prompt = PromptTemplate("{{Q}} {aspect}? {sentence} -> {aspect}:")(one)
     assert prompt.text == "{Q} {menu}? the {menu} was 'odd' -> {menu}:"
-    cut = [prompt.text[slice(*span)] for span in (prompt.sentence, prompt.aspect, prompt.opinion, *prompt.queries)]
+    cut = [
+        prompt.text[slice(*span)]
+        for span in (prompt.sentence, prompt.aspect, prompt.opinion, *prompt.queries)
+    ]
     assert cut == ["the {menu} was 'odd'", "{menu}", "odd", "{menu}", "{menu}"]
     assert prompt.queries[0][0] < prompt.sentence[0] < prompt.queries[1][0]
 
@@ -219,7 +278,10 @@ def test_the_parts_of_a_prompt_are_where_it_says():
         ("{sentence} ?", "has no field {aspect}; the question must name the aspect at least once"),
         ("{aspect} ?", "has 0 fields {sentence}; exactly one is needed"),
         ("{sentence} {sentence} {aspect}", "has 2 fields {sentence}; exactly one is needed"),
-        ("{sentence} {aspect} {label}", "has an unknown field {label}; accepted: {sentence} and {aspect}"),
+        (
+            "{sentence} {aspect} {label}",
+            "has an unknown field {label}; accepted: {sentence} and {aspect}",
+        ),
         ("{sentence} {aspect} {}", "has an unknown field {}; accepted"),
         ("{sentence} {aspect} {", "does not parse"),
         ("{sentence} {aspect} }", "does not parse"),
@@ -233,12 +295,16 @@ def test_templates_that_cannot_ask(text, sentence):
 
 def test_tokenizers_that_cannot_answer():
     prompt = PromptTemplate()(example("food", "food"))
-    with pytest.raises(PromptError, match=r"the tokenizer 'slow' gives no character offsets; a fast tokenizer"):
+    with pytest.raises(
+        PromptError, match=r"the tokenizer 'slow' gives no character offsets; a fast tokenizer"
+    ):
         encode(prompt, SimpleNamespace(is_fast=False, name_or_path="slow", bos_token_id=None))
     tokenizer = byte_level_tokenizer()
     tokenizer.bos_token = None
     assert not adds_bos(tokenizer)
-    with pytest.raises(PromptError, match="a BOS token was asked for, but the tokenizer '' has none"):
+    with pytest.raises(
+        PromptError, match="a BOS token was asked for, but the tokenizer '' has none"
+    ):
         encode(prompt, tokenizer, bos=True)
 
 
@@ -251,15 +317,26 @@ def test_the_papers_labels(gpt2):
     (only,) = Verbalizer().continuations(gpt2)
     assert only.tokens == () and only.reads == 1
     assert only.labels == tuple((i, (gpt2(word).input_ids[0],)) for i, word in enumerate(words))
-    assert [gpt2.decode(ids) for ids in Verbalizer(separator="").label_ids(gpt2)] == ["positive", "negative", "neutral"]
+    assert [gpt2.decode(ids) for ids in Verbalizer(separator="").label_ids(gpt2)] == [
+        "positive",
+        "negative",
+        "neutral",
+    ]
 
 
 def test_labels_follow_the_prompt_on_every_tokenizer(tokenizer):
     """Prompt ids + label ids are the ids of prompt and label written together."""
     prompt = PromptTemplate()(example("the staff were rude .", "staff")).text
     for separator in (" ", ""):
-        for word, ids in zip(("positive", "negative", "neutral"), Verbalizer(separator=separator).label_ids(tokenizer), strict=True):
-            assert tokenizer(prompt).input_ids + list(ids) == tokenizer(prompt + separator + word).input_ids
+        for word, ids in zip(
+            ("positive", "negative", "neutral"),
+            Verbalizer(separator=separator).label_ids(tokenizer),
+            strict=True,
+        ):
+            assert (
+                tokenizer(prompt).input_ids + list(ids)
+                == tokenizer(prompt + separator + word).input_ids
+            )
 
 
 def test_labels_of_several_tokens(gpt2):
@@ -267,7 +344,9 @@ def test_labels_of_several_tokens(gpt2):
     assert [len(i) for i in ids.values()] == [2, 2, 1]
     found = Verbalizer.of(["very good", "very bad", "fine"]).continuations(gpt2)
     assert [c.tokens for c in found] == [ids[" very good"][:1], ()]
-    assert found[0].labels == ((0, ids[" very good"]), (1, ids[" very bad"])) and found[0].reads == 2
+    assert (
+        found[0].labels == ((0, ids[" very good"]), (1, ids[" very bad"])) and found[0].reads == 2
+    )
     assert found[1].labels == ((2, ids[" fine"]),) and found[1].reads == 1
 
 
@@ -282,12 +361,19 @@ def test_labels_of_several_tokens(gpt2):
             "the labels 'good' and 'good day' cannot be told apart, since the tokens of one begin the other",
         ),
         (["bad", "good day", "good"], None, " ", "'good' and 'good day' cannot be told apart"),
-        (["s", "x", "y"], "{sentence} {aspect}", "", "the label 's' melts into the last token of the prompt"),
+        (
+            ["s", "x", "y"],
+            "{sentence} {aspect}",
+            "",
+            "the label 's' melts into the last token of the prompt",
+        ),
     ],
 )
 def test_labels_that_cannot_be_told_apart(gpt2, words, template, separator, sentence):
     with pytest.raises(PromptError, match=re.escape(sentence)):
-        Verbalizer.of(words, separator).label_ids(gpt2, PromptTemplate(template) if template else None)
+        Verbalizer.of(words, separator).label_ids(
+            gpt2, PromptTemplate(template) if template else None
+        )
 
 
 def test_labels_that_are_none():
@@ -295,11 +381,15 @@ def test_labels_that_are_none():
         Verbalizer.of(["good"])
     with pytest.raises(PromptError, match="the label of negative is empty; a word is needed"):
         Verbalizer.of({"positive": "good", "negative": " "})
-    with pytest.raises(PromptError, match="a label was given for 'happy'; accepted: positive, negative, neutral"):
+    with pytest.raises(
+        PromptError, match="a label was given for 'happy'; accepted: positive, negative, neutral"
+    ):
         Verbalizer.of({"happy": "good", "negative": "bad"})
     two = Verbalizer.of({"negative": "bad", "positive": "good"})
     assert [two.index(p) for p in (Polarity.NEGATIVE, Polarity.POSITIVE)] == [0, 1]
-    with pytest.raises(PromptError, match="no label for neutral; labels were given for negative, positive"):
+    with pytest.raises(
+        PromptError, match="no label for neutral; labels were given for negative, positive"
+    ):
         two.index(Polarity.NEUTRAL)
 
 
@@ -309,7 +399,11 @@ def test_labels_that_are_none():
 def test_stack_pads_on_the_right():
     rows = [
         encode(PromptTemplate()(example(s, a)), TINY["metaspace"])
-        for s, a in (("food", "food"), ("the tikka masala was hot", "tikka masala"), ("so so wine", "wine"))
+        for s, a in (
+            ("food", "food"),
+            ("the tikka masala was hot", "tikka masala"),
+            ("so so wine", "wine"),
+        )
     ]
     batch = Tokens.stack(rows, pad_id=7)
     assert len(batch) == 3 and batch.lengths == tuple(r.lengths[0] for r in rows)
@@ -321,15 +415,26 @@ def test_stack_pads_on_the_right():
         for at in ("aspect", "query.last", "all", "answer", -1, 2, None):
             assert batch.positions(at, i) == row.positions(at)
     again = Tokens.stack([Tokens.stack(rows[:2], 7), rows[2]], 7)
-    assert torch.equal(again.ids, batch.ids) and torch.equal(again.roles, batch.roles) and again.lengths == batch.lengths
+    assert (
+        torch.equal(again.ids, batch.ids)
+        and torch.equal(again.roles, batch.roles)
+        and again.lengths == batch.lengths
+    )
 
 
 def test_positions():
     names = ["template", "before", "aspect.first", "aspect.last", "after", "query.last", "answer"]
-    tokens = Tokens(torch.arange(9)[None], torch.tensor([[ROLES.index(n) for n in names] + [-1, -1]]), (7,))
+    tokens = Tokens(
+        torch.arange(9)[None], torch.tensor([[ROLES.index(n) for n in names] + [-1, -1]]), (7,)
+    )
     assert tokens.positions("aspect") == [2, 3]
     assert tokens.positions("aspect.middle") == []
     assert tokens.positions("query") == [5]
     assert tokens.positions("all") == tokens.positions(None) == list(range(7))
-    assert (tokens.positions(-1), tokens.positions(-7), tokens.positions(0), tokens.positions(6)) == ([6], [0], [0], [6])
+    assert (
+        tokens.positions(-1),
+        tokens.positions(-7),
+        tokens.positions(0),
+        tokens.positions(6),
+    ) == ([6], [0], [0], [6])
     assert tokens.positions(7) == tokens.positions(-8) == [], "padding is no position"

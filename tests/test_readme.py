@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
-    line.strip() for _, block in BLOCKS for line in block.splitlines() if line.startswith("python -m mech_absa") and "# not run" not in line
+    line.strip()
+    for _, block in BLOCKS
+    for line in block.splitlines()
+    if line.startswith("python -m mech_absa") and "# not run" not in line
 ]
 CODE = [block for language, block in BLOCKS if language == "python"]
 
@@ -23,7 +26,10 @@ CODE = [block for language, block in BLOCKS if language == "python"]
 def test_the_readme_has_what_is_tested_here():
     assert len(COMMANDS) >= 6 and len(CODE) == 1
     assert all(
-        "# not run:" in line for _, block in BLOCKS for line in block.splitlines() if "gpt2" in line and line.startswith("python -m")
+        "# not run:" in line
+        for _, block in BLOCKS
+        for line in block.splitlines()
+        if "gpt2" in line and line.startswith("python -m")
     )
 
 
@@ -36,7 +42,9 @@ def test_commands(tmp_path):
     """In their order, in one folder: a later one may use what an earlier one left."""
     for command in COMMANDS:
         argv = [sys.executable, *shlex.split(command, comments=True)[1:]]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
@@ -60,9 +68,19 @@ def test_files_that_the_readme_names_exist():
 
 @pytest.mark.parametrize("command", ["patch", "train", "evaluate", "report", "generate"])
 def test_help_names_every_flag_the_readme_uses(command):
-    used = {flag for line in COMMANDS if f"mech_absa.{command} " in line for flag in re.findall(r"--[a-z-]+", line)}
+    used = {
+        flag
+        for line in COMMANDS
+        if f"mech_absa.{command} " in line
+        for flag in re.findall(r"--[a-z-]+", line)
+    }
     done = subprocess.run(
-        [sys.executable, "-m", f"mech_absa.{command}", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", f"mech_absa.{command}", "--help"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0
     assert all(flag in done.stdout for flag in used), used

@@ -13,7 +13,17 @@ import pytest
 
 from mech_absa.errors import RunFolderError
 from mech_absa.examples import Polarity
-from mech_absa.records import RunFolder, atomic, fingerprint, plain, sha256_bytes, sha256_file, versions, write_json, write_text
+from mech_absa.records import (
+    RunFolder,
+    atomic,
+    fingerprint,
+    plain,
+    sha256_bytes,
+    sha256_file,
+    versions,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -23,7 +33,9 @@ def names(folder: Path) -> set[str]:
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a.csv") as temporary:
         temporary.write_text("half")
-        assert temporary.parent == tmp_path, "another file system could not be moved from in one step"
+        assert temporary.parent == tmp_path, (
+            "another file system could not be moved from in one step"
+        )
         assert temporary.suffix == ".csv", "writers choose their format by it"
         raise KeyboardInterrupt
     assert names(tmp_path) == set()
@@ -78,22 +90,36 @@ class Config:
 
 def test_plain():
     config = Config(Inner(Path("a/b"), Polarity.NEGATIVE), (1, 2), frozenset("cab"))
-    assert plain(config) == {"inner": {"where": "a/b", "polarity": "negative"}, "layers": [1, 2], "names": ["a", "b", "c"], "rate": 0.5}
+    assert plain(config) == {
+        "inner": {"where": "a/b", "polarity": "negative"},
+        "layers": [1, 2],
+        "names": ["a", "b", "c"],
+        "rate": 0.5,
+    }
     numbers = plain({"f": np.float32(0.5), "i": np.int64(3), "b": np.bool_(True), 4: None})
     assert numbers == {"f": 0.5, "i": 3, "b": True, "4": None}
     assert [type(v) for v in numbers.values()] == [float, int, bool, type(None)]
 
 
 def test_fingerprint():
-    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1}), "neither the order nor the kind of sequence counts"
-    seen = [fingerprint(c) for c in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": 1, "b": None}, {"a": True})]
+    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1}), (
+        "neither the order nor the kind of sequence counts"
+    )
+    seen = [
+        fingerprint(c)
+        for c in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": 1, "b": None}, {"a": True})
+    ]
     assert len(set(seen)) == len(seen)
 
 
 def test_hashes(tmp_path):
     data = bytes(range(256)) * 999
     (tmp_path / "f").write_bytes(data)
-    assert sha256_file(tmp_path / "f") == sha256_bytes(data[:1000], data[1000:]) == hashlib.sha256(data).hexdigest()
+    assert (
+        sha256_file(tmp_path / "f")
+        == sha256_bytes(data[:1000], data[1000:])
+        == hashlib.sha256(data).hexdigest()
+    )
 
 
 def test_versions():
@@ -119,9 +145,15 @@ def test_nothing_is_created_before_it_is_opened(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.doc").write_text("")
-    with pytest.raises(RunFolderError, match=re.escape(f"--out {tmp_path} is not empty; choose a new folder, or give --resume")):
+    with pytest.raises(
+        RunFolderError,
+        match=re.escape(f"--out {tmp_path} is not empty; choose a new folder, or give --resume"),
+    ):
         RunFolder(tmp_path, CONFIG)
-    with pytest.raises(RunFolderError, match=re.escape(f"--out {tmp_path} holds no run to resume; choose a new or empty folder")):
+    with pytest.raises(
+        RunFolderError,
+        match=re.escape(f"--out {tmp_path} holds no run to resume; choose a new or empty folder"),
+    ):
         RunFolder(tmp_path, CONFIG, resume=True)
     assert names(tmp_path) == {"thesis.doc"}
 
@@ -130,7 +162,10 @@ def test_a_file_is_refused(tmp_path):
     path = tmp_path / "thesis.doc"
     path.write_text("x")
     for resume in (False, True):
-        with pytest.raises(RunFolderError, match=re.escape(f"--out {path} is a file; a folder that is new or empty is needed")):
+        with pytest.raises(
+            RunFolderError,
+            match=re.escape(f"--out {path} is a file; a folder that is new or empty is needed"),
+        ):
             RunFolder(path, CONFIG, resume=resume)
     assert path.read_text() == "x"
 
@@ -153,7 +188,9 @@ def test_the_same_configuration_takes_up_where_it_stopped(tmp_path):
     folder = RunFolder(tmp_path / "out", CONFIG, resume=True, free=("device",)).open()
     assert folder.part("part-0").read_text() == "0"
     assert not folder.finished
-    free = RunFolder(tmp_path / "out", CONFIG | {"device": "cuda"}, resume=True, free=("device",)).open()
+    free = RunFolder(
+        tmp_path / "out", CONFIG | {"device": "cuda"}, resume=True, free=("device",)
+    ).open()
     assert free.part("part-0").exists(), "a free key may change"
 
 
@@ -165,12 +202,21 @@ def test_a_killed_run_is_not_taken_up_unasked(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "keys"),
-    [({"limit": 21}, "limit"), ({"limit": 21, "data": "rest.json"}, "data, limit"), ({"seed": 1}, "seed")],
+    [
+        ({"limit": 21}, "limit"),
+        ({"limit": 21, "data": "rest.json"}, "data, limit"),
+        ({"seed": 1}, "seed"),
+    ],
 )
 def test_another_configuration_is_refused_by_name(tmp_path, change, keys):
     out = killed(tmp_path / "out")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(RunFolderError, match=re.escape(f"--out {out} holds a run with another configuration (it differs in {keys});")):
+    with pytest.raises(
+        RunFolderError,
+        match=re.escape(
+            f"--out {out} holds a run with another configuration (it differs in {keys});"
+        ),
+    ):
         RunFolder(out, CONFIG | change, resume=True, free=("device",))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
@@ -198,4 +244,7 @@ def test_a_failed_write_into_a_folder(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         folder.write("figures/map.png", half)
-    assert names(tmp_path / "out") == {".run", "figures"} and names(tmp_path / "out" / "figures") == set()
+    assert (
+        names(tmp_path / "out") == {".run", "figures"}
+        and names(tmp_path / "out" / "figures") == set()
+    )

@@ -16,7 +16,7 @@ from mech_absa.edits.edit import Edit
 from mech_absa.evaluate.predictions import Predictions
 from mech_absa.evaluate.scores import score
 from mech_absa.examples import Example, Polarity
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
 from mech_absa.patch.effects import COLUMNS, Effects
 
 NASTY = "<script>alert('1')</script> & co"
@@ -30,9 +30,18 @@ def model() -> Model:
 @pytest.fixture
 def example() -> Example:
     other = Example(f"{NASTY} food is y", "food", Polarity.NEGATIVE, (33, 37), id="other")
-    away = Example(f"{NASTY} food is y and more", "food", Polarity.NEGATIVE, (33, 37), id="does not line up")
+    away = Example(
+        f"{NASTY} food is y and more", "food", Polarity.NEGATIVE, (33, 37), id="does not line up"
+    )
     assert len(NASTY) == 32
-    return Example(f"{NASTY} food is g", "food", Polarity.POSITIVE, (33, 37), id="<a>", counterfactuals=(away, other))
+    return Example(
+        f"{NASTY} food is g",
+        "food",
+        Polarity.POSITIVE,
+        (33, 37),
+        id="<a>",
+        counterfactuals=(away, other),
+    )
 
 
 def tables(html: str) -> list[list[list[str]]]:
@@ -60,26 +69,43 @@ def test_example(example):
 def test_pair_shows_the_counterfactual_that_was_taken_and_both_runs(model, example):
     pairs = ma.make_pairs(model, [example], ma.Counterfactual(), keep="all")
     html = pairs[0]._repr_html_()
-    assert escaped(html) and "is y" in html and "and more" not in html, "the first counterfactual does not line up and was not run"
+    assert escaped(html) and "is y" in html and "and more" not in html, (
+        "the first counterfactual does not line up and was not run"
+    )
     clean, corrupted = (
-        ", ".join(f"{p:.3f}" for p in s.double().exp().flatten().tolist()) for s in (pairs[0].clean_scores, pairs[0].corrupted_scores)
+        ", ".join(f"{p:.3f}" for p in s.double().exp().flatten().tolist())
+        for s in (pairs[0].clean_scores, pairs[0].corrupted_scores)
     )
     assert f"clean {clean}; corrupted {corrupted}<" in html
 
     whole = pairs._repr_html_()
-    assert escaped(whole) and "<b>1 pairs</b> of 1 examples, Counterfactual()" in whole and "none dropped" in whole and html in whole
+    assert (
+        escaped(whole)
+        and "<b>1 pairs</b> of 1 examples, Counterfactual()" in whole
+        and "none dropped" in whole
+        and html in whole
+    )
 
 
 def test_pairs_say_what_was_dropped_and_how_many_are_not_shown(model, example):
     bare = Example("the food is fun", "food", Polarity.POSITIVE, (4, 8), id="b")
-    html = ma.make_pairs(model, [example] * 5 + [bare] * 2, ma.Counterfactual(), keep="all")._repr_html_()
-    assert "<b>5 pairs</b> of 7 examples" in html and "2 dropped: no counterfactual" in html and "2 more" in html
+    html = ma.make_pairs(
+        model, [example] * 5 + [bare] * 2, ma.Counterfactual(), keep="all"
+    )._repr_html_()
+    assert (
+        "<b>5 pairs</b> of 7 examples" in html
+        and "2 dropped: no counterfactual" in html
+        and "2 more" in html
+    )
 
 
 def test_pair_of_noise_shows_the_mean_over_draws(model, example):
     pair = ma.make_pairs(model, [example], ma.GaussianNoise(scale=1.0, draws=3), keep="all")[0]
     mean = pair.corrupted_scores.double().exp().mean(0).tolist()
-    assert f"corrupted {mean[0]:.3f}, {mean[1]:.3f}, {mean[2]:.3f} (mean of 3 draws)" in pair._repr_html_()
+    assert (
+        f"corrupted {mean[0]:.3f}, {mean[1]:.3f}, {mean[2]:.3f} (mean of 3 draws)"
+        in pair._repr_html_()
+    )
 
 
 def test_pair_of_an_ablation_has_one_run(model, example):
@@ -95,8 +121,12 @@ def effects() -> Effects:
         for i, a in (("p", 0.5), ("q", 0.7))
         for role, e in (("before", 0.0), ("answer", a))
     ]
-    pairs = pd.DataFrame({"example_id": ["p", "q"], "cluster": ["one", "two"], "clean": 0.9, "corrupted": 0.1})
-    return Effects(pd.DataFrame(rows, columns=list(COLUMNS)), pairs, {"method": NASTY, "direction": "denoise"})
+    pairs = pd.DataFrame(
+        {"example_id": ["p", "q"], "cluster": ["one", "two"], "clean": 0.9, "corrupted": 0.1}
+    )
+    return Effects(
+        pd.DataFrame(rows, columns=list(COLUMNS)), pairs, {"method": NASTY, "direction": "denoise"}
+    )
 
 
 def test_effects_and_their_map_show_the_largest_cells(effects):
@@ -110,17 +140,30 @@ def test_effects_and_their_map_show_the_largest_cells(effects):
 
 
 def test_edit_lists_its_parts_with_sizes_that_add_up(model):
-    parts = [Part("lora", f"L{i}.W_O", {"rank": 2, "alpha": 4.0}, 1e-3) for i in range(model.n_layers)]
+    parts = [
+        Part("lora", f"L{i}.W_O", {"rank": 2, "alpha": 4.0}, 1e-3) for i in range(model.n_layers)
+    ]
     parts.append(Part("loreft", "L1.resid_post@query.last", {"rank": 2}, 1e-2))
     edit = Edit.fresh(model, parts)
     table = frame(tables(edit._repr_html_())[0])
-    assert table["family"].tolist() == ["lora", "loreft"], "parts that differ in their place alone share a row"
-    assert table["at"].tolist() == [", ".join(f"L{i}.W_O" for i in range(model.n_layers)), "L1.resid_post@query.last"]
-    assert table["options"].tolist() == ["rank 2, alpha 4.0", "rank 2"] and table["rate"].tolist() == ["0.001", "0.01"]
+    assert table["family"].tolist() == ["lora", "loreft"], (
+        "parts that differ in their place alone share a row"
+    )
+    assert table["at"].tolist() == [
+        ", ".join(f"L{i}.W_O" for i in range(model.n_layers)),
+        "L1.resid_post@query.last",
+    ]
+    assert table["options"].tolist() == ["rank 2, alpha 4.0", "rank 2"] and table[
+        "rate"
+    ].tolist() == ["0.001", "0.01"]
     d = model.d_model
-    assert table["parameters"].tolist() == [f"{model.n_layers * 2 * (d + d):,}", f"{2 * d + 2 * d + 2:,}"], "A and B; R, W and b"
+    assert table["parameters"].tolist() == [
+        f"{model.n_layers * 2 * (d + d):,}",
+        f"{2 * d + 2 * d + 2:,}",
+    ], "A and B; R, W and b"
     assert (
-        f"{edit.n_parameters:,} parameters, {100 * edit.share:.3g} % of all" in edit._repr_html_() and "not trained" in edit._repr_html_()
+        f"{edit.n_parameters:,} parameters, {100 * edit.share:.3g} % of all" in edit._repr_html_()
+        and "not trained" in edit._repr_html_()
     )
 
 
@@ -135,16 +178,28 @@ def test_edit_says_how_it_was_trained_and_escapes(model):
 
 
 def test_scores_show_accuracy_classes_and_confusion():
-    asked = [Example(f"{i} food", "food", p, (2, 6)) for i, p in enumerate([Polarity.POSITIVE] * 3 + [Polarity.NEGATIVE])]
+    asked = [
+        Example(f"{i} food", "food", p, (2, 6))
+        for i, p in enumerate([Polarity.POSITIVE] * 3 + [Polarity.NEGATIVE])
+    ]
     answers = (Polarity.POSITIVE, Polarity.POSITIVE, Polarity.NEGATIVE, None)
     html = score(Predictions(tuple(asked), answers, NASTY, "<i>"), draws=50)._repr_html_()
     assert escaped(html) and "<i>" not in html
     summary, classes, confusion = tables(html)
     shown = frame(summary).iloc[0]
-    assert shown["accuracy %"].startswith("50.0 [") and (shown["n"], shown["no label"]) == ("4", "1")
+    assert shown["accuracy %"].startswith("50.0 [") and (shown["n"], shown["no label"]) == (
+        "4",
+        "1",
+    )
     of = frame(classes).set_index("label").loc["positive"]
-    assert of.tolist() == ["1.000", "0.667", "0.800", "3", "2"], "precision, recall, F1, support, answered"
-    assert [row[-4:] for row in confusion[-3:]] == [["2", "1", "0", "0"], ["0", "0", "0", "1"], ["0", "0", "0", "0"]]
+    assert of.tolist() == ["1.000", "0.667", "0.800", "3", "2"], (
+        "precision, recall, F1, support, answered"
+    )
+    assert [row[-4:] for row in confusion[-3:]] == [
+        ["2", "1", "0", "0"],
+        ["0", "0", "0", "1"],
+        ["0", "0", "0", "0"],
+    ]
 
 
 def test_a_repr_leaves_no_gradient_behind(model):

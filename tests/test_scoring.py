@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from mech_absa.errors import PromptError
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import intervene, live_hooks
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
+from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from mech_absa.scoring import extend, gold_indices, label_scores, last_residual, question
 from mech_absa.sites import Site
@@ -22,7 +22,12 @@ from mech_absa.sites import Site
 POS, NEG, NEU = Polarity
 EXAMPLES = (
     Example("great wine", "wine", POS, (6, 10)),
-    Example("The staff was rude and the food was great, but the wine list was not bad at all.", "staff", NEG, (4, 9)),
+    Example(
+        "The staff was rude and the food was great, but the wine list was not bad at all.",
+        "staff",
+        NEG,
+        (4, 9),
+    ),
     Example("food", "food", NEU, (0, 4)),
     Example("I loved the battery life.", "battery life", POS, (12, 24)),
     Example("never again", "service", NEG),
@@ -50,7 +55,9 @@ def prompts(model) -> list[Tokens]:
 def test_the_cases_are_worth_testing(model, prompts):
     assert len({p.lengths[0] for p in prompts}) == len(prompts), "padding is needed"
     lengths = [len(ids) for ids in LABELS.label_ids(model.tokenizer, TEMPLATE)]
-    assert max(lengths) > 2 and len(set(lengths)) > 1, "labels of several tokens, of different length"
+    assert max(lengths) > 2 and len(set(lengths)) > 1, (
+        "labels of several tokens, of different length"
+    )
 
 
 def test_scores_are_hugging_faces(folder, model, prompts):
@@ -73,9 +80,16 @@ def test_scores_are_hugging_faces(folder, model, prompts):
 def test_a_batch_is_its_rows(model, prompts, batch_size):
     continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
     one_by_one = torch.cat([label_scores(model, [p], continuations) for p in prompts])
-    torch.testing.assert_close(label_scores(model, prompts, continuations, batch_size=batch_size), one_by_one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        label_scores(model, prompts, continuations, batch_size=batch_size),
+        one_by_one,
+        rtol=0,
+        atol=1e-5,
+    )
     order = [3, 0, 4, 2, 1]
-    shuffled = label_scores(model, [prompts[i] for i in order], continuations, batch_size=batch_size)
+    shuffled = label_scores(
+        model, [prompts[i] for i in order], continuations, batch_size=batch_size
+    )
     torch.testing.assert_close(shuffled, one_by_one[order], rtol=0, atol=1e-5)
 
 
@@ -93,21 +107,36 @@ def test_bare_logits_are_the_columns(model, prompts):
     with torch.inference_mode():
         logits = torch.stack([model.hooked(p.ids)[0, -1] for p in prompts])
     torch.testing.assert_close(found, logits[:, [70, 81, 92]], rtol=0, atol=1e-5)
-    torch.testing.assert_close(label_scores(model, prompts, SINGLE), logits.log_softmax(-1)[:, [70, 81, 92]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        label_scores(model, prompts, SINGLE),
+        logits.log_softmax(-1)[:, [70, 81, 92]],
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_labels_keep_their_columns(model, prompts):
     """A verbalizer in another order gives the same columns in that order, however the continuations group them."""
     words = ["positive", "not bad", "neutral"]
     straight = label_scores(model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE))
-    turned = label_scores(model, prompts, Verbalizer.of(words[::-1]).continuations(model.tokenizer, TEMPLATE))
+    turned = label_scores(
+        model, prompts, Verbalizer.of(words[::-1]).continuations(model.tokenizer, TEMPLATE)
+    )
     torch.testing.assert_close(turned, straight.flip(1), rtol=0, atol=1e-5)
 
 
 def test_longer_labels_need_the_normaliser_whatever_is_asked(model, prompts):
     continuations = [c for c in LABELS.continuations(model.tokenizer, TEMPLATE) if c.reads > 1]
-    only = [Continuation(c.tokens, tuple((i, ids) for i, (_, ids) in enumerate(c.labels))) for c in continuations[:1]]
-    torch.testing.assert_close(label_scores(model, prompts, only, need="labels"), label_scores(model, prompts, only), rtol=0, atol=0)
+    only = [
+        Continuation(c.tokens, tuple((i, ids) for i, (_, ids) in enumerate(c.labels)))
+        for c in continuations[:1]
+    ]
+    torch.testing.assert_close(
+        label_scores(model, prompts, only, need="labels"),
+        label_scores(model, prompts, only),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_extend(model, prompts):
@@ -150,20 +179,26 @@ def vector(model: Model) -> torch.Tensor:
 def test_an_edit_changes_its_rows_only(model, prompts):
     continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
     longest = max(p.lengths[0] for p in prompts)
-    plain = label_scores(model, prompts, continuations, edit=Push("query.last", at_least=longest + 1))
+    plain = label_scores(
+        model, prompts, continuations, edit=Push("query.last", at_least=longest + 1)
+    )
     edited = label_scores(model, prompts, continuations, edit=Push("query.last", at_least=longest))
     mine = torch.tensor([p.lengths[0] == longest for p in prompts])
     assert mine.sum() == 1
     assert (edited[mine] - plain[mine]).abs().min() > 1e-3
     assert torch.equal(edited[~mine], plain[~mine])
     assert live_hooks(model.hooked) == []
-    torch.testing.assert_close(label_scores(model, prompts, continuations), plain, rtol=1e-6, atol=0)  # nothing of it stays
+    torch.testing.assert_close(
+        label_scores(model, prompts, continuations), plain, rtol=1e-6, atol=0
+    )  # nothing of it stays
 
 
 @pytest.mark.parametrize("at", ["query.last", "answer", "aspect"])
 def test_an_edit_is_the_same_as_doing_it_by_hand(model, prompts, at):
     """Position by position in the block-1 output of each prompt + label alone; the label's own tokens are never edited."""
-    found = label_scores(model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE), edit=Push(at), batch_size=3)
+    found = label_scores(
+        model, prompts, LABELS.continuations(model.tokenizer, TEMPLATE), edit=Push(at), batch_size=3
+    )
     expected = torch.zeros_like(found)
     with torch.inference_mode():
         for row, prompt in enumerate(prompts):
@@ -172,7 +207,9 @@ def test_an_edit_is_the_same_as_doing_it_by_hand(model, prompts, at):
                 middle = model.hooked(ids, stop_at_layer=2)
                 middle[0, prompt.positions(at)] += vector(model)
                 logp = model.hooked(middle, start_at_layer=2)[0].log_softmax(-1)
-                expected[row, column] = sum(float(logp[prompt.lengths[0] + j - 1, t]) for j, t in enumerate(label))
+                expected[row, column] = sum(
+                    float(logp[prompt.lengths[0] + j - 1, t]) for j, t in enumerate(label)
+                )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -180,8 +217,13 @@ def test_an_edit_where_nobody_is_changes_nothing(model, prompts):
     """No example names its opinion. The edit is asked once for every pass, with the tokens of that pass."""
     continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
     edit = Push("opinion")
-    edited, plain = (label_scores(model, prompts, continuations, edit=e, batch_size=n) for e, n in ((edit, 2), (None, 32)))
-    torch.testing.assert_close(edited, plain, rtol=1e-6, atol=0)  # scores of up to 50: a few units in the last place
+    edited, plain = (
+        label_scores(model, prompts, continuations, edit=e, batch_size=n)
+        for e, n in ((edit, 2), (None, 32))
+    )
+    torch.testing.assert_close(
+        edited, plain, rtol=1e-6, atol=0
+    )  # scores of up to 50: a few units in the last place
     assert len(edit.batches) == 3 * len(continuations)
     assert sum(len(t) for t in edit.batches) == len(prompts) * len(continuations)
 
@@ -192,7 +234,9 @@ def test_an_edit_where_nobody_is_changes_nothing(model, prompts):
 def test_a_question_that_is_too_long(model, monkeypatch):
     monkeypatch.setattr(model.cfg, "n_ctx", 60)
     long = Example("bad " * 80 + "wine", "wine", NEG, (320, 324), id="file:7")
-    with pytest.raises(PromptError, match=rf"^the prompt of 'file:7' has \d+ tokens; {model.name} reads 60$"):
+    with pytest.raises(
+        PromptError, match=rf"^the prompt of 'file:7' has \d+ tokens; {model.name} reads 60$"
+    ):
         question(model, long, TEMPLATE)
 
 
@@ -203,6 +247,8 @@ def test_the_question_begins_as_the_model_does(model, prompts):
 
 def test_gold():
     assert gold_indices(EXAMPLES, LABELS).tolist() == [0, 1, 2, 0, 1]
-    assert gold_indices(EXAMPLES[:2], Verbalizer.of({"negative": "bad", "positive": "good"})).tolist() == [1, 0]
+    assert gold_indices(
+        EXAMPLES[:2], Verbalizer.of({"negative": "bad", "positive": "good"})
+    ).tolist() == [1, 0]
     with pytest.raises(PromptError, match="no label for neutral"):
         gold_indices(EXAMPLES, Verbalizer.of({"negative": "bad", "positive": "good"}))

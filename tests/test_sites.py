@@ -17,7 +17,12 @@ ATS = st.one_of(st.none(), st.sampled_from([*ROLES, *ROLE_GROUPS]), st.integers(
 @st.composite
 def sites(draw) -> Site:
     kind = draw(st.sampled_from(KINDS))
-    return Site(draw(st.integers(0, 200)), kind, draw(st.integers(0, 200)) if kind in HEAD_KINDS else None, draw(ATS))
+    return Site(
+        draw(st.integers(0, 200)),
+        kind,
+        draw(st.integers(0, 200)) if kind in HEAD_KINDS else None,
+        draw(ATS),
+    )
 
 
 @given(sites())
@@ -40,7 +45,11 @@ def test_two_sites_never_share_a_spelling(one, two):
         ("L5.attn_out", Site(5, "attn_out"), "blocks.5.hook_attn_out"),
         ("L0.head3", Site(0, "head", 3), "blocks.0.attn.hook_z"),
         ("L11.k0", Site(11, "k", 0), "blocks.11.attn.hook_k"),
-        ("L5.attn_out@query.last", Site(5, "attn_out", None, "query.last"), "blocks.5.hook_attn_out"),
+        (
+            "L5.attn_out@query.last",
+            Site(5, "attn_out", None, "query.last"),
+            "blocks.5.hook_attn_out",
+        ),
         ("L5.resid_mid@-1", Site(5, "resid_mid", None, -1), "blocks.5.hook_resid_mid"),
         ("L5.resid_pre@007", Site(5, "resid_pre", None, 7), "blocks.5.hook_resid_pre"),
         ("L5.head12@aspect", Site(5, "head", 12, "aspect"), "blocks.5.attn.hook_z"),
@@ -68,7 +77,9 @@ def test_by_hand(text, site, hook):
     ],
 )
 def test_what_is_no_site(text):
-    with pytest.raises(SiteError, match=re.escape(f"{text!r} is no site; sites look like L5.resid_post")):
+    with pytest.raises(
+        SiteError, match=re.escape(f"{text!r} is no site; sites look like L5.resid_post")
+    ):
         Site.parse(text)
 
 
@@ -99,7 +110,9 @@ def test_a_model_has_its_sites_and_no_others():
     }.items():
         with pytest.raises(SiteError, match=re.escape(sentence) + "$"):
             Site.parse(text).check(**shape)
-    with pytest.raises(SiteError, match=r"site L3.resid_mid does not exist in toy; it has resid_pre or resid_post$"):
+    with pytest.raises(
+        SiteError, match=r"site L3.resid_mid does not exist in toy; it has resid_pre or resid_post$"
+    ):
         Site.parse("L3.resid_mid").check(**shape, kinds=("resid_pre", "resid_post"))
 
 
@@ -110,7 +123,11 @@ def test_order_and_everywhere():
 
 
 def test_role_indices():
-    assert [ROLES[i] for i in role_indices("query")] == ["query.first", "query.middle", "query.last"]
+    assert [ROLES[i] for i in role_indices("query")] == [
+        "query.first",
+        "query.middle",
+        "query.last",
+    ]
     assert [ROLES[i] for i in role_indices("opinion")] == ["opinion"]
     assert role_indices("all") == tuple(range(len(ROLES)))
     assert len(set(ROLES)) == len(ROLES) and not set(ROLES) & set(ROLE_GROUPS)
@@ -140,16 +157,25 @@ def test_thirds_have_one_size_and_lie_inside(n):
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=6))
 def test_layers_are_the_union_of_the_ranges(ranges):
     text = ",".join(f"{a}-{a + d}" if d else f"{a}" for a, d in ranges)
-    assert parse_layers(text, 100) == tuple(sorted({i for a, d in ranges for i in range(a, a + d + 1)}))
+    assert parse_layers(text, 100) == tuple(
+        sorted({i for a, d in ranges for i in range(a, a + d + 1)})
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a", "5-2", "1-", "-1", "1,,2", "1.5", "0-3-5"])
 def test_what_names_no_layers(text):
-    with pytest.raises(SiteError, match=re.escape(f"{text!r} names no layers; accepted: 3, 2-5, 0,2-4, all, first, middle or last")):
+    with pytest.raises(
+        SiteError,
+        match=re.escape(
+            f"{text!r} names no layers; accepted: 3, 2-5, 0,2-4, all, first, middle or last"
+        ),
+    ):
         parse_layers(text, 12)
 
 
 @pytest.mark.parametrize(("text", "layer"), [("12", 12), ("0,4-99", 99)])
 def test_layers_beyond_the_model(text, layer):
-    with pytest.raises(SiteError, match=f"layer {layer} was asked for; the model has 12 layers, 0 to 11"):
+    with pytest.raises(
+        SiteError, match=f"layer {layer} was asked for; the model has 12 layers, 0 to 11"
+    ):
         parse_layers(text, 12)

@@ -58,7 +58,9 @@ def test_rows_of_one_sentence_taken_for_independent_cover_too_rarely_and_too_nar
 def test_copies_of_a_row_add_no_knowledge():
     values = np.random.default_rng(3).normal(size=(30, 4))
     once = stats.cluster_bootstrap(values, seed=7)
-    thrice = stats.cluster_bootstrap(np.repeat(values, 3, axis=0), np.repeat(np.arange(30), 3), seed=7)
+    thrice = stats.cluster_bootstrap(
+        np.repeat(values, 3, axis=0), np.repeat(np.arange(30), 3), seed=7
+    )
     for end in ("mean", "low", "high"):
         np.testing.assert_allclose(getattr(thrice, end), getattr(once, end), rtol=0, atol=1e-12)
 
@@ -70,15 +72,23 @@ def test_three_clusters_by_hand():
     # All 27, weighted by hand as a ratio of sums, at a level whose ends lie inside.
     sums, sizes = np.array([2.0, 3.0, 10.0]), np.array([2, 1, 1])
     every = [sums[list(d)].sum() / sizes[list(d)].sum() for d in product(range(3), repeat=3)]
-    interval = stats.cluster_bootstrap([0.0, 3.0, 2.0, 10.0], ["a", "b", "a", "c"], level=0.5, draws=50_000)
-    assert (float(interval.low), float(interval.high)) == pytest.approx(np.quantile(every, [0.25, 0.75], method="inverted_cdf"), abs=1e-9)
+    interval = stats.cluster_bootstrap(
+        [0.0, 3.0, 2.0, 10.0], ["a", "b", "a", "c"], level=0.5, draws=50_000
+    )
+    assert (float(interval.low), float(interval.high)) == pytest.approx(
+        np.quantile(every, [0.25, 0.75], method="inverted_cdf"), abs=1e-9
+    )
 
 
 def test_single_rows_agree_with_scipy_bootstrap():
     x = np.random.default_rng(4).gamma(2.0, size=80)
     ours = stats.cluster_bootstrap(x, draws=20_000)
-    theirs = scipy.stats.bootstrap((x,), np.mean, n_resamples=20_000, method="percentile", random_state=0).confidence_interval
-    assert [float(ours.low), float(ours.high)] == pytest.approx([theirs.low, theirs.high], abs=0.1 * scipy.stats.sem(x))
+    theirs = scipy.stats.bootstrap(
+        (x,), np.mean, n_resamples=20_000, method="percentile", random_state=0
+    ).confidence_interval
+    assert [float(ours.low), float(ours.high)] == pytest.approx(
+        [theirs.low, theirs.high], abs=0.1 * scipy.stats.sem(x)
+    )
 
 
 def with_holes():
@@ -86,19 +96,26 @@ def with_holes():
     sentence = np.repeat(np.arange(25), 3)
     values = rng.normal(0.2, 1.0, size=(75, 6))
     holes = rng.random(values.shape) < 0.3
-    holes[::3] = False  # each sentence keeps a value, so that dropping rows leaves the same 25 clusters
+    holes[::3] = (
+        False  # each sentence keeps a value, so that dropping rows leaves the same 25 clusters
+    )
     return np.where(holes, np.nan, values), sentence
 
 
 def test_missing_values_are_as_if_their_rows_were_dropped():
     values, sentence = with_holes()
-    interval, p = stats.cluster_bootstrap(values, sentence), stats.sign_flip(values, sentence, draws=999)
+    interval, p = (
+        stats.cluster_bootstrap(values, sentence),
+        stats.sign_flip(values, sentence, draws=999),
+    )
     assert np.isnan(values).any(axis=0).all()
     for cell in range(values.shape[1]):
         kept = ~np.isnan(values[:, cell])
         dropped = stats.cluster_bootstrap(values[kept, cell], sentence[kept])
         here = [interval.mean[cell], interval.low[cell], interval.high[cell]]
-        np.testing.assert_allclose(here, [dropped.mean, dropped.low, dropped.high], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            here, [dropped.mean, dropped.low, dropped.high], rtol=0, atol=1e-12
+        )
         assert p[cell] == stats.sign_flip(values[kept, cell], sentence[kept], draws=999)
 
 
@@ -108,7 +125,10 @@ def test_clusters_without_a_value_change_nothing_exact_and_little_else():
     long = np.concatenate([short, np.full(3, np.nan)])
     assert stats.sign_flip(long) == stats.sign_flip(short)  # 2^11 patterns and 2^8: both enumerated
     many = rng.normal(0.5, 1.0, size=60)
-    full, holed = stats.cluster_bootstrap(many), stats.cluster_bootstrap(np.concatenate([many, np.full(60, np.nan)]))
+    full, holed = (
+        stats.cluster_bootstrap(many),
+        stats.cluster_bootstrap(np.concatenate([many, np.full(60, np.nan)])),
+    )
     assert float(full.mean) == pytest.approx(float(holed.mean), abs=1e-12)
     assert holed.high - holed.low == pytest.approx(full.high - full.low, rel=0.1)
 
@@ -117,7 +137,9 @@ def test_cells_that_say_nothing_are_nan_without_warnings(recwarn):
     values = np.array([[np.nan, 1.0, 1.0], [np.nan, np.nan, 2.0], [np.nan, 3.0, 6.0]])
     interval = stats.cluster_bootstrap(values, ["s", "t", "s"])
     np.testing.assert_array_equal(interval.mean, [np.nan, 2.0, 3.0])
-    np.testing.assert_array_equal(np.isnan(interval.low), [True, True, False])  # no value, one sentence, two sentences
+    np.testing.assert_array_equal(
+        np.isnan(interval.low), [True, True, False]
+    )  # no value, one sentence, two sentences
     np.testing.assert_array_equal(np.isnan(interval.high), [True, True, False])
     np.testing.assert_array_equal(np.isnan(stats.sign_flip(values)), [True, False, False])
     assert not recwarn.list
@@ -127,7 +149,9 @@ def test_cells_keep_their_shape_and_their_place():
     values = np.random.default_rng(7).normal(size=(20, 2, 3))
     cube, flat = stats.cluster_bootstrap(values), stats.cluster_bootstrap(values.reshape(20, 6))
     np.testing.assert_array_equal(cube.low, flat.low.reshape(2, 3))
-    np.testing.assert_array_equal(stats.sign_flip(values), stats.sign_flip(values.reshape(20, 6)).reshape(2, 3))
+    np.testing.assert_array_equal(
+        stats.sign_flip(values), stats.sign_flip(values.reshape(20, 6)).reshape(2, 3)
+    )
     alone = stats.cluster_bootstrap(values[:, 1, 2])
     assert alone.high == pytest.approx(cube.high[1, 2], abs=1e-12)  # every cell sees the same draws
 
@@ -136,7 +160,11 @@ def test_cells_keep_their_shape_and_their_place():
 def test_working_in_chunks_changes_nothing(monkeypatch, budget):
     values, sentence = with_holes()
     for table in (values, np.nan_to_num(values)):
-        whole = stats.cluster_bootstrap(table, sentence), stats.sign_flip(table, sentence, draws=999), stats.sign_flip(table[:9], draws=999)
+        whole = (
+            stats.cluster_bootstrap(table, sentence),
+            stats.sign_flip(table, sentence, draws=999),
+            stats.sign_flip(table[:9], draws=999),
+        )
         with monkeypatch.context() as patch:
             patch.setattr(stats, "_BUDGET", budget)
             parts = (
@@ -187,7 +215,10 @@ def test_sign_flip_equals_enumeration(rows):
     values, clusters = np.array([v for v, _ in rows], dtype=float), np.array([c for _, c in rows])
     sums = [sum(v for v, c in rows if c == cluster) for cluster in sorted(set(clusters.tolist()))]
     patterns = list(product([-1, 1], repeat=len(sums)))
-    hits = sum(abs(sum(s * x for s, x in zip(signs, sums, strict=True))) >= abs(sum(sums)) for signs in patterns)
+    hits = sum(
+        abs(sum(s * x for s, x in zip(signs, sums, strict=True))) >= abs(sum(sums))
+        for signs in patterns
+    )
     assert stats.sign_flip(values, clusters) == hits / len(patterns)
 
 
@@ -195,7 +226,9 @@ def test_sign_flip_agrees_with_scipy_permutation_test():
     rng = np.random.default_rng(8)
     for n, tolerance in ((9, 1e-12), (40, 0.02)):  # enumerated by both; drawn by both
         x = rng.normal(0.25, 1.0, size=n)
-        theirs = scipy.stats.permutation_test((x,), np.mean, permutation_type="samples", n_resamples=9999, random_state=0).pvalue
+        theirs = scipy.stats.permutation_test(
+            (x,), np.mean, permutation_type="samples", n_resamples=9999, random_state=0
+        ).pvalue
         assert float(stats.sign_flip(x)) == pytest.approx(theirs, abs=tolerance)
 
 
@@ -211,8 +244,12 @@ def test_sign_flip_p_is_uniform_when_nothing_is_there():
     values, sentence = reviews(np.random.default_rng(10), n_sentences=60)
     p = stats.sign_flip(values, sentence, draws=3999)
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.05
-    assert scipy.stats.kstest(stats.sign_flip(values, draws=3999), "uniform").pvalue < 1e-6  # flipping rows for sentences
-    assert (stats.sign_flip(values + 1.0, sentence, draws=3999) < 0.001).mean() > 0.99  # and it does see an effect
+    assert (
+        scipy.stats.kstest(stats.sign_flip(values, draws=3999), "uniform").pvalue < 1e-6
+    )  # flipping rows for sentences
+    assert (
+        stats.sign_flip(values + 1.0, sentence, draws=3999) < 0.001
+    ).mean() > 0.99  # and it does see an effect
 
 
 # ---- adjust
@@ -228,7 +265,9 @@ def test_holm_and_bh_by_hand():
 def test_adjusting_leaves_out_nan_and_keeps_the_shape_and_the_input():
     p = np.array([[0.01, np.nan, 0.04], [0.03, 0.005, np.nan]])
     before = p.copy()
-    np.testing.assert_allclose(stats.adjust(p), [[0.03, np.nan, 0.06], [0.06, 0.02, np.nan]], atol=1e-12)
+    np.testing.assert_allclose(
+        stats.adjust(p), [[0.03, np.nan, 0.06], [0.06, 0.02, np.nan]], atol=1e-12
+    )
     np.testing.assert_array_equal(p, before)
     assert np.isnan(stats.adjust([np.nan, np.nan], "bh")).all()
 
@@ -242,19 +281,27 @@ def test_paired_difference_of_two_accuracies():
     a, b = (rng.random(200) < 0.8).astype(float), (rng.random(200) < 0.6).astype(float)
     d = stats.paired_bootstrap_difference(a, b, sentence)
     assert d.value == pytest.approx(a.mean() - b.mean())
-    per_sentence = (a - b).reshape(100, 2).mean(axis=1)  # equal sizes: the mean of means is the mean
-    theirs = scipy.stats.bootstrap((per_sentence,), np.mean, n_resamples=9999, method="percentile", random_state=0).confidence_interval
+    per_sentence = (
+        (a - b).reshape(100, 2).mean(axis=1)
+    )  # equal sizes: the mean of means is the mean
+    theirs = scipy.stats.bootstrap(
+        (per_sentence,), np.mean, n_resamples=9999, method="percentile", random_state=0
+    ).confidence_interval
     assert [d.low, d.high] == pytest.approx([theirs.low, theirs.high], abs=0.01)
     assert d.p == float(stats.sign_flip(a - b, sentence)) < 0.01
     back = stats.paired_bootstrap_difference(b, a, sentence)
-    assert (back.value, back.low, back.high, back.p) == pytest.approx((-d.value, -d.high, -d.low, d.p))
+    assert (back.value, back.low, back.high, back.p) == pytest.approx(
+        (-d.value, -d.high, -d.low, d.p)
+    )
     same = stats.paired_bootstrap_difference(a, a, sentence)
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
 def answers(both, only_a, only_b, neither):
     counts = [both, only_a, only_b, neither]
-    return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+    return np.repeat([True, True, False, False], counts), np.repeat(
+        [True, False, True, False], counts
+    )
 
 
 def test_mcnemar_by_hand():
@@ -265,19 +312,26 @@ def test_mcnemar_by_hand():
     assert (many.b, many.c, many.exact) == (20, 10, False)
     assert many.statistic == pytest.approx((20 - 10 - 1) ** 2 / 30)
     assert many.p == pytest.approx(scipy.stats.chi2.sf(2.7, df=1))
-    assert stats.mcnemar(*answers(0, 12, 12, 0)).exact and not stats.mcnemar(*answers(0, 12, 13, 0)).exact
+    assert (
+        stats.mcnemar(*answers(0, 12, 12, 0)).exact
+        and not stats.mcnemar(*answers(0, 12, 13, 0)).exact
+    )
     assert stats.mcnemar(*answers(9, 0, 0, 3)).p == 1.0  # nowhere different
 
 
 def test_the_exact_mcnemar_is_the_exact_sign_flip():
     a, b = answers(6, 2, 7, 3)
-    assert stats.mcnemar(a, b).p == pytest.approx(float(stats.sign_flip(a.astype(float) - b, draws=2**18)))
+    assert stats.mcnemar(a, b).p == pytest.approx(
+        float(stats.sign_flip(a.astype(float) - b, draws=2**18))
+    )
 
 
 def test_wilson_by_hand_and_by_scipy():
     z2 = scipy.stats.norm.ppf(0.975) ** 2
     none = stats.wilson(0, 10)  # the score equation at k = 0 has the roots 0 and z2 / (n + z2)
-    assert (float(none.mean), float(none.low), float(none.high)) == pytest.approx((0.0, 0.0, z2 / (10 + z2)), abs=1e-12)
+    assert (float(none.mean), float(none.low), float(none.high)) == pytest.approx(
+        (0.0, 0.0, z2 / (10 + z2)), abs=1e-12
+    )
     theirs = scipy.stats.binomtest(37, 50).proportion_ci(0.9, method="wilson")
     ours = stats.wilson([37, 0], [50, 0], level=0.9)
     assert [ours.low[0], ours.high[0]] == pytest.approx([theirs.low, theirs.high])
@@ -311,20 +365,30 @@ def test_a_mean_as_any_statistic_agrees_with_cluster_bootstrap():
     known = stats.cluster_bootstrap(x, sentence, draws=4000)
     width = float(known.high - known.low)
     assert ours.value == pytest.approx(float(known.mean))
-    assert [ours.low, ours.high] == pytest.approx([float(known.low), float(known.high)], abs=0.05 * width)
+    assert [ours.low, ours.high] == pytest.approx(
+        [float(known.low), float(known.high)], abs=0.05 * width
+    )
 
 
 def test_macro_f1_agrees_with_scipy_bootstrap():
     rng = np.random.default_rng(12)
     gold = rng.integers(3, size=150)
     said = np.where(rng.random(150) < 0.7, gold, rng.integers(3, size=150))
-    ours = stats.bootstrap_statistic(lambda rows: f1_score(gold[rows], said[rows], average="macro"), None, 150, draws=400)
+    ours = stats.bootstrap_statistic(
+        lambda rows: f1_score(gold[rows], said[rows], average="macro"), None, 150, draws=400
+    )
 
     def macro_f1(g, s):
         return f1_score(g, s, average="macro")
 
     theirs = scipy.stats.bootstrap(
-        (gold, said), macro_f1, paired=True, vectorized=False, n_resamples=400, method="percentile", random_state=0
+        (gold, said),
+        macro_f1,
+        paired=True,
+        vectorized=False,
+        n_resamples=400,
+        method="percentile",
+        random_state=0,
     ).confidence_interval
     assert ours.value == macro_f1(gold, said)
     assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.02)
@@ -333,7 +397,9 @@ def test_macro_f1_agrees_with_scipy_bootstrap():
 
 def test_draws_without_a_statistic_are_left_out():
     x = np.arange(6.0)
-    some = stats.bootstrap_statistic(lambda rows: np.nan if 0 in rows else x[rows].mean(), None, 6, draws=500)
+    some = stats.bootstrap_statistic(
+        lambda rows: np.nan if 0 in rows else x[rows].mean(), None, 6, draws=500
+    )
     assert np.isnan(some.value) and 1.0 <= some.low < some.high <= 5.0
     never = stats.bootstrap_statistic(lambda rows: np.nan, None, 6, draws=20)
     assert np.isnan([never.low, never.high]).all()
@@ -367,8 +433,12 @@ def test_spearman_agrees_with_scipy():
         random_state=0,
     ).confidence_interval
     assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.03)
-    assert ours.p == pytest.approx(1 / 1000, abs=1e-3)  # the smallest that 2000 permutations can say, two-sided
-    holed = stats.spearman_interval(np.append(x.ravel(), [np.nan, 5.0]), np.append(y.ravel(), [1.0, np.nan]))
+    assert ours.p == pytest.approx(
+        1 / 1000, abs=1e-3
+    )  # the smallest that 2000 permutations can say, two-sided
+    holed = stats.spearman_interval(
+        np.append(x.ravel(), [np.nan, 5.0]), np.append(y.ravel(), [1.0, np.nan])
+    )
     assert holed == ours
     weak = stats.spearman_interval(x, rng.normal(size=(10, 8)))
     assert weak.low < 0 < weak.high and weak.p > 0.05
@@ -400,10 +470,15 @@ def test_ties_in_the_top_k_give_the_expected_overlap():
     a, b = np.array([3.0, 1.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.0])
 
     def tops(x):
-        orders = [sorted(range(4), key=lambda i, o=order: (-x[i], o[i])) for order in permutations(range(4))]
+        orders = [
+            sorted(range(4), key=lambda i, o=order: (-x[i], o[i]))
+            for order in permutations(range(4))
+        ]
         return [set(o[:2]) for o in orders]
 
-    assert stats.top_k_overlap(a, b, 2) == pytest.approx(np.mean([len(s & t) / 2 for s in tops(a) for t in tops(b)]))
+    assert stats.top_k_overlap(a, b, 2) == pytest.approx(
+        np.mean([len(s & t) / 2 for s in tops(a) for t in tops(b)])
+    )
 
 
 # ---- bad input
@@ -412,13 +487,19 @@ def test_ties_in_the_top_k_give_the_expected_overlap():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: stats.cluster_bootstrap([1.0, 2.0], ["s"]), "cluster labels of shape (1,) came with 2 rows"),
+        (
+            lambda: stats.cluster_bootstrap([1.0, 2.0], ["s"]),
+            "cluster labels of shape (1,) came with 2 rows",
+        ),
         (lambda: stats.cluster_bootstrap(np.zeros((0, 3))), "no rows"),
         (lambda: stats.cluster_bootstrap(np.array(3.0)), "a single number"),
         (lambda: stats.cluster_bootstrap([1.0, np.inf]), "1 infinite values"),
         (lambda: stats.cluster_bootstrap([1.0, 2.0], level=95.0), "level 95.0"),
         (lambda: stats.cluster_bootstrap([1.0, 2.0], draws=0), "0 random draws"),
-        (lambda: stats.sign_flip([1.0, 2.0], [["s", "t"]]), "cluster labels of shape (1, 2) came with 2 rows"),
+        (
+            lambda: stats.sign_flip([1.0, 2.0], [["s", "t"]]),
+            "cluster labels of shape (1, 2) came with 2 rows",
+        ),
         (lambda: stats.sign_flip([]), "no rows"),
         (lambda: stats.sign_flip([1.0], draws=0), "0 random draws"),
         (lambda: stats.adjust([0.1], "bonferoni"), "accepted: holm, bh or none"),
@@ -435,7 +516,10 @@ def test_ties_in_the_top_k_give_the_expected_overlap():
         (lambda: stats.spearman_interval([1.0, 2.0, 3.0], [1.0, 2.0]), "shapes (3,) and (2,)"),
         (lambda: stats.auroc([0.1, 0.2], [True, True]), "both true and false"),
         (lambda: stats.auroc([], []), "not empty"),
-        (lambda: stats.top_k_overlap([1.0, 2.0], [1.0, np.nan], 2), "maps with 1 cells without NaN"),
+        (
+            lambda: stats.top_k_overlap([1.0, 2.0], [1.0, np.nan], 2),
+            "maps with 1 cells without NaN",
+        ),
         (lambda: stats.top_k_overlap([1.0], [1.0], 0), "top 0 cells"),
     ],
 )

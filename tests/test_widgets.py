@@ -18,10 +18,17 @@ from oracles.tiny_models import tiny_folder
 
 from mech_absa.errors import ConfigError, SiteError
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import live_hooks
-from mech_absa.models import load_model
+from mech_absa.model import load_model
+from mech_absa.model.hooks import live_hooks
 from mech_absa.scoring import question
-from mech_absa.widgets import NEGATIVE, POSITIVE, attention, coloured_tokens, patterns, without_script
+from mech_absa.widgets import (
+    NEGATIVE,
+    POSITIVE,
+    attention,
+    coloured_tokens,
+    patterns,
+    without_script,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +68,11 @@ def test_a_widget_is_the_same_every_time_and_needs_nothing():
     assert coloured_tokens(["a", "b"], [1, 3])._repr_html_() != first
     name = re.search(r'<div id="([^"]+)"', first)[1]
     assert first.count(f'"{name}"') == 2, "the place, and the call that fills it"
-    assert "import {" not in first and " src=" not in first.partition("<script")[0] and "unpkg.com" not in first
+    assert (
+        "import {" not in first
+        and " src=" not in first.partition("<script")[0]
+        and "unpkg.com" not in first
+    )
 
 
 def test_tokens_without_values_are_refused():
@@ -76,7 +87,10 @@ def test_attention_is_the_pattern_of_the_model():
     ids = question(model, example).ids
     _, cache = model.hooked.run_with_cache(ids)
     np.testing.assert_allclose(drawn["attention"], cache["pattern", 1][0].numpy(), atol=1e-4)
-    assert "".join(drawn["tokens"]).startswith("Given the sentence") and len(drawn["tokens"]) == ids.shape[1]
+    assert (
+        "".join(drawn["tokens"]).startswith("Given the sentence")
+        and len(drawn["tokens"]) == ids.shape[1]
+    )
     assert drawn["attentionHeadNames"][0] == "L1H0"
     assert not live_hooks(model.hooked)
     with pytest.raises(SiteError, match="layer 99"):
@@ -99,7 +113,9 @@ class Still(HTMLParser):
         if tag == "span":
             self.spans.append((re.search(r"background:(#\w{6})", given["style"])[1], ""))
         if tag == "img":
-            self.images.append(base64.b64decode(given["src"].removeprefix("data:image/png;base64,")))
+            self.images.append(
+                base64.b64decode(given["src"].removeprefix("data:image/png;base64,"))
+            )
 
     def handle_data(self, data):
         if self.spans and not self.spans[-1][1]:
@@ -113,7 +129,9 @@ def test_without_its_script_a_prompt_still_has_its_colours():
     shown = Still(still)
     assert "script" not in shown.tags and len(still) < 2000 < len(whole)
     assert [text for _, text in shown.spans] == ["up", nasty, "none", " half"]
-    half = "#" + "".join(f"{round((255 + int(POSITIVE[i : i + 2], 16)) / 2):02x}" for i in (1, 3, 5))
+    half = "#" + "".join(
+        f"{round((255 + int(POSITIVE[i : i + 2], 16)) / 2):02x}" for i in (1, 3, 5)
+    )
     assert [colour for colour, _ in shown.spans] == [POSITIVE, NEGATIVE, "#ffffff", half]
 
 
@@ -132,7 +150,9 @@ def test_without_its_script_attention_is_a_picture_a_head():
         assert grey.shape == head.shape == (len(texts), len(texts))
         above = np.triu(np.ones_like(head), 1) > 0
         assert (grey[above] == grey.max()).all(), "no token reads what comes after it"
-        assert grey[~above][head[~above].argmax()] == grey.min(), "the strongest link is the darkest pixel"
+        assert grey[~above][head[~above].argmax()] == grey.min(), (
+            "the strongest link is the darkest pixel"
+        )
 
 
 def test_html_of_others_is_left_alone():
@@ -141,7 +161,9 @@ def test_html_of_others_is_left_alone():
 
 def drawn_by_a_browser(html: str, folder: Path) -> str:
     """The page as it stands after its scripts have run."""
-    browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
+    browser = next(
+        (b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None
+    )
     if browser is None:
         pytest.skip("no Chromium is installed: what a script makes of a token cannot be seen")
     page = folder / "widget.html"
@@ -154,7 +176,9 @@ def drawn_by_a_browser(html: str, folder: Path) -> str:
         f"--user-data-dir={folder / 'profile'}",
         "--virtual-time-budget=3000",
     ]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
     found = re.search(r'id="circuits-vis-.*?(?=<script)', done.stdout, re.S)
     assert found, done.stderr[-500:]
     return found[0]
@@ -162,7 +186,9 @@ def drawn_by_a_browser(html: str, folder: Path) -> str:
 
 def test_drawn_by_its_script_a_token_is_text_and_the_still_picture_is_gone(tmp_path):
     tag = "<img\tsrc=x>"
-    dom = drawn_by_a_browser(coloured_tokens([tag, " a&amp;b <b>c</b>"], [1.0, -1.0]).html, tmp_path)
+    dom = drawn_by_a_browser(
+        coloured_tokens([tag, " a&amp;b <b>c</b>"], [1.0, -1.0]).html, tmp_path
+    )
     assert "colored-tokens" in dom and "pre-wrap" not in dom
     assert "<img" not in dom and "<b>" not in dom
     assert "&lt;img" in dom and escape("a&amp;b", quote=False) in dom

@@ -24,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EditError, SiteError, choices
-from ..forward import Point
-from ..hooks import at_site
-from ..models import Model
+from ..model import Model
+from ..model.forward import Point
+from ..model.hooks import at_site
 from ..prompts import Tokens
 from ..sites import Site, role_indices
 
@@ -68,7 +68,11 @@ class Shape:
     @property
     def matrices(self) -> tuple[str, ...]:
         """Weight matrices of a block."""
-        return tuple(m for m in MATRICES if (self.gated or m != "W_gate") and (self.d_mlp or m[2:] not in ("in", "gate", "out")))
+        return tuple(
+            m
+            for m in MATRICES
+            if (self.gated or m != "W_gate") and (self.d_mlp or m[2:] not in ("in", "gate", "out"))
+        )
 
 
 LLAMA_2_7B = Shape(32, 4096, 32, 32, 128, 11008, True, 6_738_415_616)
@@ -84,7 +88,9 @@ class Matrix:
 
     def __post_init__(self):
         if self.name not in MATRICES:
-            raise SiteError(f"unknown weight matrix {self.name!r} in layer {self.layer}; accepted: {choices(MATRICES)}")
+            raise SiteError(
+                f"unknown weight matrix {self.name!r} in layer {self.layer}; accepted: {choices(MATRICES)}"
+            )
 
     def __str__(self) -> str:
         return f"L{self.layer}.{self.name}"
@@ -105,7 +111,10 @@ class Matrix:
         if self.name == "W_out":
             return block.mlp.hook_post
         of_mlp = self.name in ("W_in", "W_gate")
-        if hooked.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):  # they norm what a sublayer returns instead
+        if hooked.cfg.original_architecture in (
+            "Olmo2ForCausalLM",
+            "Olmo3ForCausalLM",
+        ):  # they norm what a sublayer returns instead
             return block.hook_resid_mid if of_mlp else block.hook_resid_pre
         return block.ln2 if of_mlp else block.ln1
 
@@ -124,15 +133,25 @@ class Matrix:
         """TransformerLens's own parameters: the matrix, and its bias where it has one."""
         block = hooked.blocks[self.layer]
         owner = block.attn if self.name in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
-        bias = None if self.name == "W_gate" or (self.name == "W_in" and hasattr(owner, "W_gate")) else "b" + self.name[1:]
+        bias = (
+            None
+            if self.name == "W_gate" or (self.name == "W_in" and hasattr(owner, "W_gate"))
+            else "b" + self.name[1:]
+        )
         grouped = "_" if self.name in ("W_K", "W_V") and hasattr(owner, "_W_K") else ""
-        return getattr(owner, grouped + self.name), None if bias is None else getattr(owner, grouped + bias)
+        return getattr(owner, grouped + self.name), None if bias is None else getattr(
+            owner, grouped + bias
+        )
 
-    def weight(self, hooked: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
+    def weight(
+        self, hooked: Any
+    ) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
         """The matrix and its bias (None where a matrix can have none), as the model holds them."""
         W, b = self._tensors(hooked)
         if W.ndim == 3:
-            W = rearrange(W, "head d m -> (head d) m" if self.name == "W_O" else "head m d -> m (head d)")
+            W = rearrange(
+                W, "head d m -> (head d) m" if self.name == "W_O" else "head m d -> m (head d)"
+            )
         return W, None if b is None else b.flatten()
 
     @torch.no_grad()
@@ -140,7 +159,11 @@ class Matrix:
         """Overwrite the matrix (and the bias, where one is given)."""
         own, bias = self._tensors(hooked)
         if own.ndim == 3:
-            W = rearrange(W, "(head d) m -> head d m" if self.name == "W_O" else "m (head d) -> head m d", head=own.shape[0])
+            W = rearrange(
+                W,
+                "(head d) m -> head d m" if self.name == "W_O" else "m (head d) -> head m d",
+                head=own.shape[0],
+            )
         own.copy_(W)
         if b is not None:
             assert bias is not None, f"{self} has no bias"
@@ -274,7 +297,9 @@ class SiteIntervention(Intervention):
 
     def __init__(self, place: Place, shape: Shape):
         if not isinstance(place, Site):
-            raise SiteError(f"{self.family} acts on activations, and {place} is none; sites look like L5.resid_post@query.last")
+            raise SiteError(
+                f"{self.family} acts on activations, and {place} is none; sites look like L5.resid_post@query.last"
+            )
         if place.kind in ("q", "k", "v"):
             raise SiteError(
                 f"{self.family} at {place} is not offered; accepted: resid_pre, resid_mid, resid_post, attn_out, mlp_out or head"
@@ -311,7 +336,11 @@ class SiteIntervention(Intervention):
 
     def merge(self, model: Model) -> None:
         affine = self.affine()
-        if self.site.at is not None or self.site.kind not in ("attn_out", "mlp_out") or affine is None:
+        if (
+            self.site.at is not None
+            or self.site.kind not in ("attn_out", "mlp_out")
+            or affine is None
+        ):
             return super().merge(model)
         if model.cfg.use_normalization_before_and_after:
             raise EditError(
@@ -334,7 +363,9 @@ class MatrixIntervention(Intervention):
                 f"{self.family} acts on weight matrices, and {place} is none; they are {choices(f'L5.{m}' for m in shape.matrices)}"
             )
         if place.name not in shape.matrices:
-            raise SiteError(f"{self.family} at {place}: the model has no {place.name}; it has {choices(shape.matrices)}")
+            raise SiteError(
+                f"{self.family} at {place}: the model has no {place.name}; it has {choices(shape.matrices)}"
+            )
         super().__init__(place)
         self.matrix = place
         self.d_in, self.d_out = place.size(shape)
@@ -354,9 +385,15 @@ class MatrixIntervention(Intervention):
         def write(y: Tensor) -> Tensor:
             x = seen.pop("x")
             x = x.flatten(2) if x.ndim == 4 else x
-            return self.change(y.flatten(2), x, model).view(y.shape) if y.ndim == 4 else self.change(y, x, model)
+            return (
+                self.change(y.flatten(2), x, model).view(y.shape)
+                if y.ndim == 4
+                else self.change(y, x, model)
+            )
 
-        return [(self.matrix.writes(model.hooked), write)], [(self.matrix.reads(model.hooked), read)]
+        return [(self.matrix.writes(model.hooked), write)], [
+            (self.matrix.reads(model.hooked), read)
+        ]
 
 
 def rank_of(rank: int, most: int, place: Place) -> int:

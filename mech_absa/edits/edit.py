@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, EditError, HookError, choices
-from ..forward import Point
-from ..hooks import hooked_at
-from ..models import Model
+from ..model import Model
+from ..model.forward import Point
+from ..model.hooks import hooked_at
 from ..prompts import Tokens
 from ..sites import Site
 from .base import Intervention, Part, Shape, Where, parse_place
@@ -33,7 +33,21 @@ from .lowrank import DoRA, LoRA
 from .rivals import Adapter, BitFit, Full, Prefix
 
 FAMILIES: dict[str, type[Intervention]] = {
-    c.family: c for c in (LoReFT, NoReFT, DiReFT, RED, Steering, LoRA, DoRA, Prefix, Adapter, BitFit, Full, HeadGate)
+    c.family: c
+    for c in (
+        LoReFT,
+        NoReFT,
+        DiReFT,
+        RED,
+        Steering,
+        LoRA,
+        DoRA,
+        Prefix,
+        Adapter,
+        BitFit,
+        Full,
+        HeadGate,
+    )
 }
 """Name -> what it makes."""
 
@@ -46,7 +60,9 @@ def build(part: Part, shape: Shape) -> Intervention:
         SiteError: the place is none of its kind, or none of a model of this shape.
     """
     if part.family not in FAMILIES:
-        raise ConfigError(f"unknown family of edits {part.family!r} at {part.place}; accepted: {choices(FAMILIES)}")
+        raise ConfigError(
+            f"unknown family of edits {part.family!r} at {part.place}; accepted: {choices(FAMILIES)}"
+        )
     place = parse_place(part.place)
     if isinstance(place, Site):
         place.check(shape.n_layers, shape.n_heads, shape.n_kv_heads)
@@ -82,7 +98,14 @@ class Edit(nn.Module):
         history: a row a training step; empty for an edit that was loaded.
     """
 
-    def __init__(self, parts: Sequence[Part], shape: Shape, base: str, sha256: str, record: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        shape: Shape,
+        base: str,
+        sha256: str,
+        record: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
         if not parts:
             raise ConfigError("an edit of no parts was asked for; at least one is needed")
@@ -114,15 +137,17 @@ class Edit(nn.Module):
     def __repr__(self) -> str:
         families = dict.fromkeys(p.family for p in self.parts)
         layers = ", ".join(map(str, self.layers))
-        return (
-            f"Edit({' + '.join(families)} at {len(self.parts)} places in layers {layers}; {self.n_parameters:,} parameters; of {self.base})"
-        )
+        return f"Edit({' + '.join(families)} at {len(self.parts)} places in layers {layers}; {self.n_parameters:,} parameters; of {self.base})"
 
     def _repr_html_(self) -> str:
         import html
 
         def row(cells: Sequence[Any], tag: str = "td") -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+            return (
+                "<tr>"
+                + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+                + "</tr>"
+            )
 
         # Parts that differ in their place alone share a row: an edit of every matrix has hundreds.
         alike: dict[tuple[str, str, float], list[tuple[str, int]]] = {}
@@ -133,13 +158,21 @@ class Edit(nn.Module):
         rows = []
         for (family, options, rate), members in alike.items():
             places = [place for place, _ in members]
-            named = ", ".join(places[:6]) + (f" and {len(places) - 6} more" if len(places) > 6 else "")
-            rows.append(row([family, named, options, f"{rate:g}", f"{sum(size for _, size in members):,}"]))
+            named = ", ".join(places[:6]) + (
+                f" and {len(places) - 6} more" if len(places) > 6 else ""
+            )
+            rows.append(
+                row([family, named, options, f"{rate:g}", f"{sum(size for _, size in members):,}"])
+            )
         said = {
             "trained on examples": self.record.get("examples"), "steps": self.record.get("steps"), "seed": self.record.get("seed"),
             "loss on validation examples": self.record.get("best_validation_loss"), "stopped": self.record.get("stopped"),
         }  # fmt: skip
-        training = "; ".join(f"{name}: {f'{v:.3g}' if isinstance(v, float) else v}" for name, v in said.items() if v is not None)
+        training = "; ".join(
+            f"{name}: {f'{v:.3g}' if isinstance(v, float) else v}"
+            for name, v in said.items()
+            if v is not None
+        )
         head = f"<b>Edit of {html.escape(self.base)}</b>: {self.n_parameters:,} parameters, {100 * self.share:.3g} % of all"
         table = row(("family", "at", "options", "rate", "parameters"), "th") + "".join(rows)
         return f"<div>{head}</div><table>{table}</table><div><small>{html.escape(training or 'not trained')}</small></div>"
@@ -184,7 +217,9 @@ class Edit(nn.Module):
         self.check(model)
         where = Where(tokens)
         made = [intervention.points(model, where) for intervention in self]
-        return [p for writers, _ in made for p in writers], [p for _, readers in made for p in readers]
+        return [p for writers, _ in made for p in writers], [
+            p for _, readers in made for p in readers
+        ]
 
     def points(self, model: Model, tokens: Tokens) -> list[Point]:
         """What `forward.last` calls in a forward pass over `tokens`: the edit without hooks.
@@ -211,7 +246,9 @@ class Edit(nn.Module):
         with hooked_at([*writers, *readers]) as firings:
             yield self
         if len(fired := set(firings[: len(writers)])) > 1:
-            raise HookError(f"interventions of {self!r} took part in {sorted(fired)} passes; all must take part in the same ones")
+            raise HookError(
+                f"interventions of {self!r} took part in {sorted(fired)} passes; all must take part in the same ones"
+            )
 
     def merged(self, model: Model) -> Model:
         """A second model, with the edit in its weights.
@@ -220,7 +257,14 @@ class Edit(nn.Module):
             EditError: a part of it cannot be expressed by weights; says why.
         """
         self.check(model)
-        twin = Model(copy.deepcopy(model.hooked), model.tokenizer, f"{model.name}+edit", None, model.bos, model.n_parameters)
+        twin = Model(
+            copy.deepcopy(model.hooked),
+            model.tokenizer,
+            f"{model.name}+edit",
+            None,
+            model.bos,
+            model.n_parameters,
+        )
         for intervention in self:
             intervention.merge(twin)
         return twin

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SiteError
-from ..models import Model
+from ..model import Model
 from .base import Place, Shape, SiteIntervention, parameter
 
 TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
@@ -34,10 +34,14 @@ class HeadGate(SiteIntervention):
     family = "head_gate"
     formula = "(1 + g_m m) * z + g_a a"
 
-    def __init__(self, place: Place, shape: Shape, gates: str = "hard_concrete", charge: float = 1e-3):
+    def __init__(
+        self, place: Place, shape: Shape, gates: str = "hard_concrete", charge: float = 1e-3
+    ):
         super().__init__(place, shape)
         if self.site.head is None:
-            raise SiteError(f"head_gate acts on one head's output, and {place} is none; such sites look like L5.head3")
+            raise SiteError(
+                f"head_gate acts on one head's output, and {place} is none; such sites look like L5.head3"
+            )
         if gates not in ("hard_concrete", "none"):
             raise ConfigError(f"gates is {gates!r} at {place}; accepted: hard_concrete or none")
         self.gated, self.charge = gates == "hard_concrete", charge
@@ -59,7 +63,9 @@ class HeadGate(SiteIntervention):
         if self.training:
             u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
             noise = u.log() - (1 - u).log()
-        return (torch.sigmoid((noise + self.log_alpha) / TEMPERATURE) * (HIGH - LOW) + LOW).clamp(0, 1)
+        return (torch.sigmoid((noise + self.log_alpha) / TEMPERATURE) * (HIGH - LOW) + LOW).clamp(
+            0, 1
+        )
 
     def open(self) -> Float[Tensor, 2]:
         """The probability that each gate is not shut."""

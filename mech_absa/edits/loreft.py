@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..models import Model
+from ..model import Model
 from .base import Place, Shape, SiteIntervention, parameter, rank_of
 
 

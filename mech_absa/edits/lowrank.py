@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..models import Model
+from ..model import Model
 from .base import MatrixIntervention, Place, Shape, parameter, rank_of
 
 
@@ -25,18 +25,30 @@ class LoRA(MatrixIntervention):
     family = "lora"
     formula = "y + s (dropout(x) A) B, s = alpha / r or alpha / sqrt(r)"
 
-    def __init__(self, place: Place, shape: Shape, rank: int = 4, alpha: float = 8.0, rank_stabilised: bool = False, dropout: float = 0.0):
+    def __init__(
+        self,
+        place: Place,
+        shape: Shape,
+        rank: int = 4,
+        alpha: float = 8.0,
+        rank_stabilised: bool = False,
+        dropout: float = 0.0,
+    ):
         super().__init__(place, shape)
         self.rank = rank_of(rank, min(self.d_in, self.d_out), place)
         if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout {dropout} was asked for at {place}; accepted: 0 up to (not including) 1")
+            raise ConfigError(
+                f"dropout {dropout} was asked for at {place}; accepted: 0 up to (not including) 1"
+            )
         self.scale = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
         self.dropout = dropout
         self.A = parameter(self.d_in, rank)
         self.B = parameter(rank, self.d_out)
 
     def reset(self, model: Model, generator: torch.Generator) -> None:
-        nn.init.kaiming_uniform_(self.A.T, a=math.sqrt(5), generator=generator)  # fan-in is the number of inputs
+        nn.init.kaiming_uniform_(
+            self.A.T, a=math.sqrt(5), generator=generator
+        )  # fan-in is the number of inputs
         nn.init.zeros_(self.B)
 
     def low_rank(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
@@ -66,7 +78,15 @@ class DoRA(LoRA):
     family = "dora"
     formula = "x m (W + s A B) / ||W + s A B||_col"
 
-    def __init__(self, place: Place, shape: Shape, rank: int = 4, alpha: float = 8.0, rank_stabilised: bool = False, dropout: float = 0.0):
+    def __init__(
+        self,
+        place: Place,
+        shape: Shape,
+        rank: int = 4,
+        alpha: float = 8.0,
+        rank_stabilised: bool = False,
+        dropout: float = 0.0,
+    ):
         super().__init__(place, shape, rank, alpha, rank_stabilised, dropout)
         self.m = parameter(self.d_out)
 
@@ -93,7 +113,9 @@ class DoRA(LoRA):
     def merge(self, model: Model) -> None:
         W, _ = self.matrix.weight(model.hooked)
         turned = W.double() + self.update().detach()
-        self.matrix.set_weight(model.hooked, _ratio(self.m.detach().double(), turned.norm(dim=0)) * turned)
+        self.matrix.set_weight(
+            model.hooked, _ratio(self.m.detach().double(), turned.norm(dim=0)) * turned
+        )
 
 
 def _ratio(m: Float[Tensor, " d_out"], norm: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import EditError, choices
-from ..models import Model
+from ..model import Model
 from ..records import write_json
 from .base import Matrix
 from .edit import Edit
@@ -52,7 +52,9 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EditError(f"{folder} is not empty; a merged model is written to a new folder")
     if hf_model is None and model.source is None:
-        raise EditError(f"{model.name} came from memory; give merge(hf_model=...) the Hugging Face model to write")
+        raise EditError(
+            f"{model.name} came from memory; give merge(hf_model=...) the Hugging Face model to write"
+        )
     merged, old = edit.merged(model).hooked.state_dict(), model.hooked.state_dict()
     changed = {name: value for name, value in merged.items() if not torch.equal(value, old[name])}
     hf = _twin(hf_model if hf_model is not None else _load(model))
@@ -69,7 +71,9 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
             for target, (start, end) in starts.items():
                 inside = (where >= start) & (where < end)
                 if bool(inside.any()):
-                    flat[target].view(-1)[where[inside] - start] = value.flatten()[inside].to(flat[target])
+                    flat[target].view(-1)[where[inside] - start] = value.flatten()[inside].to(
+                        flat[target]
+                    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -128,12 +132,18 @@ def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tens
                 continue
             start, end = starts.get(f"{module_name}.{name}", (0, 0))
             value = (
-                torch.arange(start, end, dtype=torch.float64).view(p.shape) if end else torch.zeros((), dtype=torch.float64).expand(p.shape)
+                torch.arange(start, end, dtype=torch.float64).view(p.shape)
+                if end
+                else torch.zeros((), dtype=torch.float64).expand(p.shape)
             )
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     state = tl.get_pretrained_state_dict(".", model.cfg, hf_model=ghost, dtype=torch.float64)
     own = model.hooked.state_dict()
-    return {name: value.round().long().reshape(own[name].shape) for name, value in state.items() if name in own}
+    return {
+        name: value.round().long().reshape(own[name].shape)
+        for name, value in state.items()
+        if name in own
+    }
 
 
 def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
@@ -144,7 +154,9 @@ def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
     """
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     assert match is not None
-    setting, theirs = BIASES.get(match[2].replace("._", "."), ("", ""))  # grouped keys and values have names of their own
+    setting, theirs = BIASES.get(
+        match[2].replace("._", "."), ("", "")
+    )  # grouped keys and values have names of their own
     kind = type(hf).__name__
     if kind != "LlamaForCausalLM" or not setting:
         raise EditError(
@@ -197,9 +209,15 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
     edit.check(model)
     architecture = str(model.cfg.original_architecture)
     if architecture not in MODULES:
-        raise EditError(f"no module names are known for {architecture}; a peft adapter can be written for {choices(MODULES)}")
+        raise EditError(
+            f"no module names are known for {architecture}; a peft adapter can be written for {choices(MODULES)}"
+        )
     stem, modules = MODULES[architecture]
-    low_rank = [(i, p) for i, p in zip(edit, edit.parts, strict=True) if isinstance(i, LoRA) and not isinstance(i, DoRA)]
+    low_rank = [
+        (i, p)
+        for i, p in zip(edit, edit.parts, strict=True)
+        if isinstance(i, LoRA) and not isinstance(i, DoRA)
+    ]
     if not low_rank or (len(low_rank) < len(edit.parts) and not partial):
         other = next((p for p in edit.parts if p.family != "lora"), None)
         raise EditError(
@@ -209,7 +227,9 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
     for i, part in low_rank:
         assert isinstance(i.place, Matrix)
         if i.place.name not in modules:
-            raise EditError(f"{i.place} is no module of its own in {architecture}; accepted: {choices(modules)}")
+            raise EditError(
+                f"{i.place} is no module of its own in {architecture}; accepted: {choices(modules)}"
+            )
         if part.options != low_rank[0][1].options:
             raise EditError(
                 f"lora at {part.place} has other options than at {low_rank[0][1].place}; one peft adapter has one rank and one scale"

@@ -17,8 +17,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EditError, SiteError, choices
-from ..models import Model
-from .base import Block, Intervention, MatrixIntervention, Place, Point, Shape, SiteIntervention, Where, parameter, rank_of
+from ..model import Model
+from .base import (
+    Block,
+    Intervention,
+    MatrixIntervention,
+    Place,
+    Point,
+    Shape,
+    SiteIntervention,
+    Where,
+    parameter,
+    rank_of,
+)
 
 
 class Prefix(Intervention):
@@ -34,9 +45,13 @@ class Prefix(Intervention):
 
     def __init__(self, place: Place, shape: Shape, length: int = 10):
         if not isinstance(place, Block):
-            raise SiteError(f"{self.family} acts on the attention of a layer, and {place} is more than that; write L{place.layer}")
+            raise SiteError(
+                f"{self.family} acts on the attention of a layer, and {place} is more than that; write L{place.layer}"
+            )
         if length < 1:
-            raise ConfigError(f"a prefix of {length} vectors was asked for at {place}; accepted: 1 or more")
+            raise ConfigError(
+                f"a prefix of {length} vectors was asked for at {place}; accepted: 1 or more"
+            )
         super().__init__(place)
         self.P_K = parameter(length, shape.n_kv_heads, shape.d_head)
         self.P_V = parameter(length, shape.n_kv_heads, shape.d_head)
@@ -51,7 +66,9 @@ class Prefix(Intervention):
         sinks = bool(getattr(cfg, "use_attention_sinks", False))
         if sinks or cfg.positional_embedding_type == "alibi":
             what = "attention sinks" if sinks else "ALiBi positions"
-            raise EditError(f"prefix at {self.place}: {model.name} has {what}, which give a prefix no place")
+            raise EditError(
+                f"prefix at {self.place}: {model.name} has {what}, which give a prefix no place"
+            )
         seen: dict[str, Tensor] = {}
 
         def read_q(q: Tensor) -> None:
@@ -63,11 +80,19 @@ class Prefix(Intervention):
         def write_z(z: Tensor) -> Tensor:
             q, lse = seen.pop("q"), seen.pop("lse")
             group = q.shape[2] // self.P_K.shape[1]
-            keys, values = (repeat(p, "n kv d -> n (kv group) d", group=group).to(lse) for p in (self.P_K, self.P_V))
-            s = einsum(q.to(lse.dtype), keys, "batch pos head d, n head d -> batch head pos n") / attn.attn_scale
+            keys, values = (
+                repeat(p, "n kv d -> n (kv group) d", group=group).to(lse)
+                for p in (self.P_K, self.P_V)
+            )
+            s = (
+                einsum(q.to(lse.dtype), keys, "batch pos head d, n head d -> batch head pos n")
+                / attn.attn_scale
+            )
             if cfg.attn_scores_soft_cap > 0:
                 s = cfg.attn_scores_soft_cap * torch.tanh(s / cfg.attn_scores_soft_cap)
-            g = rearrange(torch.sigmoid(s.logsumexp(-1) - lse), "batch head pos -> batch pos head 1")
+            g = rearrange(
+                torch.sigmoid(s.logsumexp(-1) - lse), "batch head pos -> batch pos head 1"
+            )
             own = einsum(s.softmax(-1), values, "batch head pos n, n head d -> batch pos head d")
             return ((1 - g) * z + g * own).to(z.dtype)
 
@@ -79,7 +104,12 @@ class Prefix(Intervention):
         return "its keys and values belong to no token"
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class Adapter(SiteIntervention):

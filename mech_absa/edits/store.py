@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from ..errors import EditError, MechAbsaError
-from ..models import BUNDLED, Model
+from ..model import BUNDLED, Model
 from ..records import atomic, sha256_bytes, write_json, write_text
 from .base import Part, Shape
 from .edit import FAMILIES, Edit
@@ -39,7 +39,10 @@ def save_edit(edit: Edit, folder: str | Path) -> Path:
     write_json(folder / ABOUT, about(edit) | {"sha256": sha256_bytes(data)})
     if edit.history:
         columns = dict.fromkeys(name for row in edit.history for name in row)
-        lines = [",".join(columns), *(",".join(str(row.get(c, "")) for c in columns) for row in edit.history)]
+        lines = [
+            ",".join(columns),
+            *(",".join(str(row.get(c, "")) for c in columns) for row in edit.history),
+        ]
         write_text(folder / HISTORY, "\n".join(lines) + "\n")
     return folder
 
@@ -50,7 +53,10 @@ def about(edit: Edit) -> dict[str, Any]:
         "schema": EDIT_SCHEMA,
         "base": {"name": edit.base, "sha256": edit.sha256, "shape": asdict(edit.shape)},
         "sites": list(edit.places),
-        "formulas": {family: FAMILIES[family].formula for family in dict.fromkeys(p.family for p in edit.parts)},
+        "formulas": {
+            family: FAMILIES[family].formula
+            for family in dict.fromkeys(p.family for p in edit.parts)
+        },
         "n_parameters": edit.n_parameters,
         "share": edit.share,
         "parts": [asdict(p) for p in edit.parts],
@@ -71,27 +77,45 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
     folder = BUNDLED_EDIT if str(folder) == "bundled" else Path(folder)
     for name in (ABOUT, WEIGHTS):
         if not (folder / name).is_file():
-            raise EditError(f"{folder} holds no edit: {name} is missing; a folder with {ABOUT} and {WEIGHTS} is needed")
+            raise EditError(
+                f"{folder} holds no edit: {name} is missing; a folder with {ABOUT} and {WEIGHTS} is needed"
+            )
     try:
         said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         schema = said["schema"]
     except (ValueError, KeyError, TypeError):
-        raise EditError(f"{folder / ABOUT} is damaged: it is no JSON object with a schema version") from None
+        raise EditError(
+            f"{folder / ABOUT} is damaged: it is no JSON object with a schema version"
+        ) from None
     if schema != EDIT_SCHEMA:
-        raise EditError(f"{folder / ABOUT} has schema version {schema}; this version of the package reads {EDIT_SCHEMA}")
+        raise EditError(
+            f"{folder / ABOUT} has schema version {schema}; this version of the package reads {EDIT_SCHEMA}"
+        )
     data = (folder / WEIGHTS).read_bytes()
     if sha256_bytes(data) != said.get("sha256"):
-        raise EditError(f"{folder / WEIGHTS} is damaged: its hash is not the one that {ABOUT} names")
+        raise EditError(
+            f"{folder / WEIGHTS} is damaged: its hash is not the one that {ABOUT} names"
+        )
     try:
         tensors = load_tensors(data)
         base = said["base"]
-        edit = Edit([Part(**p) for p in said["parts"]], Shape(**base["shape"]), base["name"], base["sha256"], said.get("record"))
+        edit = Edit(
+            [Part(**p) for p in said["parts"]],
+            Shape(**base["shape"]),
+            base["name"],
+            base["sha256"],
+            said.get("record"),
+        )
     except (SafetensorError, KeyError, TypeError, MechAbsaError) as error:
-        raise EditError(f"{folder} is damaged: its files do not describe an edit ({error})") from None
+        raise EditError(
+            f"{folder} is damaged: its files do not describe an edit ({error})"
+        ) from None
     with torch.no_grad():
         for name, p in _tensors(edit).items():
             if name not in tensors or tensors[name].shape != p.shape:
-                raise EditError(f"{folder / WEIGHTS} is damaged: parameter {name} is missing or not of shape {tuple(p.shape)}")
+                raise EditError(
+                    f"{folder / WEIGHTS} is damaged: parameter {name} is missing or not of shape {tuple(p.shape)}"
+                )
             p.copy_(tensors[name])
     if model is not None:
         edit.check(model)
@@ -100,4 +124,8 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
 
 
 def _tensors(edit: Edit) -> dict[str, torch.Tensor]:
-    return {f"{i:03d}.{name}": p.detach() for i, intervention in enumerate(edit) for name, p in intervention.trainable.items()}
+    return {
+        f"{i:03d}.{name}": p.detach()
+        for i, intervention in enumerate(edit)
+        for name, p in intervention.trainable.items()
+    }

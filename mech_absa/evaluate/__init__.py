@@ -16,7 +16,18 @@ from typing import Any
 from .predictions import Predictions, predict, read_predictions
 from .scores import Comparison, Quality, Scores, aggregate, compare, evaluate, score
 
-__all__ = ["Comparison", "Predictions", "Quality", "Scores", "aggregate", "compare", "evaluate", "predict", "read_predictions", "score"]
+__all__ = [
+    "Comparison",
+    "Predictions",
+    "Quality",
+    "Scores",
+    "aggregate",
+    "compare",
+    "evaluate",
+    "predict",
+    "read_predictions",
+    "score",
+]
 
 
 class _Callable(ModuleType):

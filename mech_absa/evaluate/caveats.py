@@ -8,7 +8,9 @@ from ..errors import choices
 from ..examples import Example, Examples, Polarity, class_counts, leakage
 
 
-def caveats(train: Sequence[Example] | None, others: Sequence[Examples], name: str = "") -> list[str]:
+def caveats(
+    train: Sequence[Example] | None, others: Sequence[Examples], name: str = ""
+) -> list[str]:
     """Classes that are missing, and rows that were trained on.
 
     Args:
@@ -19,7 +21,11 @@ def caveats(train: Sequence[Example] | None, others: Sequence[Examples], name: s
     said = []
     name = f"{name}: " if name else ""
     learnt = class_counts(train) if train is not None else None
-    if train is not None and learnt is not None and (empty := [c for c, n in learnt.items() if not n]):
+    if (
+        train is not None
+        and learnt is not None
+        and (empty := [c for c, n in learnt.items() if not n])
+    ):
         said.append(
             f"{name}no {choices(empty)} example among the {len(train)} to train on ({_counts(learnt)}): the edit cannot learn to answer that"
         )
@@ -38,7 +44,11 @@ def caveats(train: Sequence[Example] | None, others: Sequence[Examples], name: s
                 )
         leak = leakage(train, other)
         if leak.rows:
-            which = f"all {leak.total}" if len(leak.rows) == leak.total else f"{len(leak.rows)} of {leak.total}"
+            which = (
+                f"all {leak.total}"
+                if len(leak.rows) == leak.total
+                else f"{len(leak.rows)} of {leak.total}"
+            )
             said.append(
                 f"{name}{which} rows of {other.source} stand in the training data ({100 * leak.share:.1f} %; {leak.same_label} with the same label): "
                 "a score on them says little"

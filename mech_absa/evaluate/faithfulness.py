@@ -43,11 +43,11 @@ from torch import Tensor
 
 from ..errors import ConfigError, choices
 from ..examples import Example
-from ..forward import rows_of
-from ..hooks import capture, hook_point, hooked_at
 from ..metrics import get_metric
-from ..models import Model
-from ..pairs import ABLATIONS, Pairs, Runs, by_length, make_runs
+from ..model import Model
+from ..model.forward import rows_of
+from ..model.hooks import capture, hook_point, hooked_at
+from ..patch.pairs import ABLATIONS, Pairs, Runs, by_length, make_runs
 from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..scoring import Applicable, positions_read, question, read_labels
 from ..sites import HEAD_KINDS, Site
@@ -94,7 +94,9 @@ def in_order(ranking: Ranking, model: Model, magnitude: bool = False) -> list[Si
 
 def default_counts(n: int) -> tuple[int, ...]:
     """How many of `n` sites are tried: all numbers where they are few, the benchmark's shares where they are many."""
-    return tuple(range(n + 1)) if n <= FEW else tuple(sorted({0, *(math.ceil(s * n) for s in SHARES)}))
+    return (
+        tuple(range(n + 1)) if n <= FEW else tuple(sorted({0, *(math.ceil(s * n) for s in SHARES)}))
+    )
 
 
 def areas(shares: ArrayLike, faithfulness: ArrayLike) -> tuple[float, float]:
@@ -147,14 +149,25 @@ class FaithfulnessCurve:
 
         f = self.faithfulness
         own: dict[str, Any] = {"method": "ranking", "k": self.counts, "share": self.shares}
-        own |= {"added": ["" if k == 0 else str(self.sites[k - 1]) for k in self.counts], "metric": self.metric_mean}
-        own |= {"faithfulness": [e.value for e in f], "faithfulness_low": [e.low for e in f], "faithfulness_high": [e.high for e in f]}
+        own |= {
+            "added": ["" if k == 0 else str(self.sites[k - 1]) for k in self.counts],
+            "metric": self.metric_mean,
+        }
+        own |= {
+            "faithfulness": [e.value for e in f],
+            "faithfulness_low": [e.low for e in f],
+            "faithfulness_high": [e.high for e in f],
+        }
         chance = {"method": RANDOM, "k": self.counts, "share": self.shares}
         by_chance = [chance | {"faithfulness": self.random.mean(0)}] if len(self.random) else []
         return pd.concat([pd.DataFrame(part) for part in (own, *by_chance)], ignore_index=True)
 
     def _repr_html_(self) -> str:
-        chance = f"; random orders {self.random_cpr.mean():.3f} and {self.random_cmd.mean():.3f}" if len(self.random) else ""
+        chance = (
+            f"; random orders {self.random_cpr.mean():.3f} and {self.random_cmd.mean():.3f}"
+            if len(self.random)
+            else ""
+        )
         head = f"<div><b>{self.mode}</b>, {self.metric}, {self.n} pairs: CPR {self.cpr.value:.3f}, CMD {self.cmd.value:.3f}{chance}</div>"
         return head + self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
 
@@ -192,9 +205,13 @@ def faithfulness(
         raise ConfigError(f"mode is {mode!r}; accepted: {choices(MODES)}")
     measure = get_metric(metric)
     if measure.need == "vocabulary":
-        raise ConfigError(f"metric {metric} reads the whole vocabulary; accepted here: prob, prob_label, logprob or logit_diff")
+        raise ConfigError(
+            f"metric {metric} reads the whole vocabulary; accepted here: prob, prob_label, logprob or logit_diff"
+        )
     if isinstance(pairs.corruption, ABLATIONS):
-        raise ConfigError(f"pairs by {type(pairs.corruption).__name__} have no corrupted run; GaussianNoise or Counterfactual is needed")
+        raise ConfigError(
+            f"pairs by {type(pairs.corruption).__name__} have no corrupted run; GaussianNoise or Counterfactual is needed"
+        )
     sites = in_order(ranking, model, magnitude)
     n = len(sites)
     ks = tuple(sorted(set(counts))) if counts is not None else default_counts(n)
@@ -215,7 +232,9 @@ def faithfulness(
                     table[chosen, o, c] = bench.run(order[k:] if mode == "keep" else order[:k])
     full, empty = ends[:, 0], ends[:, 1]
     if math.isclose(full.mean(), empty.mean(), abs_tol=1e-9):
-        raise ConfigError(f"the full and the empty run have the same {metric} ({full.mean():.4g}); there is nothing to be faithful to")
+        raise ConfigError(
+            f"the full and the empty run have the same {metric} ({full.mean():.4g}); there is nothing to be faithful to"
+        )
 
     def f(rows: np.ndarray, order: int = 0) -> np.ndarray:
         a, b = full[rows].mean(), empty[rows].mean()
@@ -231,7 +250,9 @@ def faithfulness(
     def sure(fn: Callable[[np.ndarray], float]) -> Estimate:
         return bootstrap_statistic(fn, clusters, len(pairs), level=level, draws=draws, seed=seed)
 
-    by_chance = np.array([f(everything, o) for o in range(1, len(orders))]).reshape(randoms, len(ks))
+    by_chance = np.array([f(everything, o) for o in range(1, len(orders))]).reshape(
+        randoms, len(ks)
+    )
     chance_areas = np.array([areas(shares, row) for row in by_chance]).reshape(randoms, 2)
     return FaithfulnessCurve(
         mode=mode,
@@ -254,11 +275,21 @@ def faithfulness(
 class _Bench:
     """Pairs of one length, ready to be run with any set of their sites replaced."""
 
-    def __init__(self, model: Model, pairs: Pairs, rows: Sequence[int], sites: Sequence[Site], mode: Mode, measure: Any):
+    def __init__(
+        self,
+        model: Model,
+        pairs: Pairs,
+        rows: Sequence[int],
+        sites: Sequence[Site],
+        mode: Mode,
+        measure: Any,
+    ):
         self.model, self.sites, self.mode, self.measure = model, sites, mode, measure
         self.chosen = [pairs[i] for i in rows]
         self.n_labels = sum(len(c.labels) for c in pairs.continuations)
-        self.prepared = [(c, *self._states(make_runs(model, self.chosen, c))) for c in pairs.continuations]
+        self.prepared = [
+            (c, *self._states(make_runs(model, self.chosen, c))) for c in pairs.continuations
+        ]
         self.gold = torch.tensor([p.gold for p in self.chosen])
         self.foil = torch.tensor([p.foil for p in self.chosen])
 
@@ -273,7 +304,12 @@ class _Bench:
         for i, site in enumerate(self.sites):
             for row, p in enumerate(self.chosen):
                 masks[i, row, slice(None) if site.at is None else p.clean.positions(site.at)] = True
-        return clean, runs.corrupted, masks.repeat_interleave(runs.draws, 1), {key: seen[s] for key, s in points.items()}
+        return (
+            clean,
+            runs.corrupted,
+            masks.repeat_interleave(runs.draws, 1),
+            {key: seen[s] for key, s in points.items()},
+        )
 
     def _last(self, x: Tensor) -> Tensor:
         return self.model.hooked.forward(x, start_at_layer=0, stop_at_layer=self.model.n_layers)
@@ -286,10 +322,14 @@ class _Bench:
             with hooked_at(_replacing(self.model, self.sites, replaced, masks, values), times=1):
                 read = rows_of(self._last(x), positions_read([x.shape[1]] * len(x), continuation))
             part = read_labels(self.model, read, continuation).double().cpu()
-            scores = scores if len(scores) else torch.zeros(len(x), self.n_labels, dtype=torch.float64)
+            scores = (
+                scores if len(scores) else torch.zeros(len(x), self.n_labels, dtype=torch.float64)
+            )
             scores[:, [i for i, _ in continuation.labels]] = part
         draws = len(scores) // len(self.chosen)
-        value = self.measure(scores, self.gold.repeat_interleave(draws), self.foil.repeat_interleave(draws))
+        value = self.measure(
+            scores, self.gold.repeat_interleave(draws), self.foil.repeat_interleave(draws)
+        )
         return value.unflatten(0, (len(self.chosen), draws)).mean(1).numpy()
 
     def run(self, replaced: Sequence[int] | np.ndarray) -> Float[np.ndarray, " pair"]:
@@ -304,7 +344,11 @@ class _Bench:
 
 
 def _replacing(
-    model: Model, sites: Sequence[Site], chosen: Sequence[int], masks: Tensor, values: dict[tuple[int, str], Tensor]
+    model: Model,
+    sites: Sequence[Site],
+    chosen: Sequence[int],
+    masks: Tensor,
+    values: dict[tuple[int, str], Tensor],
 ) -> list[tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
     """One hook a hook point that puts `values` in at the masked tokens of the chosen sites."""
     together: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -323,7 +367,10 @@ def _replacing(
 
         return replace
 
-    return [(hook_point(model.hooked, sites[members[0]]), put(key, members)) for key, members in together.items()]
+    return [
+        (hook_point(model.hooked, sites[members[0]]), put(key, members))
+        for key, members in together.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- pruning
@@ -338,7 +385,12 @@ class Ablation:
         edit: in force at the same time, below the ablation.
     """
 
-    def __init__(self, sites: Sequence[Site], values: dict[tuple[int, str], Tensor] | None = None, edit: Applicable | None = None):
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        values: dict[tuple[int, str], Tensor] | None = None,
+        edit: Applicable | None = None,
+    ):
         self.sites, self.values, self.edit = list(sites), values, edit
 
     @contextlib.contextmanager
@@ -346,17 +398,25 @@ class Ablation:
         masks = torch.zeros(len(self.sites), *tokens.ids.shape, dtype=torch.bool)
         for i, site in enumerate(self.sites):
             for row in range(len(tokens)):
-                masks[i, row, slice(None) if site.at is None else tokens.positions(site.at, row)] = True
+                masks[
+                    i, row, slice(None) if site.at is None else tokens.positions(site.at, row)
+                ] = True
         keys = {(s.layer, s.kind) for s in self.sites}
         values = {key: torch.zeros(()) if self.values is None else self.values[key] for key in keys}
-        below = self.edit.applied(model, tokens) if self.edit is not None else contextlib.nullcontext()
+        below = (
+            self.edit.applied(model, tokens) if self.edit is not None else contextlib.nullcontext()
+        )
         with below, hooked_at(_replacing(model, self.sites, range(len(self.sites)), masks, values)):
             yield
 
 
 @torch.inference_mode()
 def mean_activations(
-    model: Model, prompts: Sequence[Tokens], sites: Sequence[Site], edit: Applicable | None = None, batch_size: int = 32
+    model: Model,
+    prompts: Sequence[Tokens],
+    sites: Sequence[Site],
+    edit: Applicable | None = None,
+    batch_size: int = 32,
 ) -> dict[tuple[int, str], Tensor]:
     """Mean activation over all tokens of the prompts: (layer, kind) -> `[d_model]`, or `[head d_head]` for kinds of heads."""
     points = {(s.layer, s.kind): s for s in sites}
@@ -366,8 +426,13 @@ def mean_activations(
         tokens = Tokens.stack(order[start : start + batch_size])
         real = (tokens.roles >= 0).to(model.device)
         below = edit.applied(model, tokens) if edit is not None else contextlib.nullcontext()
-        with below, capture(model.hooked, points.values()) as seen:  # in this order, so that what is seen is what the edit leaves
-            model.hooked.forward(model.embed(tokens.ids), start_at_layer=0, stop_at_layer=model.n_layers)
+        with (
+            below,
+            capture(model.hooked, points.values()) as seen,
+        ):  # in this order, so that what is seen is what the edit leaves
+            model.hooked.forward(
+                model.embed(tokens.ids), start_at_layer=0, stop_at_layer=model.n_layers
+            )
         for key, site in points.items():
             total = seen[site][real.to(seen[site].device)].double().sum(0)
             sums[key] = sums[key] + total if key in sums else total
@@ -401,12 +466,23 @@ class PruningCurve:
         `accuracy, macro_f1` with their ends, `majority`, as `plots.pruning` takes it."""
         import pandas as pd
 
-        steps: dict[str, Any] = {"count": self.counts, "removed": [k / len(self.removed) for k in self.counts], "majority": self.majority}
+        steps: dict[str, Any] = {
+            "count": self.counts,
+            "removed": [k / len(self.removed) for k in self.counts],
+            "majority": self.majority,
+        }
         own = {"method": "least important first"} | steps
         for name, estimates in (("accuracy", self.accuracy), ("macro_f1", self.macro_f1)):
             own |= {name: [e.value for e in estimates]}
-            own |= {f"{name}_low": [e.low for e in estimates], f"{name}_high": [e.high for e in estimates]}
-        chance = [{"method": RANDOM, "accuracy": self.random.mean(0)} | steps] if len(self.random) else []
+            own |= {
+                f"{name}_low": [e.low for e in estimates],
+                f"{name}_high": [e.high for e in estimates],
+            }
+        chance = (
+            [{"method": RANDOM, "accuracy": self.random.mean(0)} | steps]
+            if len(self.random)
+            else []
+        )
         return pd.concat([pd.DataFrame(part) for part in (own, *chance)], ignore_index=True)
 
     def _repr_html_(self) -> str:
@@ -448,24 +524,46 @@ def prune(
         raise ConfigError(f"how is {how!r}; accepted: mean or zero")
     worst_first = in_order(ranking, model)[::-1]
     n = len(worst_first)
-    ks = tuple(sorted(set(counts))) if counts is not None else tuple(sorted({round(n * i / 10) for i in range(11)}))
+    ks = (
+        tuple(sorted(set(counts)))
+        if counts is not None
+        else tuple(sorted({round(n * i / 10) for i in range(11)}))
+    )
     if not ks or ks[0] < 0 or ks[-1] > n:
         raise ConfigError(f"counts {ks} of {n} sites were asked for; accepted: 0 to {n}")
     own = asked_with(edit)
     template, verbalizer = template or own[0], verbalizer or own[1]
     values = None
     if how == "mean":
-        prompts = [question(model, e, template) for e in (examples if reference is None else reference)]
+        prompts = [
+            question(model, e, template) for e in (examples if reference is None else reference)
+        ]
         values = mean_activations(model, prompts, worst_first, edit, batch_size)
 
     def answers(order: Sequence[Site], k: int):
         ablated = Ablation(order[:k], values, edit)
-        return predict(model, examples, ablated, template=template, verbalizer=verbalizer, batch_size=batch_size, name=f"{k} removed")
+        return predict(
+            model,
+            examples,
+            ablated,
+            template=template,
+            verbalizer=verbalizer,
+            batch_size=batch_size,
+            name=f"{k} removed",
+        )
 
     scores = [score(answers(worst_first, k), level=level, draws=draws, seed=seed).all for k in ks]
     rng = np.random.default_rng(seed)
     orders = [[worst_first[i] for i in rng.permutation(n)] for _ in range(randoms)]
-    by_chance = np.array([[answers(order, k).correct.mean() for k in ks] for order in orders]).reshape(randoms, len(ks))
+    by_chance = np.array(
+        [[answers(order, k).correct.mean() for k in ks] for order in orders]
+    ).reshape(randoms, len(ks))
     return PruningCurve(
-        how, tuple(worst_first), ks, tuple(s.accuracy for s in scores), tuple(s.macro_f1 for s in scores), by_chance, scores[0].majority
+        how,
+        tuple(worst_first),
+        ks,
+        tuple(s.accuracy for s in scores),
+        tuple(s.macro_f1 for s in scores),
+        by_chance,
+        scores[0].majority,
     )

@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float
 
 from ..errors import ConfigError, DataError, EditError, PromptError, choices
 from ..examples import Example, Examples, Polarity, normal
-from ..models import Model
+from ..model import Model
 from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..readers.jsonl import json_records
 from ..readers.rows import Reading
@@ -69,9 +69,13 @@ class Predictions:
 
     def __post_init__(self):
         if len(self.answers) != len(self.examples):
-            raise ConfigError(f"{len(self.answers)} answers came for {len(self.examples)} examples; one an example is needed")
+            raise ConfigError(
+                f"{len(self.answers)} answers came for {len(self.examples)} examples; one an example is needed"
+            )
         if not self.examples:
-            raise ConfigError(f"{self.data or self.name}: no examples to predict; at least one is needed")
+            raise ConfigError(
+                f"{self.data or self.name}: no examples to predict; at least one is needed"
+            )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -133,9 +137,18 @@ class Predictions:
 def joined(parts: Sequence[Predictions], data: str) -> Predictions:
     """What one system answered to several sets of examples, as one."""
     first = parts[0]
-    scores = None if any(p.scores is None for p in parts) else np.concatenate([p.scores for p in parts if p.scores is not None])
+    scores = (
+        None
+        if any(p.scores is None for p in parts)
+        else np.concatenate([p.scores for p in parts if p.scores is not None])
+    )
     return Predictions(
-        tuple(e for p in parts for e in p.examples), tuple(a for p in parts for a in p.answers), first.name, data, first.labels, scores
+        tuple(e for p in parts for e in p.examples),
+        tuple(a for p in parts for a in p.answers),
+        first.name,
+        data,
+        first.labels,
+        scores,
     )
 
 
@@ -146,7 +159,9 @@ def asked_with(edit: Applicable | None) -> tuple[PromptTemplate, Verbalizer]:
     """The question and the labels that an edit was trained with; the paper's where it names none."""
     record = getattr(edit, "record", None) or {}
     template = PromptTemplate(record["template"]) if "template" in record else PromptTemplate()
-    return template, Verbalizer.of(record["labels"], record.get("separator", " ")) if "labels" in record else Verbalizer()
+    return template, Verbalizer.of(
+        record["labels"], record.get("separator", " ")
+    ) if "labels" in record else Verbalizer()
 
 
 def predict(
@@ -178,21 +193,37 @@ def predict(
     if decode not in DECODES:
         raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
     if not len(examples):
-        raise ConfigError(f"{getattr(examples, 'source', '') or 'the data'} holds no examples to predict; at least one is needed")
+        raise ConfigError(
+            f"{getattr(examples, 'source', '') or 'the data'} holds no examples to predict; at least one is needed"
+        )
     own = asked_with(edit)
     template = PromptTemplate(template) if isinstance(template, str) else template or own[0]
     verbalizer = verbalizer or own[1]
     for example in examples:
         verbalizer.index(example.polarity)
-    name = name or (getattr(edit, "name", None) or type(edit).__name__ if edit is not None else "base")
+    name = name or (
+        getattr(edit, "name", None) or type(edit).__name__ if edit is not None else "base"
+    )
     made = Predictions(
-        tuple(examples), (None,) * len(examples), name, examples.source if isinstance(examples, Examples) else "", verbalizer.polarities
+        tuple(examples),
+        (None,) * len(examples),
+        name,
+        examples.source if isinstance(examples, Examples) else "",
+        verbalizer.polarities,
     )
     prompts = [question(model, e, template) for e in examples]
     if decode == "generate":
         texts = _continue(model, prompts, verbalizer, template, edit, batch_size)
-        return replace(made, answers=tuple(match_label(t, verbalizer) for t in texts), texts=tuple(texts))
-    scores = label_scores(model, prompts, verbalizer.continuations(model.tokenizer, template), edit=edit, batch_size=batch_size)
+        return replace(
+            made, answers=tuple(match_label(t, verbalizer) for t in texts), texts=tuple(texts)
+        )
+    scores = label_scores(
+        model,
+        prompts,
+        verbalizer.continuations(model.tokenizer, template),
+        edit=edit,
+        batch_size=batch_size,
+    )
     if broken := int(torch.isnan(scores).any(1).sum()):
         raise EditError(
             f"{name}: the scores of {broken} of {len(examples)} examples are not numbers; the edit diverged, or {model.dtype} overflows"
@@ -204,24 +235,43 @@ def predict(
 def match_label(text: str, verbalizer: Verbalizer) -> Polarity | None:
     """The class whose label string the text begins with, blanks aside and as a whole word; the longest, where several do."""
     text = text.strip()
-    found = [(len(w.strip()), p) for p, w in verbalizer.words if re.match(re.escape(w.strip()) + r"(?!\w)", text)]
+    found = [
+        (len(w.strip()), p)
+        for p, w in verbalizer.words
+        if re.match(re.escape(w.strip()) + r"(?!\w)", text)
+    ]
     return max(found, key=lambda f: f[0])[1] if found else None
 
 
 def _continue(
-    model: Model, prompts: Sequence[Tokens], verbalizer: Verbalizer, template: PromptTemplate, edit: Applicable | None, batch_size: int
+    model: Model,
+    prompts: Sequence[Tokens],
+    verbalizer: Verbalizer,
+    template: PromptTemplate,
+    edit: Applicable | None,
+    batch_size: int,
 ) -> list[str]:
     """What the model writes after each prompt: one token more than its longest label, up to the end-of-sequence token."""
     steps = max(map(len, verbalizer.label_ids(model.tokenizer, template))) + 1
     end = model.tokenizer.eos_token_id
     texts = []
     for ids in greedy(model, prompts, steps, edit, batch_size):
-        texts.append(model.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
+        texts.append(
+            model.tokenizer.decode(
+                ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True
+            )
+        )
     return texts
 
 
 @torch.inference_mode()
-def greedy(model: Model, prompts: Sequence[Tokens], steps: int, edit: Applicable | None = None, batch_size: int = 32) -> list[list[int]]:
+def greedy(
+    model: Model,
+    prompts: Sequence[Tokens],
+    steps: int,
+    edit: Applicable | None = None,
+    batch_size: int = 32,
+) -> list[list[int]]:
     """The `steps` most probable next tokens of each prompt, one after the other.
 
     The tokens that are written carry no role, so that an edit of prompt positions acts on the prompt alone.
@@ -230,7 +280,9 @@ def greedy(model: Model, prompts: Sequence[Tokens], steps: int, edit: Applicable
         PromptError: a prompt and its answer are longer than the model's context.
     """
     if (longest := max(t.lengths[0] for t in prompts) + steps - 1) > model.n_ctx:
-        raise PromptError(f"the longest prompt and {steps} tokens of answer make {longest} tokens; {model.name} reads {model.n_ctx}")
+        raise PromptError(
+            f"the longest prompt and {steps} tokens of answer make {longest} tokens; {model.name} reads {model.n_ctx}"
+        )
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
     for start in range(0, len(order), batch_size):
@@ -240,7 +292,9 @@ def greedy(model: Model, prompts: Sequence[Tokens], steps: int, edit: Applicable
             if step:
                 tokens = _append(tokens, [written[i][-1] for i in rows])
             read = last_residual(model, tokens, edit, torch.tensor(tokens.lengths)[:, None] - 1)
-            for i, token in zip(rows, model.finish(read[:, 0], None, "vocabulary").argmax(-1).tolist(), strict=True):
+            for i, token in zip(
+                rows, model.finish(read[:, 0], None, "vocabulary").argmax(-1).tolist(), strict=True
+            ):
                 written[i].append(token)
     return written
 
@@ -263,7 +317,9 @@ NO_ANSWER = ("", "none", "null", "nan")
 """What stands for an answer that was no label."""
 
 
-def read_predictions(path: str | os.PathLike[str], examples: Sequence[Example], name: str | None = None) -> Predictions:
+def read_predictions(
+    path: str | os.PathLike[str], examples: Sequence[Example], name: str | None = None
+) -> Predictions:
     """What another system answered to `examples`.
 
     Args:
@@ -278,7 +334,10 @@ def read_predictions(path: str | os.PathLike[str], examples: Sequence[Example], 
     path = Path(path)
     source = os.fspath(path)
     if not path.is_file():
-        raise DataError("there is no such file; predictions as CSV, TSV, JSON lines or parquet are accepted", source)
+        raise DataError(
+            "there is no such file; predictions as CSV, TSV, JSON lines or parquet are accepted",
+            source,
+        )
     data = examples.source if isinstance(examples, Examples) else ""
     by_id: dict[str, list[int]] = defaultdict(list)
     by_key: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -292,35 +351,60 @@ def read_predictions(path: str | os.PathLike[str], examples: Sequence[Example], 
         if row.get("id") not in (None, "") and "" not in by_id:
             id = str(row["id"])
             if id not in by_id:
-                raise DataError(f"no example has the id {id!r}; ids of {_name(examples)} look like {examples[0].id!r}", source, line)
+                raise DataError(
+                    f"no example has the id {id!r}; ids of {_name(examples)} look like {examples[0].id!r}",
+                    source,
+                    line,
+                )
             if len(by_id[id]) > 1:
-                raise DataError(f"{len(by_id[id])} examples have the id {id!r}; name them by sentence and aspect", source, line)
+                raise DataError(
+                    f"{len(by_id[id])} examples have the id {id!r}; name them by sentence and aspect",
+                    source,
+                    line,
+                )
             (i,) = by_id[id]
         elif "sentence" in row and "aspect" in row:
             key = (normal(str(row["sentence"])), normal(str(row["aspect"])))
             if key not in by_key:
-                raise DataError(f"no example asks about {row['aspect']!r} in {str(row['sentence'])[:60]!r}", source, line)
+                raise DataError(
+                    f"no example asks about {row['aspect']!r} in {str(row['sentence'])[:60]!r}",
+                    source,
+                    line,
+                )
             # The n-th row that asks a question answers the n-th example that asks it.
             i = by_key[key][min(asked[key], len(by_key[key]) - 1)]
             asked[key] += 1
         else:
             raise DataError(
-                f"the row has the fields {', '.join(map(str, row))}; an id, or a sentence and an aspect, is needed", source, line
+                f"the row has the fields {', '.join(map(str, row))}; an id, or a sentence and an aspect, is needed",
+                source,
+                line,
             )
         if i in answers:
-            raise DataError(f"the example {examples[i].id or examples[i].aspect!r} is answered a second time", source, line)
+            raise DataError(
+                f"the example {examples[i].id or examples[i].aspect!r} is answered a second time",
+                source,
+                line,
+            )
         answers[i] = value
     if missing := [e for i, e in enumerate(examples) if i not in answers]:
         first = f"{missing[0].id!r} ({missing[0].aspect!r} in {missing[0].sentence[:60]!r})"
-        raise DataError(f"{len(missing)} of {len(examples)} examples have no prediction, the first of them {first}", source)
-    return Predictions(tuple(examples), tuple(answers[i] for i in range(len(examples))), name or path.stem, data)
+        raise DataError(
+            f"{len(missing)} of {len(examples)} examples have no prediction, the first of them {first}",
+            source,
+        )
+    return Predictions(
+        tuple(examples), tuple(answers[i] for i in range(len(examples))), name or path.stem, data
+    )
 
 
 def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
     column = next((c for c in ANSWERS if c in row), None)
     if column is None:
         raise DataError(
-            f"the row has no answer (its fields: {', '.join(map(str, row))}); a field {choices(ANSWERS)} is needed", source, line
+            f"the row has no answer (its fields: {', '.join(map(str, row))}); a field {choices(ANSWERS)} is needed",
+            source,
+            line,
         )
     value = row[column]
     text = "" if value is None else str(value).strip().lower()
@@ -328,13 +412,17 @@ def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
         return None
     if re.fullmatch(r"[-+]?\d+(\.\d*)?", text):
         raise DataError(
-            f"the answer is the number {text}, which every system counts its own way; write positive, negative or neutral", source, line
+            f"the answer is the number {text}, which every system counts its own way; write positive, negative or neutral",
+            source,
+            line,
         )
     try:
         return Polarity.parse(text)  # `conflict` is a class that is not asked for: a wrong answer
     except DataError:
         raise DataError(
-            f"the answer {value!r} is no label; accepted: positive, negative, neutral, or empty for none", source, line
+            f"the answer {value!r} is no label; accepted: positive, negative, neutral, or empty for none",
+            source,
+            line,
         ) from None
 
 
@@ -347,14 +435,24 @@ def _records(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"the file cannot be read as parquet ({str(error).splitlines()[0][:100]})", source) from None
+            raise DataError(
+                f"the file cannot be read as parquet ({str(error).splitlines()[0][:100]})", source
+            ) from None
         columns = [str(c).strip().lower() for c in table.columns]
         table.columns = columns
-        if "data" in columns and data in set(table["data"]):  # a run over several files keeps them in one table
+        if "data" in columns and data in set(
+            table["data"]
+        ):  # a run over several files keeps them in one table
             table = table[table["data"] == data]
         if "system" in columns and table["system"].nunique() > 1:
-            raise DataError(f"the table holds {table['system'].nunique()} systems, {choices(table['system'].unique())}; keep one", source)
-        yield from ((n, dict(zip(columns, row, strict=True))) for n, row in enumerate(table.itertuples(index=False), 1))
+            raise DataError(
+                f"the table holds {table['system'].nunique()} systems, {choices(table['system'].unique())}; keep one",
+                source,
+            )
+        yield from (
+            (n, dict(zip(columns, row, strict=True)))
+            for n, row in enumerate(table.itertuples(index=False), 1)
+        )
         return
     reading = Reading(source, path.stem)
     text = reading.text(path.read_bytes())
@@ -377,13 +475,17 @@ def _records(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     header = [c.strip().lower() for c in cells]
                 elif len(cells) != len(header):
                     raise DataError(
-                        f"{len(cells)} cells came, but the header names {len(header)} columns: {', '.join(header)}", source, begins
+                        f"{len(cells)} cells came, but the header names {len(header)} columns: {', '.join(header)}",
+                        source,
+                        begins,
                     )
                 else:
                     yield begins, dict(zip(header, cells, strict=True))
             begins = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"broken table: {error}, in the row that begins here", source, begins) from None
+        raise DataError(
+            f"broken table: {error}, in the row that begins here", source, begins
+        ) from None
 
 
 def _name(examples: Sequence[Example]) -> str:

@@ -38,10 +38,17 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from ..errors import ConfigError
 from ..examples import Example, Polarity, leakage, mixed_polarity
-from ..models import Model
+from ..model import Model
 from ..prompts import PromptTemplate, Verbalizer
 from ..scoring import Applicable
-from ..stats import Estimate, McNemar, bootstrap_statistic, cluster_bootstrap, mcnemar, paired_bootstrap_difference
+from ..stats import (
+    Estimate,
+    McNemar,
+    bootstrap_statistic,
+    cluster_bootstrap,
+    mcnemar,
+    paired_bootstrap_difference,
+)
 from .predictions import Decode, Predictions, predict
 
 NONE = "none"
@@ -101,7 +108,10 @@ class Quality:
             "gold_probability": self.gold_probability, "nll": self.nll, "label_mass": self.label_mass,
         }  # fmt: skip
         for c in self.classes:
-            row |= {f"{what}_{c.label}": getattr(c, what) for what in ("precision", "recall", "f1", "support", "answered")}
+            row |= {
+                f"{what}_{c.label}": getattr(c, what)
+                for what in ("precision", "recall", "f1", "support", "answered")
+            }
         return row
 
     def confusion_table(self):
@@ -148,7 +158,12 @@ class Scores:
     @property
     def subsets(self) -> dict[str, Quality]:
         """Name -> the scores of these rows, those that exist."""
-        found = {"all": self.all, "unseen": self.unseen, "mixed": self.mixed, "distinct": self.distinct}
+        found = {
+            "all": self.all,
+            "unseen": self.unseen,
+            "mixed": self.mixed,
+            "distinct": self.distinct,
+        }
         return {name: quality for name, quality in found.items() if quality is not None}
 
     def to_pandas(self):
@@ -156,19 +171,30 @@ class Scores:
         import pandas as pd
 
         head = {"system": self.name, "data": self.data}
-        return pd.DataFrame([head | {"subset": s, "leaked": self.leaked} | q.row() for s, q in self.subsets.items()])
+        return pd.DataFrame(
+            [head | {"subset": s, "leaked": self.leaked} | q.row() for s, q in self.subsets.items()]
+        )
 
     def summary(self):
         """A short table for reading: percentages with their intervals."""
         import pandas as pd
 
-        return pd.DataFrame([{"system": self.name, "data": self.data, "rows": s} | summary_row(q) for s, q in self.subsets.items()])
+        return pd.DataFrame(
+            [
+                {"system": self.name, "data": self.data, "rows": s} | summary_row(q)
+                for s, q in self.subsets.items()
+            ]
+        )
 
     def _repr_html_(self) -> str:
         import pandas as pd
 
         classes = pd.DataFrame([vars(c) for c in self.all.classes])
-        leaked = "" if self.leaked is None else f"<div>{self.leaked} of {self.all.n} rows stand in the training data</div>"
+        leaked = (
+            ""
+            if self.leaked is None
+            else f"<div>{self.leaked} of {self.all.n} rows stand in the training data</div>"
+        )
         return (
             self.summary().to_html(index=False) + leaked
             + classes.to_html(index=False, float_format="{:.3f}".format) + self.all.confusion_table().to_html()
@@ -190,7 +216,11 @@ def summary_row(q: Quality) -> dict[str, str]:
 
 def percent(e: Estimate) -> str:
     """`88.1 [86.0, 90.2]`."""
-    return f"{100 * e.value:.1f}" if np.isnan(e.low) else f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+    return (
+        f"{100 * e.value:.1f}"
+        if np.isnan(e.low)
+        else f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -212,12 +242,26 @@ def evaluate(
     seed: int = 0,
 ) -> Scores:
     """The scores of `model` on `examples`, with `edit` in force: `predict`, then `score`."""
-    answers = predict(model, examples, edit, template=template, verbalizer=verbalizer, decode=decode, batch_size=batch_size, name=name)
+    answers = predict(
+        model,
+        examples,
+        edit,
+        template=template,
+        verbalizer=verbalizer,
+        decode=decode,
+        batch_size=batch_size,
+        name=name,
+    )
     return score(answers, train=train, level=level, draws=draws, seed=seed)
 
 
 def score(
-    predictions: Predictions, *, train: Sequence[Example] | None = None, level: float = 0.95, draws: int = 1000, seed: int = 0
+    predictions: Predictions,
+    *,
+    train: Sequence[Example] | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> Scores:
     """The scores of some answers.
 
@@ -228,7 +272,11 @@ def score(
     """
 
     def of(rows: Sequence[int]) -> Quality | None:
-        return quality(predictions.take(rows), level=level, draws=draws, seed=seed) if len(rows) else None
+        return (
+            quality(predictions.take(rows), level=level, draws=draws, seed=seed)
+            if len(rows)
+            else None
+        )
 
     seen = None if train is None else set(leakage(train, predictions.examples).rows)
     first: dict[tuple[str, str], int] = {}
@@ -251,9 +299,13 @@ def quality(p: Predictions, *, level: float = 0.95, draws: int = 1000, seed: int
     classes = [c.value for c in p.labels]
     gold = [e.polarity.value for e in p.examples]
     if strange := sorted(set(gold) - set(classes)):
-        raise ConfigError(f"{p.data or p.name}: rows are {strange[0]}, but the system can only answer {', '.join(classes)}")
+        raise ConfigError(
+            f"{p.data or p.name}: rows are {strange[0]}, but the system can only answer {', '.join(classes)}"
+        )
     answered = [NONE if a is None else a.value for a in p.answers]
-    precision, recall, f1, support = precision_recall_fscore_support(gold, answered, labels=classes, average=None, zero_division=0)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        gold, answered, labels=classes, average=None, zero_division=0
+    )
     confusion = confusion_matrix(gold, answered, labels=[*classes, NONE])[: len(classes)]
     frequent = int(np.argmax(support))
     accuracy = cluster_bootstrap(p.correct, p.clusters, level=level, draws=draws, seed=seed)
@@ -268,11 +320,20 @@ def quality(p: Predictions, *, level: float = 0.95, draws: int = 1000, seed: int
         n=len(p),
         sentences=len(set(p.clusters)),
         accuracy=Estimate(float(accuracy.mean), float(accuracy.low), float(accuracy.high)),
-        macro_f1=bootstrap_statistic(_macro_f1(p), p.clusters, len(p), level=level, draws=draws, seed=seed),
+        macro_f1=bootstrap_statistic(
+            _macro_f1(p), p.clusters, len(p), level=level, draws=draws, seed=seed
+        ),
         majority=float(support[frequent] / len(p)),
         majority_class=classes[frequent],
         classes=tuple(
-            ClassScore(c, float(precision[i]), float(recall[i]), float(f1[i]), int(support[i]), int(confusion[:, i].sum()))
+            ClassScore(
+                c,
+                float(precision[i]),
+                float(recall[i]),
+                float(f1[i]),
+                int(support[i]),
+                int(confusion[:, i].sum()),
+            )
             for i, c in enumerate(classes)
         ),
         confusion=confusion,
@@ -287,7 +348,12 @@ def _macro_f1(p: Predictions) -> Callable[[np.ndarray], float]:
     k = len(order)
     order[None] = k
     # An answer outside the labels (which only a file can give) is as good as none.
-    cell = np.array([order[e.polarity] * (k + 1) + order.get(a, k) for e, a in zip(p.examples, p.answers, strict=True)])
+    cell = np.array(
+        [
+            order[e.polarity] * (k + 1) + order.get(a, k)
+            for e, a in zip(p.examples, p.answers, strict=True)
+        ]
+    )
 
     # Fixed over the draws, or a draw that misses a rare class would score higher for it.
     there = np.unique(cell // (k + 1))
@@ -349,7 +415,14 @@ class Comparison:
         return self.to_pandas().to_html(index=False)
 
 
-def compare(first: Predictions, second: Predictions, *, level: float = 0.95, draws: int = 9999, seed: int = 0) -> Comparison:
+def compare(
+    first: Predictions,
+    second: Predictions,
+    *,
+    level: float = 0.95,
+    draws: int = 9999,
+    seed: int = 0,
+) -> Comparison:
     """The first system against the second, on the same rows.
 
     Raises:
@@ -367,7 +440,12 @@ def compare(first: Predictions, second: Predictions, *, level: float = 0.95, dra
         float(correct[1].mean()),
         paired_bootstrap_difference(*correct, first.clusters, level=level, draws=draws, seed=seed),
         bootstrap_statistic(
-            lambda rows: f1[0](rows) - f1[1](rows), first.clusters, len(first), level=level, draws=min(draws, 1000), seed=seed
+            lambda rows: f1[0](rows) - f1[1](rows),
+            first.clusters,
+            len(first),
+            level=level,
+            draws=min(draws, 1000),
+            seed=seed,
         ),
         mcnemar(*correct),
         float(np.mean([a is b for a, b in zip(first.answers, second.answers, strict=True)])),
@@ -381,7 +459,9 @@ def same_rows(first: Predictions, second: Predictions) -> None:
         ConfigError: they answered different examples.
     """
     if len(first) != len(second):
-        raise ConfigError(f"{first.name} answered {len(first)} examples and {second.name} {len(second)}; the same rows are needed")
+        raise ConfigError(
+            f"{first.name} answered {len(first)} examples and {second.name} {len(second)}; the same rows are needed"
+        )
     for i, (a, b) in enumerate(zip(first.examples, second.examples, strict=True)):
         if (a.key, a.polarity) != (b.key, b.polarity):
             raise ConfigError(
@@ -426,7 +506,12 @@ class Aggregate:
         row: dict[str, Any] = {"system": self.name, "data": self.data, "seeds": self.seeds}
         for what in ("accuracy", "macro_f1"):
             spread = getattr(self, what)
-            row |= {what: spread.mean, f"{what}_sd": spread.sd, f"{what}_low": spread.low, f"{what}_high": spread.high}
+            row |= {
+                what: spread.mean,
+                f"{what}_sd": spread.sd,
+                f"{what}_low": spread.low,
+                f"{what}_high": spread.high,
+            }
         return row | {"sampling_low": self.sampling.low, "sampling_high": self.sampling.high}
 
     def to_pandas(self):
@@ -450,7 +535,14 @@ def spread(values: Sequence[float], level: float = 0.95) -> Spread:
     return Spread(mean, sd, mean - reach, mean + reach)
 
 
-def aggregate(runs: Sequence[Scores], name: str | None = None, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Aggregate:
+def aggregate(
+    runs: Sequence[Scores],
+    name: str | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Aggregate:
     """Several seeds of one method, scored on the same rows.
 
     Raises:
@@ -461,7 +553,9 @@ def aggregate(runs: Sequence[Scores], name: str | None = None, *, level: float =
     for other in runs[1:]:
         same_rows(runs[0].predictions, other.predictions)
     share = np.mean([r.predictions.correct for r in runs], axis=0)
-    interval = cluster_bootstrap(share, runs[0].predictions.clusters, level=level, draws=draws, seed=seed)
+    interval = cluster_bootstrap(
+        share, runs[0].predictions.clusters, level=level, draws=draws, seed=seed
+    )
     return Aggregate(
         name or runs[0].name,
         runs[0].data,

@@ -38,7 +38,7 @@ import torch
 from ..errors import ConfigError, DataError
 from ..examples import Example, mixed_polarity
 from ..metrics import kl
-from ..models import Model, weights_hash
+from ..model import Model, weights_hash
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
 from ..scoring import Applicable, last_residual, question
@@ -171,28 +171,60 @@ class SideEffects:
         import pandas as pd
 
         def pair(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:
-            return {"measure": what, "base": f"{100 * base:.1f} %", "edited": f"{100 * edited:.1f} %", "": note}
+            return {
+                "measure": what,
+                "base": f"{100 * base:.1f} %",
+                "edited": f"{100 * edited:.1f} %",
+                "": note,
+            }
 
         def only(what: str, edited: str, note: str = "") -> dict[str, str]:
             return {"measure": what, "base": "-", "edited": edited, "": note}
 
         r, o, text, near = self.reliability, self.other_aspects, self.text, self.near
         rows = [
-            pair("reliability: accuracy", r.accuracy_second, r.accuracy_first, f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken")
+            pair(
+                "reliability: accuracy",
+                r.accuracy_second,
+                r.accuracy_first,
+                f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken",
+            )
         ]
         for g in self.generality:
-            rows.append(pair("generality: accuracy", g.base, g.edited, f"{100 * g.agreement:.0f} % as before; {g.template}"))
+            rows.append(
+                pair(
+                    "generality: accuracy",
+                    g.base,
+                    g.edited,
+                    f"{100 * g.agreement:.0f} % as before; {g.template}",
+                )
+            )
         rows += [
             pair("prompt consistency", self.consistency_base, self.consistency_edited),
-            only("unrelated text: KL", f"{text.kl:.4f} nats", f"top-1 the same at {100 * text.top1:.1f} % of {text.n} tokens"),
-            only("other questions: KL", f"{near.kl:.4f} nats", f"top-1 the same at {100 * near.top1:.1f} % of {near.n} answers"),
+            only(
+                "unrelated text: KL",
+                f"{text.kl:.4f} nats",
+                f"top-1 the same at {100 * text.top1:.1f} % of {text.n} tokens",
+            ),
+            only(
+                "other questions: KL",
+                f"{near.kl:.4f} nats",
+                f"top-1 the same at {100 * near.top1:.1f} % of {near.n} answers",
+            ),
         ]
         if o.n:
-            note = f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
+            note = (
+                f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
+            )
             rows.append(only("other aspects: KL", f"{o.kl:.4f} nats", note))
         if not np.isnan(o.one_label_base):
-            rows.append(pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited))
-        rows += [pair(f"portability: {p.data}", p.accuracy_second, p.accuracy_first, _points(p)) for p in self.portability]
+            rows.append(
+                pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited)
+            )
+        rows += [
+            pair(f"portability: {p.data}", p.accuracy_second, p.accuracy_first, _points(p))
+            for p in self.portability
+        ]
         rows.append(only("base weights", "unchanged" if self.weights_unchanged else "CHANGED"))
         return pd.DataFrame(rows)
 
@@ -232,15 +264,21 @@ def side_effects(
         near: templates of other questions.
     """
     if not texts:
-        raise ConfigError("no unrelated texts were given to measure locality on; at least one is needed")
+        raise ConfigError(
+            "no unrelated texts were given to measure locality on; at least one is needed"
+        )
     own = asked_with(edit)
     template, verbalizer = template or own[0], verbalizer or own[1]
     before = weights_hash(model.hooked)
     how: dict[str, Any] = {"verbalizer": verbalizer, "batch_size": batch_size}
     sure: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
 
-    def both(data: Sequence[Example], asked: PromptTemplate | str) -> tuple[Predictions, Predictions]:
-        return predict(model, data, None, template=asked, **how), predict(model, data, edit, template=asked, name=name, **how)
+    def both(
+        data: Sequence[Example], asked: PromptTemplate | str
+    ) -> tuple[Predictions, Predictions]:
+        return predict(model, data, None, template=asked, **how), predict(
+            model, data, edit, template=asked, name=name, **how
+        )
 
     base, edited = both(examples, template)
     worded = [both(examples, text) for text in paraphrases]
@@ -249,12 +287,19 @@ def side_effects(
         edited.name,
         compare(edited, base, **sure),
         tuple(
-            Paraphrase(text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e]))
+            Paraphrase(
+                text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e])
+            )
             for text, (b, e) in zip(paraphrases, worded, strict=True)
         ),
         agreement([base, *(b for b, _ in worded)]),
         agreement([edited, *(e for _, e in worded)]),
-        drift(model, edit, [t for text in texts for t in text_tokens(model, text)], batch_size=batch_size),
+        drift(
+            model,
+            edit,
+            [t for text in texts for t in text_tokens(model, text)],
+            batch_size=batch_size,
+        ),
         drift(model, edit, questions, last=True, batch_size=batch_size),
         other_aspects(base, edited),
         tuple(compare(e, b, **sure) for b, e in (both(data, template) for data in others)),
@@ -265,7 +310,10 @@ def side_effects(
 
 def agreement(runs: Sequence[Predictions]) -> float:
     """The chance that two different runs, drawn at random, answer an example alike; 1 for a single run."""
-    pairs = [np.mean([a is b for a, b in zip(p.answers, q.answers, strict=True)]) for p, q in combinations(runs, 2)]
+    pairs = [
+        np.mean([a is b for a, b in zip(p.answers, q.answers, strict=True)])
+        for p, q in combinations(runs, 2)
+    ]
     return float(np.mean(pairs)) if pairs else 1.0
 
 
@@ -273,7 +321,9 @@ def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
     """How the answers move on the aspects beside those that the edit changed."""
     moved = np.array([a is not b for a, b in zip(base.answers, edited.answers, strict=True)])
     in_sentence = Counter(c for c, m in zip(base.clusters, moved, strict=True) if m)
-    rows = np.array([in_sentence[c] - int(m) > 0 for c, m in zip(base.clusters, moved, strict=True)], dtype=bool)
+    rows = np.array(
+        [in_sentence[c] - int(m) > 0 for c, m in zip(base.clusters, moved, strict=True)], dtype=bool
+    )
     p, q = base.probabilities, edited.probabilities
     assert p is not None and q is not None
     tiny = np.finfo(float).tiny
@@ -297,7 +347,14 @@ def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
 
 
 @torch.inference_mode()
-def drift(model: Model, edit: Applicable, prompts: Sequence[Tokens], *, last: bool = False, batch_size: int = 32) -> Drift:
+def drift(
+    model: Model,
+    edit: Applicable,
+    prompts: Sequence[Tokens],
+    *,
+    last: bool = False,
+    batch_size: int = 32,
+) -> Drift:
     """How far `edit` moves the next token after every token of the prompts, or after the last alone."""
     divergences, same = [], []
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
@@ -322,7 +379,10 @@ def text_tokens(model: Model, text: str) -> list[Tokens]:
     first = [model.tokenizer.bos_token_id] if model.bos else []
     step = model.n_ctx - len(first)
     pieces = [first + ids[i : i + step] for i in range(0, len(ids), step)]
-    return [Tokens(torch.tensor([p]), torch.full((1, len(p)), ROLE["template"]), (len(p),)) for p in pieces]
+    return [
+        Tokens(torch.tensor([p]), torch.full((1, len(p)), ROLE["template"]), (len(p),))
+        for p in pieces
+    ]
 
 
 def read_texts(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -336,8 +396,13 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[str, ...]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
-        raise DataError(f"the file {reason}; a UTF-8 text file of passages separated by blank lines is accepted", source) from None
-    passages = tuple(" ".join(p.split()) for p in text.replace("\r\n", "\n").split("\n\n") if p.strip())
+        raise DataError(
+            f"the file {reason}; a UTF-8 text file of passages separated by blank lines is accepted",
+            source,
+        ) from None
+    passages = tuple(
+        " ".join(p.split()) for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()
+    )
     if not passages:
         raise DataError("the file is empty; at least one passage is needed", source)
     return passages

@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 
     from .importance import ImportanceMap
 
-COLUMNS = ("example_id", "kind", "layer", "head", "position", "role", "clean", "corrupted", "patched", "effect", "draw_sd")
+COLUMNS = (
+    "example_id",
+    "kind",
+    "layer",
+    "head",
+    "position",
+    "role",
+    "clean",
+    "corrupted",
+    "patched",
+    "effect",
+    "draw_sd",
+)
 PAIR_COLUMNS = (
     "example_id", "sentence", "aspect", "polarity", "domain", "cluster", "tokens", "roles", "labels", "p_clean", "p_corrupted",
     "corrupted_tokens", "clean", "corrupted",
@@ -75,15 +87,23 @@ class Effects:
         if by not in ("role", "position"):
             raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
         keys = ["kind", "layer", "head", by]
-        table = self.frame.groupby(["example_id", *keys], observed=True, sort=False)["effect"].mean().unstack("example_id")
+        table = (
+            self.frame.groupby(["example_id", *keys], observed=True, sort=False)["effect"]
+            .mean()
+            .unstack("example_id")
+        )
         table = table.reindex(columns=self.pairs["example_id"])
         cells = table.index.to_frame(index=False)
-        cells["_kind"] = cells["kind"].map({k: i for i, k in enumerate(self.frame["kind"].unique())})
-        cells["_by"] = cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
-        order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
-        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(drop=True).astype(
-            {"kind": str, **({"role": str} if by == "role" else {})}
+        cells["_kind"] = cells["kind"].map(
+            {k: i for i, k in enumerate(self.frame["kind"].unique())}
         )
+        cells["_by"] = (
+            cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
+        )
+        order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
+        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(
+            drop=True
+        ).astype({"kind": str, **({"role": str} if by == "role" else {})})
 
     def importance(self, by: str = "role", **options: Any) -> ImportanceMap:
         """Averages over pairs with intervals; see `ImportanceMap.of`."""
@@ -100,7 +120,9 @@ class Effects:
         rows = self.frame[self.frame["example_id"] == example_id]
         if rows.empty:
             some = ", ".join(self.pairs["example_id"].head(3))
-            raise DataError(f"no example {example_id!r} was traced; there are {len(self.pairs)}, such as {some}")
+            raise DataError(
+                f"no example {example_id!r} was traced; there are {len(self.pairs)}, such as {some}"
+            )
         return rows
 
     def to_pandas(self) -> pd.DataFrame:
@@ -110,8 +132,15 @@ class Effects:
         """Effects by role as an array with axes example, kind, layer, head, role."""
         values, cells = self.matrix("role")
         index = pd.MultiIndex.from_frame(cells)
-        frame = pd.DataFrame(values.T, index=index, columns=pd.Index(self.pairs["example_id"], name="example"))
-        return frame.stack(future_stack=True).rename("effect").to_xarray().transpose("example", "kind", "layer", "head", "role")
+        frame = pd.DataFrame(
+            values.T, index=index, columns=pd.Index(self.pairs["example_id"], name="example")
+        )
+        return (
+            frame.stack(future_stack=True)
+            .rename("effect")
+            .to_xarray()
+            .transpose("example", "kind", "layer", "head", "role")
+        )
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
         """The prompt of one example, its tokens coloured by the largest effect over layers (CircuitsVis; works offline in a notebook)."""
@@ -158,15 +187,21 @@ class Effects:
         folder = Path(folder)
         for name in ("effects.parquet", "pairs.parquet", "about.json"):
             if not (folder / name).exists():
-                raise DataError(f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch")
+                raise DataError(
+                    f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch"
+                )
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        return cls(read_frame(folder / "effects.parquet"), read_frame(folder / "pairs.parquet"), about)
+        return cls(
+            read_frame(folder / "effects.parquet"), read_frame(folder / "pairs.parquet"), about
+        )
 
     def only(self, **equal: Any) -> Effects:
         """The rows whose columns equal (or are among) the values given."""
         frame = self.frame
         for column, value in equal.items():
-            frame = frame[frame[column].isin(value if isinstance(value, (list, tuple, set)) else [value])]
+            frame = frame[
+                frame[column].isin(value if isinstance(value, (list, tuple, set)) else [value])
+            ]
         return replace(self, frame=frame)
 
 

@@ -60,8 +60,8 @@ from torch import Tensor
 
 from ..axes import HeadOut, Resid
 from ..errors import ConfigError, ModelError, choices
-from ..hooks import capture, live_hooks
-from ..models import Model
+from ..model import Model
+from ..model.hooks import capture, live_hooks
 from ..sites import HEAD_KINDS, Site
 from ..stats import spearman_interval, top_k_overlap
 from .loop import states
@@ -101,7 +101,12 @@ def refusal(model: Model) -> str | None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def sweep(
-    model: Model, job: Job, method: Method = "atp", steps: int = 16, tick: Callable[[int], None] | None = None, memory: int = 512 << 20
+    model: Model,
+    job: Job,
+    method: Method = "atp",
+    steps: int = 16,
+    tick: Callable[[int], None] | None = None,
+    memory: int = 512 << 20,
 ) -> Estimates:
     """Every cell of a job, estimated.
 
@@ -130,12 +135,18 @@ def sweep(
     columns, draws = list(read.positions), job.runs.draws
     clean_last = source_last if job.direction == "denoise" else base_last[::draws]
     read.remember_clean(clean_last[:, columns])
-    clean = read(clean_last[:, columns], torch.arange(len(job.runs.pairs))).repeat_interleave(draws, dim=0)
+    clean = read(clean_last[:, columns], torch.arange(len(job.runs.pairs))).repeat_interleave(
+        draws, dim=0
+    )
     base_scores = read(base_last[:, columns], pair_of_row)
     if job.ablation is not None:
         corrupted = torch.full_like(clean, torch.nan)
     else:
-        corrupted = base_scores if job.direction == "denoise" else read(source_last[:, columns], pair_of_row)
+        corrupted = (
+            base_scores
+            if job.direction == "denoise"
+            else read(source_last[:, columns], pair_of_row)
+        )
 
     zero = job.zero()[:, :, pair_of_row]
     effect = torch.zeros(zero.shape, dtype=read.dtype)
@@ -157,8 +168,12 @@ def sweep(
             for c, component in enumerate(job.components):
                 for layer in window_layers(component.layer, job.window, model.n_layers):
                     part = found[layer, component.kind]
-                    effect[c, :, rows] += (part if component.head is None else part[..., component.head]).T.cpu()
-        except Exception as error:  # only running out of memory is handled; all else is raised again
+                    effect[c, :, rows] += (
+                        part if component.head is None else part[..., component.head]
+                    ).T.cpu()
+        except (
+            Exception
+        ) as error:  # only running out of memory is handled; all else is raised again
             if not should_reduce_batch_size(error) or size == 1:
                 raise
             size = max(1, min(size, len(rows)) // 2)
@@ -174,9 +189,16 @@ def sweep(
 
 def graph_bytes(model: Model, length: int, method: Method = "atp") -> int:
     """Bytes that one token of a differentiable pass keeps, over all layers; the widest tensors counted, not every last one."""
-    per_layer = 14 * model.d_model + 5 * model.d_mlp + 8 * model.n_heads * model.d_head + 4 * model.n_heads * length
+    per_layer = (
+        14 * model.d_model
+        + 5 * model.d_mlp
+        + 8 * model.n_heads * model.d_head
+        + 4 * model.n_heads * length
+    )
     largest = 8 * model.n_heads * length if method == "atpstar" else 0
-    return (model.n_layers * per_layer + largest + 3 * model.d_vocab // length) * max(4, model.dtype.itemsize)
+    return (model.n_layers * per_layer + largest + 3 * model.d_vocab // length) * max(
+        4, model.dtype.itemsize
+    )
 
 
 def agreement(exact: ArrayLike, estimate: ArrayLike, k: int) -> dict[str, float | int]:
@@ -225,24 +247,41 @@ def check(model: Model, job: Job, method: str, steps: int) -> None:
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r} of estimation; accepted: {choices(METHODS)}")
     if method == "ig" and job.ablation is not None:
-        raise ConfigError("integrated gradients need a source run to walk to, and an ablation has none; use --method atp")
+        raise ConfigError(
+            "integrated gradients need a source run to walk to, and an ablation has none; use --method atp"
+        )
     if method == "ig" and steps < 1:
-        raise ConfigError(f"{steps} steps of integrated gradients were asked for; it must be 1 or more")
+        raise ConfigError(
+            f"{steps} steps of integrated gradients were asked for; it must be 1 or more"
+        )
     if method == "atpstar" and (why := refusal(model)) is not None:
         raise ModelError(f"AtP* cannot run this: {why}; use --method atp")
     if job.metric.need == "vocabulary":
         return
     labels = job.runs.continuation.labels
-    known = {len(p.clean_scores) for p in job.runs.pairs if p.clean_scores is not None} | {len(labels)}
+    known = {len(p.clean_scores) for p in job.runs.pairs if p.clean_scores is not None} | {
+        len(labels)
+    }
     if job.runs.continuation.tokens or len(known) > 1:
-        names = [repr(model.tokenizer.decode(list(ids)) if model.tokenizer is not None else list(ids)) for _, ids in labels]
+        names = [
+            repr(model.tokenizer.decode(list(ids)) if model.tokenizer is not None else list(ids))
+            for _, ids in labels
+        ]
         raise ConfigError(
             f"estimates differentiate the metric and need one run that scores all labels, but only {', '.join(names)} (of {max(known)}) "
             "share this one; choose labels of a single token, or use the exact method"
         )
 
 
-def _attributed(model: Model, job: Job, read: Reader, rows: Int[Tensor, " row"], points: list[Resid], delta: States, star: bool) -> States:
+def _attributed(
+    model: Model,
+    job: Job,
+    read: Reader,
+    rows: Int[Tensor, " row"],
+    points: list[Resid],
+    delta: States,
+    star: bool,
+) -> States:
     """(layer, kind) -> estimated effects `[row span]`, or `[row span head]` for kinds of heads.
 
     Args:
@@ -253,23 +292,34 @@ def _attributed(model: Model, job: Job, read: Reader, rows: Int[Tensor, " row"],
     """
     kinds = set(delta)
     if star:
-        kinds |= {(layer, kind) for layer in range(model.n_layers) for kind in ("resid_pre", "q", "k", "v", "head")}
+        kinds |= {
+            (layer, kind)
+            for layer in range(model.n_layers)
+            for kind in ("resid_pre", "q", "k", "v", "head")
+        }
         kinds |= {(layer, "resid_mid") for layer in range(model.n_layers) if not model.parallel}
     sites = {key: Site(*key, head=0 if key[1] in HEAD_KINDS else None) for key in sorted(kinds)}
     pairs = [job.runs.pairs[b] for b in job.pair_of_row()[rows].tolist()]
     per_token: States = {}
     for x in points:
         with torch.enable_grad(), capture(model.hooked, sites.values(), grad=True) as seen:
-            last = model.hooked.forward(x.detach().clone().requires_grad_(), start_at_layer=0, stop_at_layer=model.n_layers)
+            last = model.hooked.forward(
+                x.detach().clone().requires_grad_(), start_at_layer=0, stop_at_layer=model.n_layers
+            )
             scores = read(last[:, list(read.positions)], job.pair_of_row()[rows])
             if job.metric.need == "vocabulary":
                 value = scores.sum()
             else:
-                gold, foil = (torch.tensor([getattr(p, name) for p in pairs], device=scores.device) for name in ("gold", "foil"))
+                gold, foil = (
+                    torch.tensor([getattr(p, name) for p in pairs], device=scores.device)
+                    for name in ("gold", "foil")
+                )
                 value = job.metric(scores, gold, foil).sum()
         # Rows do not touch each other, so that the gradient of the sum is every row's own.
         acts = {key: seen[site] for key, site in sites.items()}
-        found = torch.autograd.grad(value, list(acts.values()), retain_graph=star, materialize_grads=True)
+        found = torch.autograd.grad(
+            value, list(acts.values()), retain_graph=star, materialize_grads=True
+        )
         grads = dict(zip(acts, found, strict=True))
         for key, d in delta.items():
             part = _dot(grads[key], d).to(read.dtype) / len(points)
@@ -279,7 +329,10 @@ def _attributed(model: Model, job: Job, read: Reader, rows: Int[Tensor, " row"],
     for r, b in enumerate(job.pair_of_row()[rows].tolist()):
         for s, span in enumerate(job.spans[b]):
             member[r, s, list(span.positions)] = 1
-    total = {key: einsum(member.to(y.device), y, "row span pos, row pos ... -> row span ...") for key, y in per_token.items()}
+    total = {
+        key: einsum(member.to(y.device), y, "row span pos, row pos ... -> row span ...")
+        for key, y in per_token.items()
+    }
     if star:
         for layer in range(model.n_layers):
             _correct(model, layer, acts, grads, delta, member, total)
@@ -293,18 +346,34 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _correct(
-    model: Model, layer: int, acts: States, grads: States, delta: States, member: Float[Tensor, "row span pos"], total: States
+    model: Model,
+    layer: int,
+    acts: States,
+    grads: States,
+    delta: States,
+    member: Float[Tensor, "row span pos"],
+    total: States,
 ) -> None:
     """Replace, in `total`, the linear effect through the pattern of this layer's attention by the exact one."""
-    reads = [key for key in [(layer, "resid_pre"), *((layer - 1, kind) for kind in _AFTER)] if key in delta]
+    reads = [
+        key
+        for key in [(layer, "resid_pre"), *((layer - 1, kind) for kind in _AFTER)]
+        if key in delta
+    ]
     if not reads and not {(layer, "q"), (layer, "k")} & delta.keys():
         return
     attention = _Attention(model, layer, acts, grads, member)
     if (layer, "q") in delta:
-        total[layer, "q"] = attention.by_query(attention.turned("q", acts[layer, "q"].detach() + delta[layer, "q"]))
+        total[layer, "q"] = attention.by_query(
+            attention.turned("q", acts[layer, "q"].detach() + delta[layer, "q"])
+        )
     if (layer, "k") in delta:
-        by_head = attention.by_key(attention.turned("k", acts[layer, "k"].detach() + delta[layer, "k"]))
-        total[layer, "k"] = reduce(by_head, "row span (kv group) -> row span kv", "sum", kv=model.n_kv_heads)
+        by_head = attention.by_key(
+            attention.turned("k", acts[layer, "k"].detach() + delta[layer, "k"])
+        )
+        total[layer, "k"] = reduce(
+            by_head, "row span (kv group) -> row span kv", "sum", kv=model.n_kv_heads
+        )
     if not reads:
         return
     through = [(layer, "q"), (layer, "k")]
@@ -317,15 +386,22 @@ def _correct(
     )  # all that lies between such a state and the next queries and keys acts on each position by itself
     for key, gradient in zip(reads, linear, strict=True):
         per_token = _dot(gradient, delta[key])
-        total[key] -= einsum(member.to(per_token), per_token, "row span pos, row pos ... -> row span ...")
+        total[key] -= einsum(
+            member.to(per_token), per_token, "row span pos, row pos ... -> row span ..."
+        )
         if key[1] == "head":
-            exact = [attention.entered(_stream(model, layer, key, acts, delta[key], head)) for head in range(model.n_heads)]
+            exact = [
+                attention.entered(_stream(model, layer, key, acts, delta[key], head))
+                for head in range(model.n_heads)
+            ]
             total[key] += torch.stack(exact, dim=-1)
         else:
             total[key] += attention.entered(_stream(model, layer, key, acts, delta[key]))
 
 
-def _stream(model: Model, layer: int, key: tuple[int, str], acts: States, delta: Tensor, head: int = 0) -> Resid:
+def _stream(
+    model: Model, layer: int, key: tuple[int, str], acts: States, delta: Tensor, head: int = 0
+) -> Resid:
     """The residual stream that this layer reads when the state at `key` is replaced, at every position by itself."""
     below, kind = key
     before = acts[layer, "resid_pre"].detach()
@@ -336,7 +412,9 @@ def _stream(model: Model, layer: int, key: tuple[int, str], acts: States, delta:
         z = acts[key].detach().flatten(0, 1)
         patched = z.clone()
         patched[:, head] += flat[:, head]
-        flat = model.attn_out(below, model.project(below, patched)) - model.attn_out(below, model.project(below, z))
+        flat = model.attn_out(below, model.project(below, patched)) - model.attn_out(
+            below, model.project(below, z)
+        )
     if not model.parallel:
         mid = acts[below, "resid_mid"].detach().flatten(0, 1)
         flat = flat + model.mlp_out(below, mid + flat) - model.mlp_out(below, mid)
@@ -346,7 +424,14 @@ def _stream(model: Model, layer: int, key: tuple[int, str], acts: States, delta:
 class _Attention:
     """One attention of the base run, and what replaced queries and keys do to the metric through its pattern alone."""
 
-    def __init__(self, model: Model, layer: int, acts: States, grads: States, member: Float[Tensor, "row span pos"]):
+    def __init__(
+        self,
+        model: Model,
+        layer: int,
+        acts: States,
+        grads: States,
+        member: Float[Tensor, "row span pos"],
+    ):
         self.model, self.layer = model, layer
         self.n_rows, _, self.length = member.shape
         self.q, self.k = (self.turned(kind, acts[layer, kind].detach()) for kind in ("q", "k"))
@@ -354,11 +439,23 @@ class _Attention:
         self.wide = member.dtype
         self.scores = self._scores(self.q, self.k)
         self.pattern = self.scores.softmax(-1)
-        v = repeat(acts[layer, "v"].detach(), "row k kv d -> row k (kv group) d", group=model.n_heads // model.n_kv_heads)
-        self.gradient = einsum(grads[layer, "head"].to(self.wide), v.to(self.wide), "row q head d, row k head d -> row head q k")
+        v = repeat(
+            acts[layer, "v"].detach(),
+            "row k kv d -> row k (kv group) d",
+            group=model.n_heads // model.n_kv_heads,
+        )
+        self.gradient = einsum(
+            grads[layer, "head"].to(self.wide),
+            v.to(self.wide),
+            "row q head d, row k head d -> row head q k",
+        )
 
-    def _scores(self, q: HeadOut, k: Float[Tensor, "batch pos kv d_head"]) -> Float[Tensor, "row head q k"]:
-        return self.model.scores(self.layer, q, k, torch.arange(self.length, device=q.device)).to(self.wide)
+    def _scores(
+        self, q: HeadOut, k: Float[Tensor, "batch pos kv d_head"]
+    ) -> Float[Tensor, "row head q k"]:
+        return self.model.scores(self.layer, q, k, torch.arange(self.length, device=q.device)).to(
+            self.wide
+        )
 
     def turned(self, kind: str, x: HeadOut) -> HeadOut:
         """Queries or keys as projected -> as they meet: normalised and rotated where the model does so."""
@@ -383,7 +480,9 @@ class _Attention:
 
     def entered(self, stream: Resid) -> Float[Tensor, "row span"]:
         """Queries and keys, each by itself, of another residual stream."""
-        positions = repeat(torch.arange(self.length, device=stream.device), "pos -> (row pos)", row=self.n_rows)
+        positions = repeat(
+            torch.arange(self.length, device=stream.device), "pos -> (row pos)", row=self.n_rows
+        )
         q, k, _ = self.model.qkv(self.layer, stream.flatten(0, 1), positions)
         q, k = q.view_as(self.q), k.view_as(self.k)
         return (self.by_query(q) + self.by_key(k)).sum(-1)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, DataError, choices
-from ..models import Model
+from ..model import Model
 from ..records import plain, write_json
 from ..sites import HEAD_KINDS, ROLES, Site
 from ..stats import adjust, cluster_bootstrap, sign_flip
@@ -88,7 +88,12 @@ class ImportanceMap:
             p_adjusted=adjust(p, adjustment),
             n=(~np.isnan(values)).sum(0),
         )
-        about = effects.about | {"level": level, "adjustment": adjustment, "by": by, "n_pairs": len(effects.pairs)}
+        about = effects.about | {
+            "level": level,
+            "adjustment": adjustment,
+            "by": by,
+            "n_pairs": len(effects.pairs),
+        }
         return cls(table, values, clusters, about)
 
     def __repr__(self) -> str:
@@ -103,8 +108,12 @@ class ImportanceMap:
         """The cells with the largest effects, as a table with their sites spelled out."""
         best = self.table.sort_values("aie", ascending=False, kind="stable").head(n)
         by = "role" if "role" in best else "position"
-        sites = [str(cell_site(r["kind"], r["layer"], r["head"], r[by])) for _, r in best.iterrows()]
-        return best.assign(site=sites)[["site", "aie", "ci_low", "ci_high", "p_adjusted", "n"]].reset_index(drop=True)
+        sites = [
+            str(cell_site(r["kind"], r["layer"], r["head"], r[by])) for _, r in best.iterrows()
+        ]
+        return best.assign(site=sites)[
+            ["site", "aie", "ci_low", "ci_high", "p_adjusted", "n"]
+        ].reset_index(drop=True)
 
     def to_pandas(self) -> pd.DataFrame:
         return self.table
@@ -122,7 +131,9 @@ class ImportanceMap:
         """
         rows = self.table[self.table["kind"] == kind]
         if rows.empty:
-            raise ConfigError(f"the map has no kind {kind!r}; it has {choices(self.table['kind'].unique())}")
+            raise ConfigError(
+                f"the map has no kind {kind!r}; it has {choices(self.table['kind'].unique())}"
+            )
         by = "role" if "role" in rows else "position"
         grid = rows.pivot_table(index=by, columns="layer", values=column, aggfunc="mean", sort=True)
         return grid.reindex([r for r in ROLES if r in grid.index]) if by == "role" else grid
@@ -162,16 +173,22 @@ class ImportanceMap:
         kinds = list(self.table["kind"].unique())
         kind = kind or ("resid_post" if "resid_post" in kinds else kinds[0])
         if kind not in kinds:
-            raise ConfigError(f"sites of kind {kind!r} were asked for; the map has {choices(kinds)}")
+            raise ConfigError(
+                f"sites of kind {kind!r} were asked for; the map has {choices(kinds)}"
+            )
         if kind in HEAD_KINDS:
-            raise ConfigError("neighbouring layers share no heads; select heads from ImportanceMap.top instead")
+            raise ConfigError(
+                "neighbouring layers share no heads; select heads from ImportanceMap.top instead"
+            )
         if "role" not in self.table:
             raise ConfigError("sites are chosen by role; make the map with by='role'")
         rows = self.table[self.table["kind"] == kind]
         layers = sorted(int(x) for x in rows["layer"].unique())
         width = max(1, round(len(layers) * 6 / 32)) if width is None else width
         if not 1 <= width <= len(layers):
-            raise ConfigError(f"a window of {width} layers was asked for; the map has {len(layers)}")
+            raise ConfigError(
+                f"a window of {width} layers was asked for; the map has {len(layers)}"
+            )
         present = [r for r in ROLES if (rows["role"] == r).any()]
         left_out = {control} if roles else {control, "answer", *self.about.get("changed_roles", ())}
         candidates = [r for r in (roles or present) if r in present and r not in left_out]
@@ -179,7 +196,11 @@ class ImportanceMap:
             raise DataError(f"no role is left to choose from; the map has {choices(present)}")
 
         windows = [tuple(layers[i : i + width]) for i in range(len(layers) - width + 1)]
-        spots = [(role, window) for window in windows for role in [*candidates, *([control] if control in present else [])]]
+        spots = [
+            (role, window)
+            for window in windows
+            for role in [*candidates, *([control] if control in present else [])]
+        ]
         means = np.stack([self._window(rows, role, window) for role, window in spots], axis=1)
         interval = cluster_bootstrap(means, self.clusters, draws=draws, seed=seed)
         found = pd.DataFrame(
@@ -196,7 +217,11 @@ class ImportanceMap:
         found["control_high"] = found["layers"].map(ceiling) if len(ceiling) else np.nan
         found = found[found["role"] != control]
         clear = found[found["ci_low"] > found["control_high"].fillna(0.0)]
-        best = (clear if len(clear) else found).sort_values("aie", ascending=False, kind="stable").iloc[0]
+        best = (
+            (clear if len(clear) else found)
+            .sort_values("aie", ascending=False, kind="stable")
+            .iloc[0]
+        )
         sites = tuple(Site(int(layer), kind, None, str(best["role"])) for layer in best["layers"])
         return Selection(
             sites,
@@ -252,9 +277,7 @@ class Selection(Sequence[Site]):
 
     def __str__(self) -> str:
         verdict = "" if self.clear else " (not clear: no interval lies above the control's)"
-        return (
-            f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
-        )
+        return f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
 
     def save(self, path: str | Path, model: Mapping[str, Any] | None = None) -> None:
         """`sites.json`, with the model they were found in where that is known (`traced_in`)."""
@@ -263,7 +286,9 @@ class Selection(Sequence[Site]):
         write_json(path, record | ({"model": dict(model)} if model is not None else {}))
 
 
-def traced_in(model: Model, base: Model | None = None, adapter: str | None = None) -> dict[str, Any]:
+def traced_in(
+    model: Model, base: Model | None = None, adapter: str | None = None
+) -> dict[str, Any]:
     """What a sites.json says of the model that was traced.
 
     Args:
@@ -291,7 +316,9 @@ def load_sites(path: str | Path) -> list[Site]:
         names = record["sites"] if isinstance(record, dict) else record
         return [Site.parse(name) for name in names]
     except FileNotFoundError:
-        raise DataError(f"there is no file {path}; sites.json is written by python -m mech_absa.patch") from None
+        raise DataError(
+            f"there is no file {path}; sites.json is written by python -m mech_absa.patch"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise DataError(
             f"{path} is no sites.json; an object with a list 'sites' such as [\"L3.resid_post@query.last\"] is needed"

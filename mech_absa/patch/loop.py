@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..hooks import capture, intervene
-from ..models import Model
+from ..model import Model
+from ..model.hooks import capture, intervene
 from ..sites import HEAD_KINDS, Site
 from .sweep import Answers, Job, Reader, States, pass_flops, window_layers
 
@@ -57,7 +57,11 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
     read.remember_clean(clean_last)
     draws = job.runs.draws
     clean = read(clean_last, torch.arange(len(job.runs.pairs))).repeat_interleave(draws, dim=0)
-    corrupted = torch.full_like(clean, torch.nan) if job.ablation is not None else read(last_of(job.runs.corrupted), pair_of_row)
+    corrupted = (
+        torch.full_like(clean, torch.nan)
+        if job.ablation is not None
+        else read(last_of(job.runs.corrupted), pair_of_row)
+    )
     base_x = job.base()
     base = read(last_of(base_x), pair_of_row)
 
@@ -75,7 +79,9 @@ def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> 
                 if not zero[c, s, b]:
                     mask[row, list(job.spans[b][s].positions)] = True
 
-            def put(layer: int, mask: Tensor = mask, component: Site = component) -> Callable[[Tensor], Tensor]:
+            def put(
+                layer: int, mask: Tensor = mask, component: Site = component
+            ) -> Callable[[Tensor], Tensor]:
                 value = source[layer, component.kind]
                 value = (
                     value[source_row.to(value.device)]

@@ -24,10 +24,21 @@ from torch import Tensor
 from ..axes import Resid
 from ..errors import ConfigError, SiteError, choices
 from ..metrics import Metric, kl
-from ..models import Model
-from ..pairs import ABLATIONS, DIRECTIONS, Direction, MeanAblation, Pair, Pairs, Resample, Runs, partners, same_role_positions
+from ..model import Model
 from ..prompts import Continuation
 from ..sites import HEAD_KINDS, ROLES, Site
+from .pairs import (
+    ABLATIONS,
+    DIRECTIONS,
+    Direction,
+    MeanAblation,
+    Pair,
+    Pairs,
+    Resample,
+    Runs,
+    partners,
+    same_role_positions,
+)
 
 SWEPT = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head", "q", "k", "v")
 """Kinds that can be swept; q, k and v by the loop only."""
@@ -60,14 +71,19 @@ def token_spans(pair: Pair) -> list[Span]:
 def role_spans(pair: Pair) -> list[Span]:
     """All tokens of a role together, in the order of `ROLES`; roles that the prompt does not have are absent."""
     roles = pair.clean.roles[0].tolist()
-    groups = {name: tuple(i for i, r in enumerate(roles) if r == index) for index, name in enumerate(ROLES)}
+    groups = {
+        name: tuple(i for i, r in enumerate(roles) if r == index)
+        for index, name in enumerate(ROLES)
+    }
     return [Span(positions, name) for name, positions in groups.items() if positions]
 
 
 SPANS: dict[str, Callable[[Pair], list[Span]]] = {"token": token_spans, "role": role_spans}
 
 
-def components(model: Model, kinds: Iterable[str], layers: Sequence[int] | None = None) -> list[Site]:
+def components(
+    model: Model, kinds: Iterable[str], layers: Sequence[int] | None = None
+) -> list[Site]:
     """Every component of these kinds, by kind, layer and head.
 
     Raises:
@@ -146,7 +162,11 @@ class Job:
 
     def kinds(self) -> set[tuple[int, str]]:
         """(layer, kind) of every state that is put somewhere, windows included."""
-        return {(layer, c.kind) for c in self.components for layer in window_layers(c.layer, self.window, self.n_layers)}
+        return {
+            (layer, c.kind)
+            for c in self.components
+            for layer in window_layers(c.layer, self.window, self.n_layers)
+        }
 
     def zero(self) -> Bool[Tensor, "component span pair"]:
         """Cells whose effect is zero for certain, and which no engine computes.
@@ -155,10 +175,17 @@ class Job:
         layer is only read at the positions that are unembedded. Missing spans of shorter lists count as zero too.
         """
         first_read = self.runs.length - self.runs.continuation.reads
-        zero = torch.zeros(len(self.components), self.n_spans, len(self.runs.pairs), dtype=torch.bool)
+        zero = torch.zeros(
+            len(self.components), self.n_spans, len(self.runs.pairs), dtype=torch.bool
+        )
         # q reads at its own position only; k and v of the last layer reach the answer from everywhere.
         unread_kinds = {"resid_mid", "resid_post", "attn_out", "mlp_out", "head", "q"}
-        last = torch.tensor([self._bottom(c) == self.n_layers - 1 and c.kind in unread_kinds for c in self.components])
+        last = torch.tensor(
+            [
+                self._bottom(c) == self.n_layers - 1 and c.kind in unread_kinds
+                for c in self.components
+            ]
+        )
         for b, (pair, spans) in enumerate(zip(self.runs.pairs, self.spans, strict=True)):
             for s in range(self.n_spans):
                 if s >= len(spans) or max(spans[s].positions) < pair.first:
@@ -201,8 +228,12 @@ class Reader:
     def __init__(self, model: Model, job: Job):
         self.model, self.job = model, job
         self.positions = range(job.runs.length - job.runs.continuation.reads, job.runs.length)
-        self.ids = torch.tensor([ids for _, ids in job.runs.continuation.labels]).reshape(-1, max(1, job.runs.continuation.reads))
-        self.clean_logits: Tensor | None = None  # [pair d_vocab], for the divergence from the clean run
+        self.ids = torch.tensor([ids for _, ids in job.runs.continuation.labels]).reshape(
+            -1, max(1, job.runs.continuation.reads)
+        )
+        self.clean_logits: Tensor | None = (
+            None  # [pair d_vocab], for the divergence from the clean run
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,15 +247,26 @@ class Reader:
     def flops(self, rows: int) -> int:
         """Floating-point operations of reading so many rows."""
         whole = self.job.metric.need != "labels" or len(self.positions) > 1
-        return rows * len(self.positions) * self.model.flops("unembed", self.model.d_vocab if whole else len(self.ids))
+        return (
+            rows
+            * len(self.positions)
+            * self.model.flops("unembed", self.model.d_vocab if whole else len(self.ids))
+        )
 
-    def __call__(self, last: Float[Tensor, "row read d_model"], pair_of_row: Int[Tensor, " row"]) -> Float[Tensor, "row number"]:
+    def __call__(
+        self, last: Float[Tensor, "row read d_model"], pair_of_row: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row number"]:
         """Numbers of rows, on the device."""
         if self.job.metric.need == "vocabulary":
             assert self.clean_logits is not None
             parts = []
             for x, pairs in zip(last[:, 0].split(256), pair_of_row.split(256), strict=True):
-                parts.append(kl(self.model.finish(x, None, "vocabulary"), self.clean_logits[pairs.to(self.clean_logits.device)]))
+                parts.append(
+                    kl(
+                        self.model.finish(x, None, "vocabulary"),
+                        self.clean_logits[pairs.to(self.clean_logits.device)],
+                    )
+                )
             return torch.cat(parts)[:, None]
         k = self.ids.shape[1]
         need = "normaliser" if k > 1 else self.job.metric.need
@@ -233,7 +275,12 @@ class Reader:
 
 def pass_flops(model: Model, length: int) -> int:
     """Floating-point operations of one whole forward pass over the blocks, without unembedding."""
-    token = model.flops("qkv") + model.flops("attend", length) + model.flops("project") + model.flops("mlp")
+    token = (
+        model.flops("qkv")
+        + model.flops("attend", length)
+        + model.flops("project")
+        + model.flops("mlp")
+    )
     return model.n_layers * length * token
 
 
@@ -260,8 +307,17 @@ class Ablation:
             length: positions, label tokens included; those are never patched.
         """
         if isinstance(self.corruption, MeanAblation):
-            roles = torch.stack([torch.nn.functional.pad(p.clean.roles[0, : p.length], (0, length - p.length)) for p in pairs])
-            return {key: table.to(clean[key])[roles] for key, table in self.means.items() if key in clean}
+            roles = torch.stack(
+                [
+                    torch.nn.functional.pad(p.clean.roles[0, : p.length], (0, length - p.length))
+                    for p in pairs
+                ]
+            )
+            return {
+                key: table.to(clean[key])[roles]
+                for key, table in self.means.items()
+                if key in clean
+            }
         if isinstance(self.corruption, Resample):
             assert self.partner_states is not None
             found = [self.partner_states(p) for p in pairs]
@@ -275,7 +331,9 @@ def _pad_positions(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(length - x.shape[0], *x.shape[1:])])
 
 
-def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable[[Sequence[Pair]], States]) -> Ablation | None:
+def make_ablation(
+    pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable[[Sequence[Pair]], States]
+) -> Ablation | None:
     """The source of an ablation over all pairs; None for corruptions that have a corrupted run.
 
     Args:
@@ -295,7 +353,9 @@ def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable
             counts.index_add_(0, roles, torch.ones(p.length, dtype=torch.float64))
             for key in kinds:
                 act = states[key][0].double().cpu()
-                table = sums.setdefault(key, torch.zeros(len(ROLES), *act.shape[1:], dtype=torch.float64))
+                table = sums.setdefault(
+                    key, torch.zeros(len(ROLES), *act.shape[1:], dtype=torch.float64)
+                )
                 table.index_add_(0, roles, act)
         means = {}
         for key, table in sums.items():
@@ -305,7 +365,9 @@ def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable
                 means[key] = (table.sum(0) / counts.sum()).expand_as(table)
         return Ablation(corruption, means)
     if isinstance(corruption, Resample):
-        chosen = dict(zip((p.id for p in pairs.items), partners(pairs.items, corruption.seed), strict=True))
+        chosen = dict(
+            zip((p.id for p in pairs.items), partners(pairs.items, corruption.seed), strict=True)
+        )
 
         def partner_states(p: Pair) -> States:
             other = pairs.items[chosen[p.id]]
@@ -324,7 +386,9 @@ def make_ablation(pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable
     return Ablation(corruption)
 
 
-def check_request(model: Model, pairs: Pairs, direction: str, window: int, sites: Sequence[Site]) -> Direction:
+def check_request(
+    model: Model, pairs: Pairs, direction: str, window: int, sites: Sequence[Site]
+) -> Direction:
     """The direction that will be used.
 
     Raises:

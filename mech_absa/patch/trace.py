@@ -22,13 +22,26 @@ import torch
 
 from ..errors import ConfigError, SelfCheckError, SiteError, choices
 from ..metrics import Metric, get_metric
-from ..models import Model
-from ..pairs import ABLATIONS, DIRECTIONS, Direction, Pair, Pairs, by_length, make_runs
+from ..model import Model
 from ..prompts import Continuation
 from ..sites import ROLES, Site
 from . import gradients, loop, wavefront
 from .effects import COLUMNS, PAIR_COLUMNS, Effects
-from .sweep import SPANS, SWEPT, Ablation, Answers, Job, Span, States, check_request, comparable, components, make_ablation, reads_of
+from .pairs import ABLATIONS, DIRECTIONS, Direction, Pair, Pairs, by_length, make_runs
+from .sweep import (
+    SPANS,
+    SWEPT,
+    Ablation,
+    Answers,
+    Job,
+    Span,
+    States,
+    check_request,
+    comparable,
+    components,
+    make_ablation,
+    reads_of,
+)
 
 Method = Literal["exact", "atp", "atpstar", "ig"]
 METHODS = ("exact", "atp", "atpstar", "ig")
@@ -91,7 +104,10 @@ class Plan:
         draws = self.pairs[0].draws
         if not kinds <= wavefront.FIELD.keys():
             kinds = {"resid_pre"}
-        base, source = wavefront.base_bytes(self.model, kinds), wavefront.source_bytes(self.model, kinds)
+        base, source = (
+            wavefront.base_bytes(self.model, kinds),
+            wavefront.source_bytes(self.model, kinds),
+        )
         other = draws if self.direction == "noise" else 1
         scores = 3 * self.model.n_heads * length * self.model.dtype.itemsize
         return length * (draws * (base + scores) + other * source)
@@ -105,7 +121,9 @@ class Plan:
         }  # fmt: skip
 
 
-def check_names(kinds: Sequence[str], by: str, metric: str | Metric, direction: str, method: str, engine: str) -> None:
+def check_names(
+    kinds: Sequence[str], by: str, metric: str | Metric, direction: str, method: str, engine: str
+) -> None:
     """Refuse words that name nothing; needs no model, so that a command can ask before it loads one.
 
     Raises:
@@ -116,7 +134,11 @@ def check_names(kinds: Sequence[str], by: str, metric: str | Metric, direction: 
             raise SiteError(f"unknown kind of site {kind!r}; accepted: {choices(SWEPT)}")
     if by not in SPANS:
         raise ConfigError(f"spans by {by!r} were asked for; accepted: {choices(SPANS)}")
-    for what, word, accepted in (("method", method, METHODS), ("engine", engine, ENGINES), ("direction", direction, DIRECTIONS)):
+    for what, word, accepted in (
+        ("method", method, METHODS),
+        ("engine", engine, ENGINES),
+        ("direction", direction, DIRECTIONS),
+    ):
         if word not in accepted:
             raise ConfigError(f"unknown {what} {word!r}; accepted: {choices(accepted)}")
     get_metric(metric)
@@ -148,7 +170,11 @@ def plan(
         raise ConfigError(f"{steps} steps were asked for; at least 1 is needed")
     if memory is not None and memory < 1 << 20:
         raise ConfigError(f"a budget of {memory} bytes was given; at least 1 MiB is needed")
-    named = [model.check_site(s if isinstance(s, Site) else Site.parse(s)).everywhere for s in sites if s not in kinds]
+    named = [
+        model.check_site(s if isinstance(s, Site) else Site.parse(s)).everywhere
+        for s in sites
+        if s not in kinds
+    ]
     chosen = tuple(dict.fromkeys([*components(model, kinds, layers), *named]))
     if not chosen:
         raise ConfigError("no sites were given; name at least one kind, such as resid_post")
@@ -161,7 +187,12 @@ def plan(
     if method != "exact":
         one = make_runs(model, pairs.items[:1], reads_of(pairs, made.metric)[0])
         nothing = Ablation(pairs.corruption) if isinstance(pairs.corruption, ABLATIONS) else None
-        gradients.check(model, Job(one, chosen, [[]], made.metric, model.n_layers, way, window, nothing), method, steps)
+        gradients.check(
+            model,
+            Job(one, chosen, [[]], made.metric, model.n_layers, way, window, nothing),
+            method,
+            steps,
+        )
     batches = []
     for length, indices in by_length(pairs).items():
         size = max(1, min(PAIRS_AT_ONCE, made.memory // 2 // max(1, made.bytes_of_pair(length))))
@@ -203,7 +234,11 @@ class Values:
 
 
 def measure(
-    p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], source: Ablation | None, tick: Callable[[int], None] | None = None
+    p: Plan,
+    pairs: Sequence[Pair],
+    spans: Sequence[Sequence[Span]],
+    source: Ablation | None,
+    tick: Callable[[int], None] | None = None,
 ) -> Values:
     """The metric of every cell of pairs of one length, by the plan's engine."""
     draws = pairs[0].draws
@@ -211,18 +246,33 @@ def measure(
     gold, foil = torch.tensor([q.gold for q in rows]), torch.tensor([q.foil for q in rows])
 
     def job(continuation: Continuation) -> Job:
-        return Job(make_runs(p.model, pairs, continuation), p.components, spans, p.metric, p.model.n_layers, p.direction, p.window, source)
+        return Job(
+            make_runs(p.model, pairs, continuation),
+            p.components,
+            spans,
+            p.metric,
+            p.model.n_layers,
+            p.direction,
+            p.window,
+            source,
+        )
 
     continuations = reads_of(p.pairs, p.metric)
     if p.method != "exact":
-        found = gradients.sweep(p.model, job(continuations[0]), p.method, p.steps, tick, p.memory // 2)
-        base, clean, corrupted = (_metric(p, scores, gold, foil) for scores in (found.base, found.clean, found.corrupted))
+        found = gradients.sweep(
+            p.model, job(continuations[0]), p.method, p.steps, tick, p.memory // 2
+        )
+        base, clean, corrupted = (
+            _metric(p, scores, gold, foil) for scores in (found.base, found.clean, found.corrupted)
+        )
         return Values(base + found.effect, base, clean, corrupted, draws)
 
     answers: list[tuple[Continuation, Answers]] = []
     for continuation in continuations:
         if p.engine == "wavefront":
-            answers.append((continuation, wavefront.sweep(p.model, job(continuation), p.memory // 2, tick)))
+            answers.append(
+                (continuation, wavefront.sweep(p.model, job(continuation), p.memory // 2, tick))
+            )
         else:
             answers.append((continuation, loop.sweep(p.model, job(continuation), tick)))
 
@@ -236,7 +286,9 @@ def measure(
         return _metric(p, scores, gold, foil)
 
     flops = sum(answer.flops for _, answer in answers)
-    return Values(metric("patched"), metric("base"), metric("clean"), metric("corrupted"), draws, flops)
+    return Values(
+        metric("patched"), metric("base"), metric("clean"), metric("corrupted"), draws, flops
+    )
 
 
 def _metric(p: Plan, scores: torch.Tensor, gold: torch.Tensor, foil: torch.Tensor) -> torch.Tensor:
@@ -248,7 +300,9 @@ def _metric(p: Plan, scores: torch.Tensor, gold: torch.Tensor, foil: torch.Tenso
     return p.metric(flat, gold.repeat(times), foil.repeat(times)).reshape(scores.shape[:-1])
 
 
-def _table(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], values: Values) -> pd.DataFrame:
+def _table(
+    p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], values: Values
+) -> pd.DataFrame:
     """One row a pair and cell."""
     sign = 1.0 if p.direction == "denoise" else -1.0
     n, draws = len(pairs), values.draws
@@ -256,10 +310,14 @@ def _table(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], valu
     def split(x: torch.Tensor) -> np.ndarray:
         return x.double().numpy().reshape(*x.shape[:-1], n, draws)
 
-    patched, base, clean, corrupted = (split(x) for x in (values.patched, values.base, values.clean, values.corrupted))
+    patched, base, clean, corrupted = (
+        split(x) for x in (values.patched, values.base, values.clean, values.corrupted)
+    )
     effect = sign * (patched - base)
     frames = []
-    kinds = pd.Categorical([c.kind for c in p.components], categories=list(dict.fromkeys(c.kind for c in p.components)))
+    kinds = pd.Categorical(
+        [c.kind for c in p.components], categories=list(dict.fromkeys(c.kind for c in p.components))
+    )
     layers = np.array([c.layer for c in p.components], dtype=np.int16)
     heads = np.array([-1 if c.head is None else c.head for c in p.components], dtype=np.int16)
     for b, pair in enumerate(pairs):
@@ -284,13 +342,17 @@ def _table(p: Plan, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]], valu
     return out
 
 
-def trace_batch(p: Plan, index: int, source: Ablation | None = None, tick: Callable[[int], None] | None = None) -> pd.DataFrame:
+def trace_batch(
+    p: Plan, index: int, source: Ablation | None = None, tick: Callable[[int], None] | None = None
+) -> pd.DataFrame:
     """The effects of one batch of a plan."""
     pairs = [p.pairs[i] for i in p.batches[index]]
     spans = [SPANS[p.by](q) for q in pairs]
     values = measure(p, pairs, spans, source, tick)
     table = _table(p, pairs, spans, values)
-    table.attrs["flops"] = values.flops  # kept by parquet, so that a resumed run knows what its parts cost
+    table.attrs["flops"] = (
+        values.flops
+    )  # kept by parquet, so that a resumed run knows what its parts cost
     return table
 
 
@@ -300,7 +362,9 @@ def gather(p: Plan, frames: Sequence[pd.DataFrame]) -> Effects:
     frame = pd.concat(frames, ignore_index=True)
     frame.attrs = {}
     order = {q.id: i for i, q in enumerate(p.pairs)}
-    frame = frame.iloc[np.argsort(frame["example_id"].map(order).to_numpy(), kind="stable")].reset_index(drop=True)
+    frame = frame.iloc[
+        np.argsort(frame["example_id"].map(order).to_numpy(), kind="stable")
+    ].reset_index(drop=True)
     return Effects(frame, _pair_table(p, frame), about(p) | {"flops": flops})
 
 
@@ -319,19 +383,30 @@ def about(p: Plan) -> dict[str, Any]:
 
 def _changed_roles(pairs: Pairs) -> list[str]:
     """Roles of the tokens that a counterfactual changes; empty for other corruptions."""
-    changed = {r for q in pairs if q.other is not None for r in q.clean.roles[q.clean.ids != q.corrupted.ids].tolist()}
+    changed = {
+        r
+        for q in pairs
+        if q.other is not None
+        for r in q.clean.roles[q.clean.ids != q.corrupted.ids].tolist()
+    }
     return [ROLES[r] for r in sorted(changed)]
 
 
 def _pair_table(p: Plan, frame: pd.DataFrame) -> pd.DataFrame:
     runs = frame.drop_duplicates("example_id").set_index("example_id")[["clean", "corrupted"]]
     decode = p.model.tokenizer
-    texts = (lambda ids: [decode.decode([i]) for i in ids]) if decode is not None else (lambda ids: [str(i) for i in ids])
+    texts = (
+        (lambda ids: [decode.decode([i]) for i in ids])
+        if decode is not None
+        else (lambda ids: [str(i) for i in ids])
+    )
     rows = []
     for q in p.pairs:
         assert q.clean_scores is not None
         roles = [ROLES[r] for r in q.clean.roles[0].tolist()]
-        corrupted = None if q.corrupted_scores is None else q.corrupted_scores.exp().mean(0).tolist()
+        corrupted = (
+            None if q.corrupted_scores is None else q.corrupted_scores.exp().mean(0).tolist()
+        )
         rows.append(
             (
                 q.id, q.example.sentence, q.example.aspect, q.example.polarity.value, q.example.domain, q.example.cluster,
@@ -343,7 +418,9 @@ def _pair_table(p: Plan, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
-def iterate(p: Plan, batches: Sequence[int] | None = None, tick: Callable[[int], None] | None = None) -> Iterator[tuple[int, pd.DataFrame]]:
+def iterate(
+    p: Plan, batches: Sequence[int] | None = None, tick: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, pd.DataFrame]]:
     """(index, effects) of the batches asked for, in order."""
     source = ablation(p)
     for index in range(len(p.batches)) if batches is None else batches:
@@ -419,7 +496,9 @@ def trace(
 # ---- self-checks --------------------------------------------------------------------------------------------------------------
 
 
-def self_check(p: Plan, cells: int = 4, seed: int = 0, tolerance: float | None = None) -> dict[str, Any]:
+def self_check(
+    p: Plan, cells: int = 4, seed: int = 0, tolerance: float | None = None
+) -> dict[str, Any]:
     """Identities that must hold, on a few pairs of this very run.
 
     Args:
@@ -461,23 +540,34 @@ def self_check(p: Plan, cells: int = 4, seed: int = 0, tolerance: float | None =
     spans = SPANS[p.by](pair)
     if source is None:
         # The base run patched onto itself.
-        same = replace(pair, corrupted=pair.clean, corruption=replace_with_nothing(pair), sigma=0.0, first=0)
+        same = replace(
+            pair, corrupted=pair.clean, corruption=replace_with_nothing(pair), sigma=0.0, first=0
+        )
         v = measure(replace(exact, components=few), [same], [spans], None)
         found["same_onto_same"] = _difference(v.patched, v.base.expand_as(v.patched))
         # All of the stream before block 0.
         every = Span(tuple(range(pair.length)), "template")
-        v = measure(replace(exact, components=(Site(0, "resid_pre"),), window=1), [pair], [[every]], None)
+        v = measure(
+            replace(exact, components=(Site(0, "resid_pre"),), window=1), [pair], [[every]], None
+        )
         other = v.clean if p.direction == "denoise" else v.corrupted
         found["all_of_resid_pre_0"] = _difference(v.patched[0, 0], other)
         # Left of the first difference, computed all the same.
         left = [Span((i,), "template", i) for i in range(min(pair.first, pair.length - 1))]
         if left:
             v = measure(
-                replace(exact, components=few, engine="loop"), [replace(pair, first=0)], [rng.sample(left, min(2, len(left)))], None
+                replace(exact, components=few, engine="loop"),
+                [replace(pair, first=0)],
+                [rng.sample(left, min(2, len(left)))],
+                None,
             )
             found["left_of_first_difference"] = _difference(v.patched, v.base.expand_as(v.patched))
     found["tolerance"] = tolerance
-    broken = {k: v for k, v in found.items() if isinstance(v, float) and k != "tolerance" and not v <= tolerance}
+    broken = {
+        k: v
+        for k, v in found.items()
+        if isinstance(v, float) and k != "tolerance" and not v <= tolerance
+    }
     if broken:
         names = ", ".join(f"{k} is off by {v:.3g}" for k, v in broken.items())
         raise SelfCheckError(
@@ -488,7 +578,7 @@ def self_check(p: Plan, cells: int = 4, seed: int = 0, tolerance: float | None =
 
 def replace_with_nothing(pair: Pair) -> Any:
     """A corruption of the same form that changes nothing: noise of scale 0 with as many draws."""
-    from ..pairs import GaussianNoise
+    from .pairs import GaussianNoise
 
     return GaussianNoise(scale=0.0, draws=pair.draws)
 

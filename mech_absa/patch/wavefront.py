@@ -36,8 +36,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ModelError
-from ..hooks import live_hooks
-from ..models import LayerStates, Model, run
+from ..model import LayerStates, Model, run
+from ..model.hooks import live_hooks
 from ..sites import Site
 from .sweep import Answers, Job, Reader, States, pass_flops, window_layers
 
@@ -75,14 +75,17 @@ def base_bytes(model: Model, kinds: set[str]) -> int:
     """Bytes kept of the base run for each of its tokens, over all layers."""
     per_layer = model.d_model + (model.n_heads + 2 * model.n_kv_heads) * model.d_head
     per_layer += (
-        model.d_model * len(_kept(model, kinds) - {"resid_pre", "q", "k", "v", "z"}) + ("head" in kinds) * model.n_heads * model.d_head
+        model.d_model * len(_kept(model, kinds) - {"resid_pre", "q", "k", "v", "z"})
+        + ("head" in kinds) * model.n_heads * model.d_head
     )
     return model.n_layers * per_layer * model.dtype.itemsize
 
 
 def source_bytes(model: Model, kinds: set[str]) -> int:
     """Bytes kept of the source run for each of its tokens, over all layers."""
-    widths = {kind: model.n_heads * model.d_head if kind == "head" else model.d_model for kind in kinds}
+    widths = {
+        kind: model.n_heads * model.d_head if kind == "head" else model.d_model for kind in kinds
+    }
     return model.n_layers * sum(widths.values()) * model.dtype.itemsize
 
 
@@ -99,7 +102,9 @@ def _kept(model: Model, kinds: set[str]) -> set[str]:
 
 
 @torch.inference_mode()
-def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int], None] | None = None) -> Answers:
+def sweep(
+    model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int], None] | None = None
+) -> Answers:
     """Every cell of a job, exactly.
 
     Args:
@@ -134,7 +139,11 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
     else:
         read.remember_clean(tails["base"][::draws])
         clean = base_scores = read(tails["base"], pair_of_row)
-        corrupted = torch.full_like(clean, torch.nan) if job.ablation is not None else read(tails["source"], pair_of_row)
+        corrupted = (
+            torch.full_like(clean, torch.nan)
+            if job.ablation is not None
+            else read(tails["source"], pair_of_row)
+        )
 
     patched = base_scores.expand(len(job.components), job.n_spans, *base_scores.shape).cpu().clone()
     rows = _rows(job, source_row, model.n_layers)
@@ -148,13 +157,17 @@ def sweep(model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int],
         out_of_memory = False
         try:
             chunk = rows[start:stop]
-            patched[chunk.component, chunk.span, chunk.row] = read(walk(chunk), pair_of_row[chunk.row]).cpu()
+            patched[chunk.component, chunk.span, chunk.row] = read(
+                walk(chunk), pair_of_row[chunk.row]
+            ).cpu()
         except Exception as error:
             if not should_reduce_batch_size(error) or stop - start == 1:
                 raise
             out_of_memory = True
         if out_of_memory:  # out here, where the failed attempt's tensors are gone
-            cap = int((job.runs.length - rows.first[start:stop]).sum()) // 2  # half of what was tried, which may be far below the budget
+            cap = (
+                int((job.runs.length - rows.first[start:stop]).sum()) // 2
+            )  # half of what was tried, which may be far below the budget
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
@@ -189,7 +202,10 @@ class _Rows:
     def __getitem__(self, part: slice) -> _Rows:
         ends = torch.cat([torch.zeros(1, dtype=torch.long), self.n_at.cumsum(0)])
         at = self.at[ends[part.start] : ends[part.stop]]
-        fields = {name: getattr(self, name)[part] for name in ("component", "span", "row", "source", "entry", "first", "n_at")}
+        fields = {
+            name: getattr(self, name)[part]
+            for name in ("component", "span", "row", "source", "entry", "first", "n_at")
+        }
         return _Rows(**fields, at=at, length=self.length)
 
     def fill(self, start: int, tokens: int) -> int:
@@ -203,17 +219,32 @@ def _rows(job: Job, source_row: Int[Tensor, " row"], n_layers: int) -> _Rows:
     c, s, b = (~job.zero()).nonzero(as_tuple=True)
     # Positions of a span left of the first difference hold the same state in both runs; they need no patching.
     keep = [
-        [[p for p in span.positions if p >= pair.first] for span in spans] for pair, spans in zip(job.runs.pairs, job.spans, strict=True)
+        [[p for p in span.positions if p >= pair.first] for span in spans]
+        for pair, spans in zip(job.runs.pairs, job.spans, strict=True)
     ]
     if job.ablation is not None:
         keep = [[list(span.positions) for span in spans] for spans in job.spans]
-    bottom = torch.tensor([window_layers(x.layer, job.window, n_layers)[0] + (x.kind != "resid_pre") for x in job.components])
-    first = torch.tensor([[k[i][0] if i < len(k) and k[i] else 0 for i in range(job.n_spans)] for k in keep])
+    bottom = torch.tensor(
+        [
+            window_layers(x.layer, job.window, n_layers)[0] + (x.kind != "resid_pre")
+            for x in job.components
+        ]
+    )
+    first = torch.tensor(
+        [[k[i][0] if i < len(k) and k[i] else 0 for i in range(job.n_spans)] for k in keep]
+    )
     entry = bottom[c]
     order = torch.argsort(entry * job.runs.length + first[b, s], stable=True)
     c, s, b, entry = c[order], s[order], b[order], entry[order]
-    count = torch.tensor([[len(k[i]) if i < len(k) else 0 for i in range(job.n_spans)] for k in keep])[b, s].repeat_interleave(draws)
-    at = [p for i, j in zip(b.tolist(), s.tolist(), strict=True) for _ in range(draws) for p in keep[i][j]]
+    count = torch.tensor(
+        [[len(k[i]) if i < len(k) else 0 for i in range(job.n_spans)] for k in keep]
+    )[b, s].repeat_interleave(draws)
+    at = [
+        p
+        for i, j in zip(b.tolist(), s.tolist(), strict=True)
+        for _ in range(draws)
+        for p in keep[i][j]
+    ]
     row = (b[:, None] * draws + torch.arange(draws)).flatten()
     spread = lambda x: x.repeat_interleave(draws)  # noqa: E731
     return _Rows(
@@ -232,11 +263,27 @@ def _rows(job: Job, source_row: Int[Tensor, " row"], n_layers: int) -> _Rows:
 class _Walk:
     """One chunk of rows through the layers."""
 
-    def __init__(self, model: Model, job: Job, base: list[LayerStates], base_last: Tensor, source: States, memory: int):
-        self.model, self.job, self.base, self.base_last, self.source = model, job, base, base_last, source
+    def __init__(
+        self,
+        model: Model,
+        job: Job,
+        base: list[LayerStates],
+        base_last: Tensor,
+        source: States,
+        memory: int,
+    ):
+        self.model, self.job, self.base, self.base_last, self.source = (
+            model,
+            job,
+            base,
+            base_last,
+            source,
+        )
         self.T = job.runs.length
         self.n_reads = job.runs.continuation.reads
-        self.attention_bytes = max(1 << 20, min(memory // 8, 64 << 20 if model.device.type == "cpu" else memory // 8))
+        self.attention_bytes = max(
+            1 << 20, min(memory // 8, 64 << 20 if model.device.type == "cpu" else memory // 8)
+        )
         self.kind = [c.kind for c in job.components]
         self.head = torch.tensor([-1 if c.head is None else c.head for c in job.components])
         self.window = [window_layers(c.layer, job.window, model.n_layers) for c in job.components]
@@ -254,27 +301,41 @@ class _Walk:
         at_row = torch.arange(len(rows)).repeat_interleave(rows.n_at)
         at_tok = offset[at_row] + rows.at - rows.first[at_row]
         at_ends = rows.n_at.cumsum(0)
-        width = max(8, -(-T // 8))  # rows whose first positions fall in the same eighth of the prompt share an attention call
-        buckets = [(b * width, ids) for b in range(-(-T // width)) if len(ids := (rows.first // width == b).nonzero()[:, 0])]
-        live = torch.searchsorted(rows.entry, torch.arange(L + 1), right=True).tolist()  # rows that have entered by each layer
+        width = max(
+            8, -(-T // 8)
+        )  # rows whose first positions fall in the same eighth of the prompt share an attention call
+        buckets = [
+            (b * width, ids)
+            for b in range(-(-T // width))
+            if len(ids := (rows.first // width == b).nonzero()[:, 0])
+        ]
+        live = torch.searchsorted(
+            rows.entry, torch.arange(L + 1), right=True
+        ).tolist()  # rows that have entered by each layer
 
         first_layer = int(rows.entry[0])
         x = torch.empty(0, model.d_model, dtype=model.dtype, device=model.device)
-        last = torch.empty(len(rows), self.n_reads, model.d_model, dtype=model.dtype, device=self.base_last.device)
+        last = torch.empty(
+            len(rows), self.n_reads, model.d_model, dtype=model.dtype, device=self.base_last.device
+        )
         n_old = 0
         for layer in range(first_layer, L):
             n = live[layer]
             device = model.block_device(layer)
             base = self.base[layer]
             old, tokens = (int(ends[n_old - 1]) if n_old else 0), (int(ends[n - 1]) if n else 0)
-            joining = slice(int(at_ends[n_old - 1]) if n_old else 0, int(at_ends[n - 1]) if n else 0)
+            joining = slice(
+                int(at_ends[n_old - 1]) if n_old else 0, int(at_ends[n - 1]) if n else 0
+            )
             row_of, pos_of = rows.row[tok_row[:tokens]].to(device), tok_pos[:tokens].to(device)
             x = x.to(device)
 
             # Rows that enter here: the base run's stream with the patched positions replaced.
             if tokens > old:
                 fresh = base.resid_pre[row_of[old:], pos_of[old:]]
-                fresh[(at_tok[joining] - old).to(device)] = self._entering(rows, at_row[joining], rows.at[joining], layer)
+                fresh[(at_tok[joining] - old).to(device)] = self._entering(
+                    rows, at_row[joining], rows.at[joining], layer
+                )
                 x = torch.cat([x, fresh])
             x = self._again("resid_pre", layer, x, rows, at_row, at_tok, n)
 
@@ -285,32 +346,54 @@ class _Walk:
             if tokens > old:
                 here = (at_tok[joining] - old).to(device)
                 q, k, v = (
-                    self._spread(y, kept, row_of[old:], pos_of[old:], here, old) for y, kept in ((q, base.q), (k, base.k), (v, base.v))
+                    self._spread(y, kept, row_of[old:], pos_of[old:], here, old)
+                    for y, kept in ((q, base.q), (k, base.k), (v, base.v))
                 )
 
             final = layer == L - 1
             if final:  # only the positions that are read go on
-                wanted = (ends[:n, None] - self.n_reads + torch.arange(self.n_reads)).flatten().to(device)
-            z = self._attention(layer, q, k, v, rows, buckets, n, offset, lengths, tok_row, tok_pos, final)
+                wanted = (
+                    (ends[:n, None] - self.n_reads + torch.arange(self.n_reads))
+                    .flatten()
+                    .to(device)
+                )
+            z = self._attention(
+                layer, q, k, v, rows, buckets, n, offset, lengths, tok_row, tok_pos, final
+            )
             del q, k, v
             attn_out = model.attn_out(layer, model.project(layer, z))
             self.flops += model.flops("project", len(z))
             del z
-            self.flops += model.flops("mlp", len(attn_out) if final or not model.parallel else len(changed))
+            self.flops += model.flops(
+                "mlp", len(attn_out) if final or not model.parallel else len(changed)
+            )
             if final:
                 x = x[wanted]
                 mid = x + self._again_final("attn_out", layer, attn_out, rows, n)
                 mid = self._again_final("resid_mid", layer, mid, rows, n)
-                x = mid + self._again_final("mlp_out", layer, model.mlp_out(layer, x if model.parallel else mid), rows, n)
-                last[:n] = self._again_final("resid_post", layer, x, rows, n).unflatten(0, (n, self.n_reads)).to(last.device)
+                x = mid + self._again_final(
+                    "mlp_out", layer, model.mlp_out(layer, x if model.parallel else mid), rows, n
+                )
+                last[:n] = (
+                    self._again_final("resid_post", layer, x, rows, n)
+                    .unflatten(0, (n, self.n_reads))
+                    .to(last.device)
+                )
                 break
             attn_out = self._again("attn_out", layer, attn_out, rows, at_row, at_tok, n)
             mid = x + attn_out
             mid = self._again("resid_mid", layer, mid, rows, at_row, at_tok, n)
             if not model.parallel:
                 mlp_out = model.mlp_out(layer, mid)
-            elif tokens > old:  # a parallel MLP reads the block's input: unchanged tokens keep the base run's output
-                mlp_out = torch.cat([attn_out.new_empty(old, model.d_model), base.mlp_out[row_of[old:], pos_of[old:]]])
+            elif (
+                tokens > old
+            ):  # a parallel MLP reads the block's input: unchanged tokens keep the base run's output
+                mlp_out = torch.cat(
+                    [
+                        attn_out.new_empty(old, model.d_model),
+                        base.mlp_out[row_of[old:], pos_of[old:]],
+                    ]
+                )
                 mlp_out[changed] = model.mlp_out(layer, x[changed])
             else:
                 mlp_out = model.mlp_out(layer, x)
@@ -319,33 +402,48 @@ class _Walk:
             n_old = n
 
         n = live[L - 1]
-        if n < len(rows):  # rows that enter after the last block: only a patch at a position that is read can be seen
+        if (
+            n < len(rows)
+        ):  # rows that enter after the last block: only a patch at a position that is read can be seen
             late = slice(int(at_ends[n - 1]) if n else 0, len(rows.at))
             last[n:] = self.base_last[rows.row[n:].to(last.device), -self.n_reads :]
             seen = (rows.at[late] >= T - self.n_reads).nonzero()[:, 0] + late.start
             if len(seen):
-                where = (at_row[seen].to(last.device), (rows.at[seen] - (T - self.n_reads)).to(last.device))
+                where = (
+                    at_row[seen].to(last.device),
+                    (rows.at[seen] - (T - self.n_reads)).to(last.device),
+                )
                 last[where] = self._entering(rows, at_row[seen], rows.at[seen], L).to(last.device)
         return last
 
     @staticmethod
-    def _spread(y: Tensor, kept: Tensor, row_of: Tensor, pos_of: Tensor, here: Tensor, old: int) -> Tensor:
+    def _spread(
+        y: Tensor, kept: Tensor, row_of: Tensor, pos_of: Tensor, here: Tensor, old: int
+    ) -> Tensor:
         """Computed values of old and patched tokens, the base run's for the other tokens of new rows."""
         fresh = kept[row_of, pos_of]
         fresh[here] = y[old:]
         return torch.cat([y[:old], fresh])
 
-    def _entering(self, rows: _Rows, row: Int[Tensor, " at"], at: Int[Tensor, " at"], layer: int) -> Float[Tensor, "at d_model"]:
+    def _entering(
+        self, rows: _Rows, row: Int[Tensor, " at"], at: Int[Tensor, " at"], layer: int
+    ) -> Float[Tensor, "at d_model"]:
         """The residual stream at the patched positions of rows that enter at `layer` (which may be the one after the last)."""
         model = self.model
         component = rows.component[row]
         out: Tensor | None = None
         for kind in sorted({self.kind[c] for c in component.unique().tolist()}):
-            mine = torch.tensor([self.kind[c] == kind for c in range(len(self.kind))])[component].nonzero()[:, 0]
+            mine = torch.tensor([self.kind[c] == kind for c in range(len(self.kind))])[
+                component
+            ].nonzero()[:, 0]
             origin = layer if kind == "resid_pre" else layer - 1
             source = self.source[origin, kind]
             device = source.device
-            s, b, p = rows.source[row[mine]].to(device), rows.row[row[mine]].to(device), at[mine].to(device)
+            s, b, p = (
+                rows.source[row[mine]].to(device),
+                rows.row[row[mine]].to(device),
+                at[mine].to(device),
+            )
             value = source[s, p]
             base = self.base[origin]
             if kind == "mlp_out":
@@ -356,10 +454,16 @@ class _Walk:
             elif kind in ("attn_out", "head"):
                 if kind == "head":
                     value = model.attn_out(
-                        origin, base.projected[b, p] + self._head_delta(origin, value, base.z[b, p], self.head[component[mine]].to(device))
+                        origin,
+                        base.projected[b, p]
+                        + self._head_delta(
+                            origin, value, base.z[b, p], self.head[component[mine]].to(device)
+                        ),
                     )
                 mid = base.resid_pre[b, p] + value
-                self.flops += (kind == "head") * len(mine) * 2 * model.d_head * model.d_model + (not model.parallel) * model.flops("mlp", len(mine))
+                self.flops += (kind == "head") * len(mine) * 2 * model.d_head * model.d_model + (
+                    not model.parallel
+                ) * model.flops("mlp", len(mine))
                 value = mid + (base.mlp_out[b, p] if model.parallel else model.mlp_out(origin, mid))
             if out is None:
                 out = torch.empty(len(row), model.d_model, dtype=value.dtype, device=device)
@@ -367,7 +471,9 @@ class _Walk:
         assert out is not None
         return out
 
-    def _head_delta(self, layer: int, source: Tensor, base: Tensor, head: Int[Tensor, " at"]) -> Float[Tensor, "at d_model"]:
+    def _head_delta(
+        self, layer: int, source: Tensor, base: Tensor, head: Int[Tensor, " at"]
+    ) -> Float[Tensor, "at d_model"]:
         """(z_source - z_base)[h] W_O[h]: what replacing one head's z does to the attention's sum."""
         W_O = self.model.hooked.blocks[layer].attn.W_O
         delta = torch.empty(len(head), self.model.d_model, dtype=source.dtype, device=source.device)
@@ -389,7 +495,8 @@ class _Walk:
             begin = max(begin, int(rows.first[ids].min())) if len(ids) else begin
             asked = torch.arange(T - self.n_reads if final else begin, T, device=device)
             row_bytes = q.element_size() * (
-                (2 * model.n_kv_heads * T + 3 * model.n_heads * len(asked)) * model.d_head + 3 * model.n_heads * len(asked) * T
+                (2 * model.n_kv_heads * T + 3 * model.n_heads * len(asked)) * model.d_head
+                + 3 * model.n_heads * len(asked) * T
             )
             for part in ids.split(max(1, self.attention_bytes // row_bytes)):
                 m = lengths[part]
@@ -398,13 +505,24 @@ class _Walk:
                 pos = tok_pos[tok]
                 local, tok, pos = local.to(device), tok.to(device), pos.to(device)
                 which = rows.row[part].to(device)
-                keys, values = base.k[which], base.v[which]  # copies: the base run's, overwritten from the row's first position on
+                keys, values = (
+                    base.k[which],
+                    base.v[which],
+                )  # copies: the base run's, overwritten from the row's first position on
                 keys[local, pos], values[local, pos] = k[tok], v[tok]
                 self.flops += model.flops("attend", len(part) * len(asked) * T)
                 if final:
-                    read = (offset[part] + lengths[part])[:, None] - self.n_reads + torch.arange(self.n_reads)
+                    read = (
+                        (offset[part] + lengths[part])[:, None]
+                        - self.n_reads
+                        + torch.arange(self.n_reads)
+                    )
                     done = model.attend(layer, q[read.to(device)], keys, values, asked)
-                    where = (part[:, None] * self.n_reads + torch.arange(self.n_reads)).flatten().to(device)
+                    where = (
+                        (part[:, None] * self.n_reads + torch.arange(self.n_reads))
+                        .flatten()
+                        .to(device)
+                    )
                     z[where] = done.flatten(0, 1)
                     continue
                 queries = q.new_zeros(len(part), len(asked), *q.shape[1:])
@@ -418,11 +536,18 @@ class _Walk:
         """Which of the live rows have this state put back in this layer; None for none."""
         if self.job.window == 1:
             return None
-        mine = torch.tensor([k == kind and layer in w and layer != w[0] for k, w in zip(self.kind, self.window, strict=True)])
+        mine = torch.tensor(
+            [
+                k == kind and layer in w and layer != w[0]
+                for k, w in zip(self.kind, self.window, strict=True)
+            ]
+        )
         chosen = mine[rows.component[:n]]
         return chosen if bool(chosen.any()) else None
 
-    def _again(self, kind: str, layer: int, x: Tensor, rows: _Rows, at_row: Tensor, at_tok: Tensor, n: int) -> Tensor:
+    def _again(
+        self, kind: str, layer: int, x: Tensor, rows: _Rows, at_row: Tensor, at_tok: Tensor, n: int
+    ) -> Tensor:
         chosen = self._inside(kind, layer, rows, n)
         if chosen is None:
             return x
@@ -430,7 +555,9 @@ class _Walk:
         mine = (live & torch.nn.functional.pad(chosen, (0, len(rows) - n))[at_row]).nonzero()[:, 0]
         source = self.source[layer, kind]
         x = x.clone()
-        x[at_tok[mine].to(x.device)] = source[rows.source[at_row[mine]].to(source.device), rows.at[mine].to(source.device)].to(x)
+        x[at_tok[mine].to(x.device)] = source[
+            rows.source[at_row[mine]].to(source.device), rows.at[mine].to(source.device)
+        ].to(x)
         return x
 
     def _again_final(self, kind: str, layer: int, x: Tensor, rows: _Rows, n: int) -> Tensor:
@@ -439,10 +566,16 @@ class _Walk:
         if chosen is None:
             return x
         at_row = torch.arange(len(rows)).repeat_interleave(rows.n_at)
-        inside = (at_row < n) & torch.nn.functional.pad(chosen, (0, len(rows) - n))[at_row] & (rows.at >= self.T - self.n_reads)
+        inside = (
+            (at_row < n)
+            & torch.nn.functional.pad(chosen, (0, len(rows) - n))[at_row]
+            & (rows.at >= self.T - self.n_reads)
+        )
         mine = inside.nonzero()[:, 0]
         source = self.source[layer, kind]
         x = x.clone()
         where = at_row[mine] * self.n_reads + rows.at[mine] - (self.T - self.n_reads)
-        x[where.to(x.device)] = source[rows.source[at_row[mine]].to(source.device), rows.at[mine].to(source.device)].to(x)
+        x[where.to(x.device)] = source[
+            rows.source[at_row[mine]].to(source.device), rows.at[mine].to(source.device)
+        ].to(x)
         return x

@@ -94,11 +94,19 @@ def load_examples(
 
     def reading(path: Path, source: str = source, stem: str | None = None) -> Reading:
         stem = path.stem if stem is None else stem
-        return Reading(source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {})
+        return Reading(
+            source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {}
+        )
 
     if source.startswith("builtin:"):
         _refuse(split=split, subset=subset)
-        examples = _join(source, [_read_file(path, "jsonl", reading(path, s, s.removeprefix("builtin:"))) for s, path in _builtin(source)])
+        examples = _join(
+            source,
+            [
+                _read_file(path, "jsonl", reading(path, s, s.removeprefix("builtin:")))
+                for s, path in _builtin(source)
+            ],
+        )
     elif source.startswith("hf:") or format == "hf" or os.path.isdir(source):
         if format not in (None, "hf"):
             raise ConfigError(f"format is {format!r}, but {source} is no file; accepted: hf")
@@ -118,12 +126,16 @@ def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
         hint = f"; a data set on the hub is written hf:{path}" if hub_id else ""
         raise DataError(f"there is no such file; {_near(path)}{hint}", reading.source) from None
     except OSError as e:
-        raise DataError(f"the file cannot be read ({e.strerror}); a readable file is accepted", reading.source) from None
+        raise DataError(
+            f"the file cannot be read ({e.strerror}); a readable file is accepted", reading.source
+        ) from None
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
         raise DataError("the file is empty; at least one example is needed", reading.source)
     format = format or _format_of(path, data, reading)
     if reading.columns and format not in ("jsonl", "table"):
-        raise ConfigError(f"columns were named, but the format {format} has none; accepted with: jsonl, table or hf")
+        raise ConfigError(
+            f"columns were named, but the format {format} has none; accepted with: jsonl, table or hf"
+        )
     FORMATS[format](data, reading)
     return reading.examples(hashlib.sha256(data).hexdigest())
 
@@ -150,14 +162,17 @@ def _format_of(path: Path, data: bytes, reading: Reading) -> str:
         else:
             return "table"
     raise DataError(
-        f"the format cannot be told from the name or the content; say it with format=, one of {choices(FORMATS)}", reading.source
+        f"the format cannot be told from the name or the content; say it with format=, one of {choices(FORMATS)}",
+        reading.source,
     )
 
 
 def _json_format(text: str) -> str:
     """Records with `targets` are TSA's; everything else is a matter for the reader of flat records."""
     try:
-        record, _ = json.JSONDecoder().raw_decode(text, len(text) - len(text.removeprefix("[").lstrip()))
+        record, _ = json.JSONDecoder().raw_decode(
+            text, len(text) - len(text.removeprefix("[").lstrip())
+        )
     except (ValueError, RecursionError):
         return "jsonl"
     return "tsa" if isinstance(record, dict) and "targets" in record else "jsonl"
@@ -167,19 +182,29 @@ def _header(line: str) -> tuple[str, ...]:
     return tuple(cell.strip().strip('"') for cell in line.split(table.delimiter_of(line)))
 
 
-def _read_hub(source: str, split: str | None, subset: str | None, reading: Callable[..., Reading]) -> Examples:
+def _read_hub(
+    source: str, split: str | None, subset: str | None, reading: Callable[..., Reading]
+) -> Examples:
     name = source.removeprefix("hf:")
     if source.startswith("hf:") and not os.path.isdir(name):
         name, _, named = name.partition(":")
         if named and split and named != split:
-            raise ConfigError(f"{source} names the split {named!r} and split names {split!r}; give one")
+            raise ConfigError(
+                f"{source} names the split {named!r} and split names {split!r}; give one"
+            )
         split = split or named or None
         parts = name.split("/")
         if not os.path.isdir(name) and not (1 <= len(parts) <= 2 and all(parts)):
-            raise DataError("no id of a data set; accepted: hf:OWNER/NAME or hf:OWNER/NAME:SPLIT", source)
+            raise DataError(
+                "no id of a data set; accepted: hf:OWNER/NAME or hf:OWNER/NAME:SPLIT", source
+            )
     elif not os.path.isdir(name):
-        raise DataError(f"there is no such folder; {_near(Path(name))}; accepted too: hf:OWNER/NAME", source)
-    stem = "/".join([p for p in (name if source.startswith("hf:") else Path(name).name, subset, split) if p])
+        raise DataError(
+            f"there is no such folder; {_near(Path(name))}; accepted too: hf:OWNER/NAME", source
+        )
+    stem = "/".join(
+        [p for p in (name if source.startswith("hf:") else Path(name).name, subset, split) if p]
+    )
     account = reading(Path(name), source, stem)
     hub.read(name, account, split, subset)
     examples = account.examples("")
@@ -188,11 +213,16 @@ def _read_hub(source: str, split: str | None, subset: str | None, reading: Calla
 
 def _builtin(source: str) -> list[tuple[str, Path]]:
     """The shipped files that `builtin:...` means, each with the name that means it alone."""
-    from ..generate import DOMAINS, SPLITS, builtin_path
+    from ..world import DOMAINS, SPLITS, builtin_path
 
     *named, split = source.removeprefix("builtin:").split("/")
     domains = named[0].split("+") if named else list(DOMAINS)
-    if len(named) > 1 or split not in SPLITS or not set(domains) <= set(DOMAINS) or len(set(domains)) < len(domains):
+    if (
+        len(named) > 1
+        or split not in SPLITS
+        or not set(domains) <= set(DOMAINS)
+        or len(set(domains)) < len(domains)
+    ):
         accepted = f"builtin:DOMAINS/SPLIT with domains of {', '.join(DOMAINS)} joined by +, and {choices(SPLITS)}; or builtin:SPLIT"
         raise DataError(f"there are no such built-in examples; accepted: {accepted}", source)
     return [(f"builtin:{d}/{split}", builtin_path(f"{d}/{split}")) for d in domains]
@@ -203,10 +233,19 @@ def _join(source: str, parts: Sequence[Examples]) -> Examples:
     if len(parts) == 1:
         return replace(parts[0], source=source)
     shared = {id for id, n in Counter(e.id for part in parts for e in part).items() if n > 1}
-    items = tuple(replace(e, id=f"{e.source}:{e.id}") if e.id in shared else e for part in parts for e in part)
+    items = tuple(
+        replace(e, id=f"{e.source}:{e.id}") if e.id in shared else e for part in parts for e in part
+    )
     left_out: Counter[str] = sum((Counter(p.left_out) for p in parts), Counter())
     digest = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
-    return Examples(items, source, digest, dict(left_out), sum(p.ambiguous for p in parts), tuple(m for p in parts for m in p.problems))
+    return Examples(
+        items,
+        source,
+        digest,
+        dict(left_out),
+        sum(p.ambiguous for p in parts),
+        tuple(m for p in parts for m in p.problems),
+    )
 
 
 def _near(path: Path) -> str:
@@ -223,4 +262,6 @@ def _near(path: Path) -> str:
 def _refuse(**options: str | None) -> None:
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"{name} is {value!r}, but only a Hugging Face data set has one; leave it out")
+            raise ConfigError(
+                f"{name} is {value!r}, but only a Hugging Face data set has one; leave it out"
+            )

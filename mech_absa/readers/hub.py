@@ -55,17 +55,23 @@ def _load(name: str, source: str, split: str | None, subset: str | None) -> Data
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, name=subset)
-    except Exception as e:  # a boundary: datasets raises whatever its network, file and format layers raise
+    except (
+        Exception
+    ) as e:  # a boundary: datasets raises whatever its network, file and format layers raise
         why = (str(e).strip() or type(e).__name__).partition("\n")[0].rstrip(".")
         holds = ""
         if folder.is_dir():
             inside = sorted(p.name for p in folder.iterdir())
             holds = f" (it holds {', '.join(inside[:8]) + (', ...' if len(inside) > 8 else '') or 'nothing'})"
         accepted = "one file, a folder of save_to_disk or of csv, json or parquet files, or the id of a public data set on the hub"
-        raise DataError(f"no data set could be loaded from it{holds}: {why}; accepted: {accepted}", source) from e
+        raise DataError(
+            f"no data set could be loaded from it{holds}: {why}; accepted: {accepted}", source
+        ) from e
     if not isinstance(loaded, Mapping):
         if split is not None and split != str(loaded.split):
-            raise DataError(f"there is no split {split!r}; it is one table, so leave the split out", source)
+            raise DataError(
+                f"there is no split {split!r}; it is one table, so leave the split out", source
+            )
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
@@ -80,9 +86,16 @@ def _nested_column(dataset: Dataset, reading: Reading) -> str | None:
     flat = [c for c in dataset.column_names if c not in (lists := _list_columns(dataset))]
     if "aspect" in reading.columns or any(_known(c, "aspect") for c in flat):
         return None
-    fitting = [c for c, inside in lists.items() if any(_known(i, "aspect") for i in inside) and any(_known(i, "polarity") for i in inside)]
+    fitting = [
+        c
+        for c, inside in lists.items()
+        if any(_known(i, "aspect") for i in inside) and any(_known(i, "polarity") for i in inside)
+    ]
     if len(fitting) > 1:
-        raise DataError(f"the columns {choices(fitting)} could all hold the aspects; remove all but one", reading.source)
+        raise DataError(
+            f"the columns {choices(fitting)} could all hold the aspects; remove all but one",
+            reading.source,
+        )
     return fitting[0] if fitting else None
 
 
@@ -95,7 +108,10 @@ def _list_columns(dataset: Dataset) -> dict[str, list[str]]:
         kind = column.type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             kind = kind.value_type
-        elif not (pa.types.is_struct(kind) and all(pa.types.is_list(kind.field(i).type) for i in range(kind.num_fields))):
+        elif not (
+            pa.types.is_struct(kind)
+            and all(pa.types.is_list(kind.field(i).type) for i in range(kind.num_fields))
+        ):
             continue
         if pa.types.is_struct(kind):
             found[column.name] = [kind.field(i).name for i in range(kind.num_fields)]

@@ -36,7 +36,9 @@ def read(data: bytes, reading: Reading) -> None:
             row = parse()
             more = {
                 "opinion": _pair(row.get("opinion"), "opinion"),
-                "counterfactuals": tuple(_counterfactual(c, reading, line) for c in _list(row.get("counterfactuals"))),
+                "counterfactuals": tuple(
+                    _counterfactual(c, reading, line) for c in _list(row.get("counterfactuals"))
+                ),
             }
             id = row.get("id")
             reading.add_row(row, line, "" if id is None else str(id), **more)
@@ -77,17 +79,29 @@ def _array(text: str, reading: Reading) -> Iterator[tuple[int, Any]]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as e:
-            raise DataError(f"broken JSON: {e.msg}, at column {e.colno}", reading.source, e.lineno) from None
+            raise DataError(
+                f"broken JSON: {e.msg}, at column {e.colno}", reading.source, e.lineno
+            ) from None
         except (ValueError, RecursionError):
-            raise DataError("broken JSON: a number or a nesting beyond all bounds", reading.source, start) from None
+            raise DataError(
+                "broken JSON: a number or a nesting beyond all bounds", reading.source, start
+            ) from None
         yield start, lambda value=value: _object(value)
         at = skip(at)
         if text[at : at + 1] == "]":
             if rest := text[at + 1 :].strip():
-                raise DataError(f"{shortened(rest)!r} follows the end of the JSON array", reading.source, line_of(at))
+                raise DataError(
+                    f"{shortened(rest)!r} follows the end of the JSON array",
+                    reading.source,
+                    line_of(at),
+                )
             return
         if text[at : at + 1] != ",":
-            raise DataError("broken JSON: ',' or ']' is needed after a record of the array", reading.source, line_of(at))
+            raise DataError(
+                "broken JSON: ',' or ']' is needed after a record of the array",
+                reading.source,
+                line_of(at),
+            )
         at = skip(at + 1)
 
 
@@ -99,12 +113,16 @@ def _parse(raw: str) -> Any:
             f"broken JSON: {e.msg}, at column {e.colno} of {shortened(raw.strip())!r}; one JSON object a line is accepted"
         ) from None
     except (ValueError, RecursionError):
-        raise DataError("broken JSON: a number or a nesting beyond all bounds; one JSON object a line is accepted") from None
+        raise DataError(
+            "broken JSON: a number or a nesting beyond all bounds; one JSON object a line is accepted"
+        ) from None
 
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{shortened(json.dumps(value))} came; a JSON object with the fields of an example is accepted")
+        raise DataError(
+            f"{shortened(json.dumps(value))} came; a JSON object with the fields of an example is accepted"
+        )
     return value
 
 
@@ -112,7 +130,9 @@ def _list(value: Any) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError(f"'counterfactuals' holds {shortened(repr(value))}; a list of objects is accepted")
+        raise DataError(
+            f"'counterfactuals' holds {shortened(repr(value))}; a list of objects is accepted"
+        )
     return value
 
 
@@ -120,7 +140,9 @@ def _pair(value: Any, name: str) -> Span | None:
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2):
-        raise DataError(f"{name!r} holds {shortened(repr(value))}; a pair of offsets [from, to] is accepted")
+        raise DataError(
+            f"{name!r} holds {shortened(repr(value))}; a pair of offsets [from, to] is accepted"
+        )
     return (whole(value[0], name), whole(value[1], name))
 
 
@@ -131,11 +153,17 @@ def _counterfactual(row: Any, reading: Reading, line: int) -> Example:
     start, end = (whole(row[names[f]], names[f]) for f in ("from", "to"))
     polarity = reading.polarity(row[names["polarity"]])
     if polarity is None:
-        raise DataError(f"a counterfactual has the label {row[names['polarity']]!r}; a single polarity is accepted")
+        raise DataError(
+            f"a counterfactual has the label {row[names['polarity']]!r}; a single polarity is accepted"
+        )
     if not 0 <= start < end <= len(text):
-        raise DataError(f"aspect offsets {start}..{end} of a counterfactual do not fit its text of {len(text)} characters")
+        raise DataError(
+            f"aspect offsets {start}..{end} of a counterfactual do not fit its text of {len(text)} characters"
+        )
     opinion = _pair(row.get("opinion"), "opinion")
-    return Example(text, text[start:end], polarity, (start, end), opinion, source=reading.source, line=line)
+    return Example(
+        text, text[start:end], polarity, (start, end), opinion, source=reading.source, line=line
+    )
 
 
 def write_jsonl(examples: Iterable[Example], path: str | os.PathLike[str]) -> Path:
@@ -144,14 +172,23 @@ def write_jsonl(examples: Iterable[Example], path: str | os.PathLike[str]) -> Pa
     Raises:
         DataError: a counterfactual has no span, and so no aspect of its own.
     """
-    write_text(path := Path(path), "".join(json.dumps(_row(e), ensure_ascii=False) + "\n" for e in examples))
+    write_text(
+        path := Path(path),
+        "".join(json.dumps(_row(e), ensure_ascii=False) + "\n" for e in examples),
+    )
     return path
 
 
 def _row(e: Example) -> dict[str, Any]:
     start, end = e.span or (None, None)
     row: dict[str, Any] = {"id": e.id} if e.id else {}
-    row |= {"text": e.sentence, "aspect": e.aspect, "from": start, "to": end, "polarity": e.polarity.value}
+    row |= {
+        "text": e.sentence,
+        "aspect": e.aspect,
+        "from": start,
+        "to": end,
+        "polarity": e.polarity.value,
+    }
     if e.opinion:
         row["opinion"] = list(e.opinion)
     if e.domain:
@@ -163,8 +200,15 @@ def _row(e: Example) -> dict[str, Any]:
 
 def _edited(c: Example) -> dict[str, Any]:
     if c.span is None:
-        raise DataError(f"the counterfactual {shortened(c.sentence)!r} has no span; its aspect's characters must be known")
-    row: dict[str, Any] = {"text": c.sentence, "from": c.span[0], "to": c.span[1], "polarity": c.polarity.value}
+        raise DataError(
+            f"the counterfactual {shortened(c.sentence)!r} has no span; its aspect's characters must be known"
+        )
+    row: dict[str, Any] = {
+        "text": c.sentence,
+        "from": c.span[0],
+        "to": c.span[1],
+        "polarity": c.polarity.value,
+    }
     if c.opinion:
         row["opinion"] = list(c.opinion)
     return row

@@ -122,7 +122,9 @@ class Reading:
             problem = f"the byte 0x{data[e.start]:02x} is not UTF-8; only UTF-8 text is accepted, so convert the file first"
             raise DataError(problem, self.source, data.count(b"\n", 0, e.start) + 1) from None
 
-    def resolve(self, names: Collection[str], required: Collection[str] = REQUIRED) -> dict[str, str]:
+    def resolve(
+        self, names: Collection[str], required: Collection[str] = REQUIRED
+    ) -> dict[str, str]:
         """Field -> the name under which it came, for the fields that did.
 
         Raises:
@@ -137,18 +139,29 @@ class Reading:
         came = ", ".join(names) or "no field at all"
         for name, column in self.columns.items():
             if column not in names:
-                raise DataError(f"the field {column!r}, named as the {name}, is missing; there are: {came}")
+                raise DataError(
+                    f"the field {column!r}, named as the {name}, is missing; there are: {came}"
+                )
         found = dict(self.columns)
         for name, known_as in FIELDS.items():
             if name in found:
                 continue
-            fits = [n for n in names if n.strip().lower().replace(" ", "_") in known_as and n not in self.columns.values()]
+            fits = [
+                n
+                for n in names
+                if n.strip().lower().replace(" ", "_") in known_as
+                and n not in self.columns.values()
+            ]
             if len(fits) > 1:
-                raise DataError(f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}} or --columns {name}={fits[0]}")
+                raise DataError(
+                    f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}} or --columns {name}={fits[0]}"
+                )
             if fits:
                 found[name] = fits[0]
             elif name in required:
-                raise DataError(f"the field {name!r} is missing; there are: {came}; accepted names: {choices(known_as)}")
+                raise DataError(
+                    f"the field {name!r} is missing; there are: {came}; accepted names: {choices(known_as)}"
+                )
         return found
 
     def add_row(self, row: Mapping[str, Any], line: int, id: str = "", **more: Any) -> None:
@@ -160,9 +173,13 @@ class Reading:
         names = self.resolve(tuple(row))
         sentence, aspect = (string(row[names[f]], names[f]) for f in ("sentence", "aspect"))
         if not aspect.strip():
-            raise DataError("the aspect is empty; an aspect term of at least one character is needed")
+            raise DataError(
+                "the aspect is empty; an aspect term of at least one character is needed"
+            )
         if aspect == NULL and NULL not in sentence:
-            self.add_null_target(sentence, string(row.get("category"), "category"), row[names["polarity"]], line, id)
+            self.add_null_target(
+                sentence, string(row.get("category"), "category"), row[names["polarity"]], line, id
+            )
             return
         ends = {f: row[names[f]] for f in ("from", "to") if f in names}
         if "id" in self.columns:
@@ -177,7 +194,16 @@ class Reading:
             span = (whole(ends["from"], names["from"]), whole(ends["to"], names["to"]))
         else:
             span = self._find(sentence, aspect)
-        self.add(sentence, aspect, row[names["polarity"]], span, line, id, domain=str(domain or ""), **more)
+        self.add(
+            sentence,
+            aspect,
+            row[names["polarity"]],
+            span,
+            line,
+            id,
+            domain=str(domain or ""),
+            **more,
+        )
 
     def add(
         self,
@@ -195,18 +221,36 @@ class Reading:
 
         Counterfactuals take their ids and their domain from the example.
         """
-        asked = Example(sentence, aspect, Polarity.NEUTRAL, span, opinion)  # offsets are checked even where the row is left out
+        asked = Example(
+            sentence, aspect, Polarity.NEUTRAL, span, opinion
+        )  # offsets are checked even where the row is left out
         polarity = self.polarity(label)
         if polarity is None:
             self.left_out[str(label).strip().lower()] += 1
             return
         if any(c.polarity is polarity for c in counterfactuals):
-            raise DataError(f"a counterfactual is as {polarity} as its example; another polarity is accepted")
+            raise DataError(
+                f"a counterfactual is as {polarity} as its example; another polarity is accepted"
+            )
         id, domain = self._unique(id or f"{self.stem}:{line}"), domain or self.domain
-        edited = tuple(replace(c, id=f"{id}~{n}", domain=domain) for n, c in enumerate(counterfactuals, 1))
-        self.items.append(replace(asked, polarity=polarity, domain=domain, source=self.source, line=line, id=id, counterfactuals=edited))
+        edited = tuple(
+            replace(c, id=f"{id}~{n}", domain=domain) for n, c in enumerate(counterfactuals, 1)
+        )
+        self.items.append(
+            replace(
+                asked,
+                polarity=polarity,
+                domain=domain,
+                source=self.source,
+                line=line,
+                id=id,
+                counterfactuals=edited,
+            )
+        )
 
-    def add_null_target(self, sentence: str, category: str, label: object, line: int, id: str = "") -> None:
+    def add_null_target(
+        self, sentence: str, category: str, label: object, line: int, id: str = ""
+    ) -> None:
         """Count an opinion whose target is NULL, or ask about its category (`FOOD#STYLE_OPTIONS`: "food style options")."""
         words = category.lower().replace("_", " ").split("#")
         aspect = " ".join(w for w in words if w != "general" or len(words) == 1)
@@ -231,8 +275,14 @@ class Reading:
         places = occurrences(sentence, aspect)
         if not places:
             again = sentence.lower().find(aspect.lower())
-            hint = f"; only {sentence[again : again + len(aspect)]!r} does, and case must match" if again >= 0 else ""
-            raise DataError(f"the aspect {aspect!r} does not stand in the sentence {shortened(sentence)!r}{hint}")
+            hint = (
+                f"; only {sentence[again : again + len(aspect)]!r} does, and case must match"
+                if again >= 0
+                else ""
+            )
+            raise DataError(
+                f"the aspect {aspect!r} does not stand in the sentence {shortened(sentence)!r}{hint}"
+            )
         self.ambiguous += len(places) > 1
         terms = [p for p in places if is_whole_term(sentence, p)] or places
         nth = self._asked[sentence, aspect]
@@ -265,8 +315,18 @@ class Reading:
         if not self.items:
             why = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items())
             first = f"; the first: {self.problems[0]}" if self.problems else ""
-            raise DataError(f"no example could be read ({why or 'there are no records'}); at least one is needed{first}", self.source)
-        return Examples(tuple(self.items), self.source, sha256, dict(self.left_out), self.ambiguous, tuple(self.problems))
+            raise DataError(
+                f"no example could be read ({why or 'there are no records'}); at least one is needed{first}",
+                self.source,
+            )
+        return Examples(
+            tuple(self.items),
+            self.source,
+            sha256,
+            dict(self.left_out),
+            self.ambiguous,
+            tuple(self.problems),
+        )
 
 
 def occurrences(sentence: str, aspect: str) -> list[Span]:
@@ -281,7 +341,9 @@ def occurrences(sentence: str, aspect: str) -> list[Span]:
 def is_whole_term(sentence: str, span: Span) -> bool:
     """Whether no word runs on over either end of `span`."""
     start, end = span
-    return not (start > 0 and _in_word(sentence[start - 1])) and not (end < len(sentence) and _in_word(sentence[end]))
+    return not (start > 0 and _in_word(sentence[start - 1])) and not (
+        end < len(sentence) and _in_word(sentence[end])
+    )
 
 
 def _in_word(c: str) -> bool:
@@ -294,7 +356,9 @@ def string(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a string is accepted")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise DataError(f"the field {name!r} holds half of a surrogate pair, {shortened(ascii(value))}; whole characters are accepted")
+        raise DataError(
+            f"the field {name!r} holds half of a surrogate pair, {shortened(ascii(value))}; whole characters are accepted"
+        )
     return value
 
 
@@ -304,7 +368,9 @@ def whole(value: object, name: str) -> int:
         return value
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 20:
         return int(value)
-    raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a whole number of characters is accepted")
+    raise DataError(
+        f"the field {name!r} holds {shortened(repr(value))}; a whole number of characters is accepted"
+    )
 
 
 def shortened(text: str, width: int = 80) -> str:

@@ -20,7 +20,11 @@ MARK = "$T$"
 def read(data: bytes, reading: Reading) -> None:
     """Add every three-line record; its line is that of the sentence."""
     reading.signed = True
-    lines = [(n, text) for n, raw in enumerate(reading.text(data).split("\n"), 1) if (text := raw.rstrip("\r")).strip()]
+    lines = [
+        (n, text)
+        for n, raw in enumerate(reading.text(data).split("\n"), 1)
+        if (text := raw.rstrip("\r")).strip()
+    ]
     starts = [i for i, (_, text) in enumerate(lines) if MARK in text]
     if lines and (not starts or starts[0] > 0):
         starts.insert(0, 0)  # what stands before the first mark is a record too, and a bad one
@@ -32,7 +36,9 @@ def read(data: bytes, reading: Reading) -> None:
 
 def _add(record: list[str], line: int, reading: Reading) -> None:
     if MARK not in record[0]:
-        raise DataError(f"{shortened(record[0])!r} has no {MARK}; a record is a sentence with {MARK}, the aspect, and -1, 0 or 1")
+        raise DataError(
+            f"{shortened(record[0])!r} has no {MARK}; a record is a sentence with {MARK}, the aspect, and -1, 0 or 1"
+        )
     if len(record) != 3:
         raise DataError(
             f"the record that begins here has {len(record)} of the three lines; it is a sentence with {MARK}, the aspect, and -1, 0 or 1"
@@ -40,5 +46,7 @@ def _add(record: list[str], line: int, reading: Reading) -> None:
     sentence, aspect, label = record[0], record[1].strip(), record[2]
     start = sentence.index(MARK)
     before = len(reading.items)
-    reading.add(sentence.replace(MARK, aspect), aspect, label.strip(), (start, start + len(aspect)), line)
+    reading.add(
+        sentence.replace(MARK, aspect), aspect, label.strip(), (start, start + len(aspect)), line
+    )
     reading.ambiguous += sentence.count(MARK) > 1 and len(reading.items) > before

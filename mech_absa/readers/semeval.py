@@ -37,11 +37,17 @@ def read(data: bytes, reading: Reading) -> None:
     try:
         defusedxml.sax.parseString(data, tree)
     except DefusedXmlException as e:
-        what = f"declares the entity {e.name!r}" if isinstance(e, EntitiesForbidden) else "refers to a file outside itself"
+        what = (
+            f"declares the entity {e.name!r}"
+            if isinstance(e, EntitiesForbidden)
+            else "refers to a file outside itself"
+        )
         problem = f"the XML {what}; entities can expand without bound and read other files, so only XML without them is accepted"
         raise DataError(problem, reading.source, tree.line) from None
     except xml.sax.SAXParseException as e:
-        raise DataError(f"broken XML: {e.getMessage()}", reading.source, e.getLineNumber()) from None
+        raise DataError(
+            f"broken XML: {e.getMessage()}", reading.source, e.getLineNumber()
+        ) from None
     except LookupError as e:
         raise DataError(f"broken XML: {e}; UTF-8 is accepted", reading.source, 1) from None
 
@@ -64,7 +70,9 @@ def read(data: bytes, reading: Reading) -> None:
 def _add(sentence: Element, element: Element, line: int, id: str, reading: Reading) -> None:
     text = sentence.findtext("text")
     if not text:
-        raise DataError("the sentence has no <text>, or an empty one; SemEval puts it before the aspects")
+        raise DataError(
+            "the sentence has no <text>, or an empty one; SemEval puts it before the aspects"
+        )
     label = _attribute(element, "polarity")
     if element.tag == "aspectTerm":
         term = _attribute(element, "term")
@@ -111,7 +119,9 @@ class _Tree(xml.sax.handler.ContentHandler):
 
     def skippedEntity(self, name):
         # Expat passes over an entity that an unread DTD may declare; the text would silently lose it, and offsets would shift.
-        raise xml.sax.SAXParseException(f"the entity {shortened(name)!r} is not known", None, self._locator)  # type: ignore[attr-defined]
+        raise xml.sax.SAXParseException(
+            f"the entity {shortened(name)!r} is not known", None, self._locator
+        )  # type: ignore[attr-defined]
 
     def close(self) -> Element:
         return self._builder.close()

@@ -31,15 +31,23 @@ def read(data: bytes, reading: Reading) -> None:
     _, header = rows[0]
     names = [name.strip() for name in header]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"the header names a column {sorted(repeated)[0]!r} more than once", reading.source, rows[0][0])
+        raise DataError(
+            f"the header names a column {sorted(repeated)[0]!r} more than once",
+            reading.source,
+            rows[0][0],
+        )
     try:
         reading.resolve(tuple(names))
     except DataError as e:
-        raise DataError(e.problem, reading.source, rows[0][0]) from None  # the header is wrong for every row: nothing can be skipped
+        raise DataError(
+            e.problem, reading.source, rows[0][0]
+        ) from None  # the header is wrong for every row: nothing can be skipped
     for line, cells in rows[1:]:
         with reading.at(line):
             if len(cells) != len(names):
-                raise DataError(f"{len(cells)} cells came, but the header names {len(names)} columns: {', '.join(names)}")
+                raise DataError(
+                    f"{len(cells)} cells came, but the header names {len(names)} columns: {', '.join(names)}"
+                )
             reading.add_row(dict(zip(names, cells, strict=True)), line)
 
 
@@ -48,9 +56,13 @@ def delimiter_of(header: str) -> str:
     return max(",;\t|", key=header.count)
 
 
-def _rows(text: str, reading: Reading, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(
+    text: str, reading: Reading, delimiter: str, quoting: int
+) -> Iterator[tuple[int, list[str]]]:
     """Rows that hold anything, each with the line on which it begins: a quoted cell may run over several."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    rows = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True
+    )  # type: ignore[arg-type]
     begins = 1
     try:
         for cells in rows:
@@ -58,4 +70,6 @@ def _rows(text: str, reading: Reading, delimiter: str, quoting: int) -> Iterator
                 yield begins, cells
             begins = rows.line_num + 1
     except csv.Error as e:
-        raise DataError(f"broken table: {e}, in the row that begins here", reading.source, begins) from None
+        raise DataError(
+            f"broken table: {e}, in the row that begins here", reading.source, begins
+        ) from None

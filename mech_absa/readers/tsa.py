@@ -24,15 +24,26 @@ def read(data: bytes, reading: Reading) -> None:
             targets = _field(record, "targets", "the record")
             if not isinstance(targets, list):
                 targets, came = [], targets
-                raise DataError(f"'targets' holds {shortened(repr(came))}; a list of objects is accepted")
+                raise DataError(
+                    f"'targets' holds {shortened(repr(came))}; a list of objects is accepted"
+                )
             if not targets:
                 reading.left_out["sentence without aspects"] += 1
         for k, target in enumerate(targets, 1):
             with reading.at(line):
                 location = _field(target, "location", "a target")
-                begin, end = (whole(_field(location, name, "a location"), name) for name in ("begin", "end"))
+                begin, end = (
+                    whole(_field(location, name, "a location"), name) for name in ("begin", "end")
+                )
                 term = string(_field(target, "text", "a target"), "text")
-                reading.add(text, term, _field(target, "sentiment", "a target"), (begin, end), line, f"{reading.stem}:{n}.{k}")
+                reading.add(
+                    text,
+                    term,
+                    _field(target, "sentiment", "a target"),
+                    (begin, end),
+                    line,
+                    f"{reading.stem}:{n}.{k}",
+                )
 
 
 def _field(record: Any, name: str, what: str) -> Any:

@@ -49,13 +49,26 @@ def ticks(low: Number, high: Number, n: int = 5, whole: bool = False) -> list[Nu
 
 
 def line_chart(
-    lines: Sequence[Line], x_label: str, y_label: str, width: int = 400, height: int = 215, zero: bool = True, title: str = ""
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    width: int = 400,
+    height: int = 215,
+    zero: bool = True,
+    title: str = "",
 ) -> Markup:
     """Curves with intervals over one x axis."""
-    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None and math.isfinite(y)]
+    points = [
+        (x, y)
+        for line in lines
+        for x, y in zip(line.x, line.y, strict=True)
+        if y is not None and math.isfinite(y)
+    ]
     if not points:
         return Markup("")
-    ends = [v for line in lines for v in (*line.low, *line.high) if v is not None and math.isfinite(v)]
+    ends = [
+        v for line in lines for v in (*line.low, *line.high) if v is not None and math.isfinite(v)
+    ]
     ys = [y for _, y in points] + ends + ([0.0] if zero else [])
     xs = [x for x, _ in points]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -66,35 +79,69 @@ def line_chart(
     left, right, top, bottom = 56, 10, 8, 34
 
     def px(x: Number) -> float:
-        return left + (x - x0) / ((x1 - x0) or 1) * (width - left - right) if x1 > x0 else (left + width - right) / 2
+        return (
+            left + (x - x0) / ((x1 - x0) or 1) * (width - left - right)
+            if x1 > x0
+            else (left + width - right) / 2
+        )
 
     def py(y: Number) -> float:
         return top + (y1 - y) / (y1 - y0) * (height - top - bottom)
 
-    out = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title or y_label)} over {escape(x_label)}">']
+    out = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title or y_label)} over {escape(x_label)}">'
+    ]
     for y in ticks(y0, y1):
-        out.append(f'<line class="{"zero" if y == 0 else "rule"}" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        out.append(f'<text class="tick" x="{left - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{nice(y)}</text>')
+        out.append(
+            f'<line class="{"zero" if y == 0 else "rule"}" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
+        )
+        out.append(
+            f'<text class="tick" x="{left - 6}" y="{py(y) + 3.5:.1f}" text-anchor="end">{nice(y)}</text>'
+        )
     for x in ticks(x0, x1, 7, whole=all(float(x).is_integer() for x in xs)):
-        out.append(f'<text class="tick" x="{px(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{nice(x)}</text>')
-    out.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 3}" text-anchor="middle">{escape(x_label)}</text>')
+        out.append(
+            f'<text class="tick" x="{px(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{nice(x)}</text>'
+        )
+    out.append(
+        f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 3}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     middle = top + (height - top - bottom) / 2
-    out.append(f'<text class="axis" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    out.append(
+        f'<text class="axis" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
     for line in sorted(lines, key=lambda line: not line.quiet):
         look = "quiet" if line.quiet else f"c{line.look[0]} d{line.look[1]}"
-        known = [(i, px(x), y) for i, (x, y) in enumerate(zip(line.x, line.y, strict=True)) if y is not None and math.isfinite(y)]
+        known = [
+            (i, px(x), y)
+            for i, (x, y) in enumerate(zip(line.x, line.y, strict=True))
+            if y is not None and math.isfinite(y)
+        ]
         if line.low and not line.quiet:
             band = [(x, line.low[i], line.high[i]) for i, x, _ in known]
-            band = [(x, lo, hi) for x, lo, hi in band if lo is not None and hi is not None and math.isfinite(lo) and math.isfinite(hi)]
-            edge = [f"{x:.1f},{py(hi):.1f}" for x, _, hi in band] + [f"{x:.1f},{py(lo):.1f}" for x, lo, _ in reversed(band)]  # type: ignore[arg-type]
+            band = [
+                (x, lo, hi)
+                for x, lo, hi in band
+                if lo is not None and hi is not None and math.isfinite(lo) and math.isfinite(hi)
+            ]
+            edge = [f"{x:.1f},{py(hi):.1f}" for x, _, hi in band] + [
+                f"{x:.1f},{py(lo):.1f}" for x, lo, _ in reversed(band)
+            ]  # type: ignore[arg-type]
             out.append(f'<polygon class="band {look}" points="{" ".join(edge)}"/>')
         path = " ".join(f"{x:.1f},{py(y):.1f}" for _, x, y in known)
         out.append(f'<polyline class="line {look}" points="{path}"/>')
         if len(known) <= 80:
             for i, x, y in known:
-                between = f" [{nice(line.low[i])}, {nice(line.high[i])}]" if line.low and line.low[i] is not None else ""  # type: ignore[arg-type]
-                words = f"{escape(line.name)}, {escape(x_label)} {nice(line.x[i])}: {nice(y)}{between}"
-                out.append(f'<circle class="dot {look}" cx="{x:.1f}" cy="{py(y):.1f}" r="3"><title>{words}</title></circle>')
+                between = (
+                    f" [{nice(line.low[i])}, {nice(line.high[i])}]"
+                    if line.low and line.low[i] is not None
+                    else ""
+                )  # type: ignore[arg-type]
+                words = (
+                    f"{escape(line.name)}, {escape(x_label)} {nice(line.x[i])}: {nice(y)}{between}"
+                )
+                out.append(
+                    f'<circle class="dot {look}" cx="{x:.1f}" cy="{py(y):.1f}" r="3"><title>{words}</title></circle>'
+                )
     out.append("</svg>")
     return Markup("".join(out))
 
@@ -115,7 +162,9 @@ def legend(lines: Sequence[Line]) -> Markup:
 
 
 def interval_chart(
-    rows: Sequence[tuple[str, Number, Number | None, Number | None]], label: str, marks: Sequence[Number | None] = ()
+    rows: Sequence[tuple[str, Number, Number | None, Number | None]],
+    label: str,
+    marks: Sequence[Number | None] = (),
 ) -> Markup:
     """One line a row: a dot with its interval; `marks` are reference values, drawn as a small tick.
 
@@ -129,17 +178,29 @@ def interval_chart(
     if not ends:
         return Markup("")
     low, high = max(0.0, min(ends) - 3), min(100.0, max(ends) + 3)
-    name_width, width, step = min(290, max(120, 7 * max(len(name) for name, *_ in rows) + 12)), 640, 22
+    name_width, width, step = (
+        min(290, max(120, 7 * max(len(name) for name, *_ in rows) + 12)),
+        640,
+        22,
+    )
     height = step * len(rows) + 40
 
     def px(v: Number) -> float:
         return name_width + (v - low) / ((high - low) or 1) * (width - name_width - 16)
 
-    out = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']
+    out = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+    ]
     for t in ticks(low, high, 6):
-        out.append(f'<line class="rule" x1="{px(t):.1f}" x2="{px(t):.1f}" y1="4" y2="{height - 34}"/>')
-        out.append(f'<text class="tick" x="{px(t):.1f}" y="{height - 20}" text-anchor="middle">{nice(t)}</text>')
-    out.append(f'<text class="axis" x="{(name_width + width) / 2:.0f}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>')
+        out.append(
+            f'<line class="rule" x1="{px(t):.1f}" x2="{px(t):.1f}" y1="4" y2="{height - 34}"/>'
+        )
+        out.append(
+            f'<text class="tick" x="{px(t):.1f}" y="{height - 20}" text-anchor="middle">{nice(t)}</text>'
+        )
+    out.append(
+        f'<text class="axis" x="{(name_width + width) / 2:.0f}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>'
+    )
     for i, (name, y, lo, hi) in enumerate(rows):
         at = 4 + step * (i + 0.5)
         cut = name if len(name) <= 40 else name[:18] + "…" + name[-21:]
@@ -156,7 +217,9 @@ def interval_chart(
             continue
         between = ""
         if lo is not None and hi is not None and math.isfinite(lo) and math.isfinite(hi):
-            out.append(f'<line class="line c0" x1="{px(lo):.1f}" x2="{px(hi):.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            out.append(
+                f'<line class="line c0" x1="{px(lo):.1f}" x2="{px(hi):.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            )
             between = f" [{nice(lo)}, {nice(hi)}]"
         out.append(
             f'<circle class="dot c0" cx="{px(y):.1f}" cy="{at:.1f}" r="4"><title>{escape(name)}: {nice(y)}{between}</title></circle>'

@@ -42,7 +42,9 @@ def quantised(values: Float[np.ndarray, "row layer"]) -> tuple[float, str]:
     scale = float(np.abs(values[known]).max()) / 127 if known.any() else 0.0
     scale = float(f"{scale:.6g}") if scale > 1e-30 else 0.0
     whole = np.full(values.shape, NOTHING, dtype=np.int8)
-    whole[known] = np.clip(np.rint(values[known] / scale), -127, 127).astype(np.int8) if scale else 0
+    whole[known] = (
+        np.clip(np.rint(values[known] / scale), -127, 127).astype(np.int8) if scale else 0
+    )
     return scale, base64.b64encode(whole.tobytes()).decode("ascii")
 
 
@@ -109,7 +111,11 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     layers = sorted(int(x) for x in frame["layer"].unique())
     by_role = bool((frame["position"] < 0).all())
     lengths = [len(t) for t in pairs["tokens"]]
-    need = sum(len(set(r)) if by_role else n for r, n in zip(pairs["roles"], lengths, strict=True)) * len(layers) * len(kinds)
+    need = (
+        sum(len(set(r)) if by_role else n for r, n in zip(pairs["roles"], lengths, strict=True))
+        * len(layers)
+        * len(kinds)
+    )
     keep = len(pairs) if need <= budget else max(1, len(pairs) * budget // need)
     rows = sorted(random.Random(seed).sample(range(len(pairs)), keep))
 
@@ -118,7 +124,11 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     starts = np.searchsorted(ids[order], np.arange(len(names) + 1))
     where = {name: order[starts[i] : starts[i + 1]] for i, name in enumerate(names)}
     layer_of = np.searchsorted(layers, frame["layer"].to_numpy())
-    position, effect, patched = frame["position"].to_numpy(), frame["effect"].to_numpy(float), frame["patched"].to_numpy(float)
+    position, effect, patched = (
+        frame["position"].to_numpy(),
+        frame["effect"].to_numpy(float),
+        frame["patched"].to_numpy(float),
+    )
     role, named = _codes(frame["role"])
     role_of = np.array([ROLES.index(r) for r in named])[role]
     words: dict[str, int] = {}

@@ -50,9 +50,15 @@ def write_report(folder: str | Path | Iterable[str | Path], out: str | Path | No
     """
     folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(f) for f in folder]
     if not folders:
-        raise ConfigError("no folder was given; at least one --out folder of a finished run is needed")
+        raise ConfigError(
+            "no folder was given; at least one --out folder of a finished run is needed"
+        )
     runs = read_runs(folders)
-    path = Path(out) if out is not None else folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    path = (
+        Path(out)
+        if out is not None
+        else folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    )
     write_text(path, render(runs))
     return path
 
@@ -63,7 +69,10 @@ def leave_report(folder: str | Path) -> Path | None:
         return write_report(folder)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"warning: {Path(folder) / 'report.html'} could not be written ({reason}); all other files are there", file=sys.stderr)
+        print(
+            f"warning: {Path(folder) / 'report.html'} could not be written ({reason}); all other files are there",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -80,7 +89,11 @@ def render(runs: Sequence[Run]) -> str:
     for i, view in enumerate(views):
         view["id"] = f"run{i}"
     data = {"runs": [v.pop("data") for v in views]}
-    title = f"{WORDS[runs[0].kind]}: {runs[0].name}" if len(runs) == 1 else f"Comparison of {len(runs)} runs"
+    title = (
+        f"{WORDS[runs[0].kind]}: {runs[0].name}"
+        if len(runs) == 1
+        else f"Comparison of {len(runs)} runs"
+    )
     return environment.get_template("report.html").render(
         title=title, views=views, comparison=comparison(runs) if len(runs) > 1 else None, data=embedded(data),
         css=Markup(_read("page.css")), js=Markup(_read("page.js")),
@@ -98,7 +111,13 @@ def embedded(data: Any) -> Markup:
         text = json.dumps(data, **how)
     except ValueError:  # a number that is none; walking everything to look for one is slow
         text = json.dumps(_finite(data), **how)
-    for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for character, escape in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         text = text.replace(character, escape)
     return Markup(text)
 
@@ -136,7 +155,10 @@ def pretty(value: Any) -> str:
 
 def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows with Python's own numbers, None for what is missing."""
-    return [{str(k): None if pd.isna(v) else v for k, v in row.items()} for row in table.astype(object).to_dict("records")]
+    return [
+        {str(k): None if pd.isna(v) else v for k, v in row.items()}
+        for row in table.astype(object).to_dict("records")
+    ]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -198,7 +220,10 @@ def trace_view(run: Run, budget: int) -> dict[str, Any]:
     about, record = run.notes["about.json"], run.record
     single = maps.examples(run, budget)
     account = {**about, **(record.get("pairs") or {})}
-    considered, kept = account.get("considered"), account.get("kept", len(run.tables["pairs.parquet"]))
+    considered, kept = (
+        account.get("considered"),
+        account.get("kept", len(run.tables["pairs.parquet"])),
+    )
     model = _model(record, {"model": about.get("model")})
     adapter = (
         about.get("adapter") or (record.get("model") or {}).get("adapter")
@@ -252,7 +277,12 @@ def self_checks(found: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]
         if name == "tolerance" or x is None or isinstance(value, bool):
             continue
         rows.append(
-            {"name": words.get(name, name.replace("_", " ")), "value": x, "allowed": allowed, "ok": allowed is None or x <= allowed}
+            {
+                "name": words.get(name, name.replace("_", " ")),
+                "value": x,
+                "allowed": allowed,
+                "ok": allowed is None or x <= allowed,
+            }
         )
     return rows, [str(c) for c in _listed(found.get("cells_compared"))]
 
@@ -262,7 +292,9 @@ def top_sites(table: pd.DataFrame, n: int = 12) -> list[dict[str, Any]]:
     by = "role" if "role" in best else "position"
     rows = rows_of(best)
     for row in rows:
-        row["site"] = f"L{row['layer']}.{row['kind']}{row['head'] if row['kind'] in HEAD_KINDS else ''}@{row[by]}"
+        row["site"] = (
+            f"L{row['layer']}.{row['kind']}{row['head'] if row['kind'] in HEAD_KINDS else ''}@{row[by]}"
+        )
     return rows
 
 
@@ -273,15 +305,38 @@ def curves(table: pd.DataFrame, unit: str, highlight: int = 6) -> list[dict[str,
     found = []
     for kind, rows in table[~table["kind"].isin(HEAD_KINDS)].groupby("kind", sort=False):
         peak = rows.groupby("role")["aie"].apply(lambda x: x.abs().max())
-        bright = set(peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable").index[:highlight])
+        bright = set(
+            peak[peak > 0.05 * peak.max()]
+            .sort_values(ascending=False, kind="stable")
+            .index[:highlight]
+        )
         drawn = []
         for role in (r for r in ROLES if r in set(rows["role"])):
             one = rows[rows["role"] == role].sort_values("layer")
             colour, dash = ROLE_STYLES[role]
-            look = (COLOURS.index(colour) if colour in COLOURS else 7, {"-": 0, "--": 1, ":": 2}[dash])
+            look = (
+                COLOURS.index(colour) if colour in COLOURS else 7,
+                {"-": 0, "--": 1, ":": 2}[dash],
+            )
             ends = [[maps.digits(v) for v in one[c]] for c in ("aie", "ci_low", "ci_high")]
-            drawn.append(Line(role, one["layer"].tolist(), ends[0], ends[1], ends[2], look=look, quiet=role not in bright))
-        found.append({"kind": kind, "chart": line_chart(drawn, "layer", "AIE", title=f"AIE of {kind}, {unit}"), "legend": legend(drawn)})
+            drawn.append(
+                Line(
+                    role,
+                    one["layer"].tolist(),
+                    ends[0],
+                    ends[1],
+                    ends[2],
+                    look=look,
+                    quiet=role not in bright,
+                )
+            )
+        found.append(
+            {
+                "kind": kind,
+                "chart": line_chart(drawn, "layer", "AIE", title=f"AIE of {kind}, {unit}"),
+                "legend": legend(drawn),
+            }
+        )
     return found
 
 
@@ -307,7 +362,9 @@ def train_view(run: Run, budget: int) -> dict[str, Any]:
     known = {
         k: v
         for k, v in trained.items()
-        if isinstance(v, (int, float, str, bool)) and str(v).strip() and k not in ("stopped", "share", "parameters", "seed", "data_sha256")
+        if isinstance(v, (int, float, str, bool))
+        and str(v).strip()
+        and k not in ("stopped", "share", "parameters", "seed", "data_sha256")
     }
     return _basics(run) | {
         "facts": [(k, number(v)) for k, v in facts if v not in (None, "")], "formulas": edit.get("formulas") or {}, "parts": _parts(edit.get("parts") or []),
@@ -322,7 +379,8 @@ def _parts(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for p in parts:
         options = ", ".join(f"{k} {number(v)}" for k, v in (p.get("options") or {}).items())
         row = grouped.setdefault(
-            f"{p.get('family')}|{options}|{p.get('lr')}", {"family": p.get("family"), "options": options, "lr": p.get("lr"), "places": []}
+            f"{p.get('family')}|{options}|{p.get('lr')}",
+            {"family": p.get("family"), "options": options, "lr": p.get("lr"), "places": []},
         )
         row["places"].append(str(p.get("place", p.get("at", ""))))
     return list(grouped.values())
@@ -334,18 +392,35 @@ def history_charts(histories: Sequence[tuple[str, pd.DataFrame]]) -> list[dict[s
     for i, (name, table) in enumerate(histories):
         x_name = next((c for c in ("step", "examples", "epoch") if c in table), None)
         for column in table.columns:
-            if column in ("step", "epoch", "batch", "examples", "seconds") or not pd.api.types.is_numeric_dtype(table[column]):
+            if column in (
+                "step",
+                "epoch",
+                "batch",
+                "examples",
+                "seconds",
+            ) or not pd.api.types.is_numeric_dtype(table[column]):
                 continue
             rows = table[table[column].notna()]
             if rows.empty:
                 continue
-            group, dash, label = ("loss", int(column != "loss"), column) if column in ("loss", "validation_loss") else (column, 0, column)
+            group, dash, label = (
+                ("loss", int(column != "loss"), column)
+                if column in ("loss", "validation_loss")
+                else (column, 0, column)
+            )
             name_of = label if len(histories) == 1 else f"{name}: {label}"
             x = rows[x_name].tolist() if x_name else list(range(len(rows)))
             drawn.setdefault(group, []).append(
-                Line(name_of, x, [maps.digits(v) for v in rows[column]], look=(i % 8 if len(histories) > 1 else dash, dash))
+                Line(
+                    name_of,
+                    x,
+                    [maps.digits(v) for v in rows[column]],
+                    look=(i % 8 if len(histories) > 1 else dash, dash),
+                )
             )
-    step = next((c for c in ("step", "examples", "epoch") if histories and c in histories[0][1]), "row")
+    step = next(
+        (c for c in ("step", "examples", "epoch") if histories and c in histories[0][1]), "row"
+    )
     return [
         {
             "name": group.replace("_", " "),
@@ -359,7 +434,10 @@ def history_charts(histories: Sequence[tuple[str, pd.DataFrame]]) -> list[dict[s
 # ---- an evaluation --------------------------------------------------------------------------------------------------------------
 
 
-DECODING = {"label": "the label string with the largest log-probability", "generate": "greedy free text, exact match"}
+DECODING = {
+    "label": "the label string with the largest log-probability",
+    "generate": "greedy free text, exact match",
+}
 
 
 def evaluate_view(run: Run, budget: int) -> dict[str, Any]:
@@ -394,7 +472,13 @@ def score_rows(scores: pd.DataFrame) -> list[dict[str, Any]]:
     classes = [c.removeprefix("f1_") for c in scores.columns if c.startswith("f1_")]
     return [
         {c: r.get(c) for c in SCORE_COLUMNS}
-        | {"classes": [(c, r.get(f"f1_{c}"), r.get(f"support_{c}")) for c in classes if r.get(f"support_{c}")]}
+        | {
+            "classes": [
+                (c, r.get(f"f1_{c}"), r.get(f"support_{c}"))
+                for c in classes
+                if r.get(f"support_{c}")
+            ]
+        }
         for r in rows
     ]
 
@@ -406,7 +490,12 @@ def accuracy_chart(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Mark
         return None if row[column] is None else 100.0 * row[column]
 
     drawn = [
-        (" · ".join(str(r[n]) for n in names), hundred(r, "accuracy") or 0.0, hundred(r, "accuracy_low"), hundred(r, "accuracy_high"))
+        (
+            " · ".join(str(r[n]) for n in names),
+            hundred(r, "accuracy") or 0.0,
+            hundred(r, "accuracy_low"),
+            hundred(r, "accuracy_high"),
+        )
         for r in rows
     ]
     return interval_chart(drawn, "accuracy (%)", [hundred(r, "majority") for r in rows])
@@ -433,7 +522,10 @@ def aggregate_rows(table: pd.DataFrame | None) -> list[dict[str, str]]:
     """Several seeds of one method, spelled out; intervals of shares end at 0 and 100."""
 
     def spread(r: dict[str, Any], what: str) -> str:
-        low, high = (None if r.get(f"{what}_{end}") is None else min(1.0, max(0.0, r[f"{what}_{end}"])) for end in ("low", "high"))
+        low, high = (
+            None if r.get(f"{what}_{end}") is None else min(1.0, max(0.0, r[f"{what}_{end}"]))
+            for end in ("low", "high")
+        )
         return f"{percent(r.get(what))} ± {percent(r.get(f'{what}_sd'))} [{percent(low)}, {percent(high)}]"
 
     return [
@@ -463,14 +555,25 @@ def confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
             (name, [(c, c / (sum(row) or 1), name == answers[j]) for j, c in enumerate(row)])
             for name, row in zip(names, whole["confusion"], strict=False)
         ]
-        found.append({"system": entry.get("system"), "data": entry.get("data"), "answers": answers, "rows": rows})
+        found.append(
+            {
+                "system": entry.get("system"),
+                "data": entry.get("data"),
+                "answers": answers,
+                "rows": rows,
+            }
+        )
     return found
 
 
 def side_effects(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Every edit's side effects: the table for reading where the run has one, and every number as a flat row."""
     return [
-        {"name": name, "table": record.get("summary") or [], "rows": _flat({k: v for k, v in record.items() if k != "summary"})}
+        {
+            "name": name,
+            "table": record.get("summary") or [],
+            "rows": _flat({k: v for k, v in record.items() if k != "summary"}),
+        }
         for name, record in found.items()
     ]
 
@@ -478,17 +581,38 @@ def side_effects(found: dict[str, Any]) -> list[dict[str, Any]]:
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         if {"value", "low", "high"} <= set(value):
-            between = "" if value["low"] is None else f" [{number(value['low'])}, {number(value['high'])}]"
+            between = (
+                ""
+                if value["low"] is None
+                else f" [{number(value['low'])}, {number(value['high'])}]"
+            )
             return [(path, number(value["value"]) + between)]
-        return [row for k, v in value.items() for row in _flat(v, f"{path} · {k}" if path else str(k))]
+        return [
+            row for k, v in value.items() for row in _flat(v, f"{path} · {k}" if path else str(k))
+        ]
     if isinstance(value, list):
         path = path.replace("_", " ")
         if all(not isinstance(v, (dict, list)) for v in value):
-            return [(path, ", ".join(number(v) for v in value[:12]) + (" …" if len(value) > 12 else ""))] if value else []
+            return (
+                [
+                    (
+                        path,
+                        ", ".join(number(v) for v in value[:12])
+                        + (" …" if len(value) > 12 else ""),
+                    )
+                ]
+                if value
+                else []
+            )
         return [
             row
             for i, v in enumerate(value)
-            for row in _flat(v, f"{path} · {v.get('name') or v.get('data') or i + 1}" if isinstance(v, dict) else f"{path} · {i + 1}")
+            for row in _flat(
+                v,
+                f"{path} · {v.get('name') or v.get('data') or i + 1}"
+                if isinstance(v, dict)
+                else f"{path} · {i + 1}",
+            )
         ]
     return [(path.replace("_", " "), number(value))]
 
@@ -503,7 +627,9 @@ def predictions(run: Run, most: int = PREDICTIONS) -> tuple[dict[str, Any], int]
         wrong_first = table["correct"].astype(bool).sort_values(kind="stable").index[:most]
         table = table.loc[sorted(wrong_first)]
     labels = [c.removeprefix("logprob_") for c in table.columns if c.startswith("logprob_")]
-    systems = list(dict.fromkeys(f"{s} · {d}" for s, d in zip(table["system"], table["data"], strict=True)))
+    systems = list(
+        dict.fromkeys(f"{s} · {d}" for s, d in zip(table["system"], table["data"], strict=True))
+    )
     rows = []
     for r in rows_of(table):
         scores = [r.get(f"logprob_{c}") for c in labels]
@@ -523,7 +649,10 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
     record, config, table = run.record, run.config, run.tables["matrix.csv"]
     rows = summary_rows(run.tables["summary.csv"])
     accounts = [d for d in (record.get("domains") or {}).values() if isinstance(d, dict)]
-    both = {word: _sources({"data": [d[word] for d in accounts if isinstance(d.get(word), dict)]}) for word in ("train", "test")}
+    both = {
+        word: _sources({"data": [d[word] for d in accounts if isinstance(d.get(word), dict)]})
+        for word in ("train", "test")
+    }
     facts = [
         ("Model", _model(record, config)), ("Domains", ", ".join(map(str, table["test"].drop_duplicates()))),
         ("Trainings", record.get("trainings")), ("Seeds", ", ".join(map(str, config.get("seeds") or []))),
@@ -541,7 +670,12 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
 def summary_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a method; columns that an older run lacks are None."""
     columns = ("method", "trainable", "share", "seeds", "seconds", "peak_memory_mib")
-    measured = [f"{m}_{where}{sd}" for m in ("accuracy", "macro_f1") for where in ("in", "out") for sd in ("", "_sd")]
+    measured = [
+        f"{m}_{where}{sd}"
+        for m in ("accuracy", "macro_f1")
+        for where in ("in", "out")
+        for sd in ("", "_sd")
+    ]
     return [{c: r.get(c) for c in (*columns, *measured)} for r in rows_of(table)]
 
 
@@ -553,7 +687,11 @@ def _spread(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, float | No
             mean, sd = r[f"accuracy_{where}"], r[f"accuracy_{where}_sd"]
             if mean is not None:
                 drawn.append(
-                    (f"{r['method']}{words}", 100 * mean, *((None, None) if sd is None else (100 * (mean - sd), 100 * (mean + sd))))
+                    (
+                        f"{r['method']}{words}",
+                        100 * mean,
+                        *((None, None) if sd is None else (100 * (mean - sd), 100 * (mean + sd))),
+                    )
                 )
     return drawn
 
@@ -577,12 +715,25 @@ def domain_maps(table: pd.DataFrame) -> list[dict[str, Any]]:
                     continue
                 mean = float(seeds.mean())
                 spread = f" ± {100 * seeds.std(ddof=1):.1f}" if len(seeds) > 1 else ""
-                said = (
-                    f"{method}, {f'trained on {train}' if train else 'untrained'}, tested on {test}: {', '.join(percent(x) for x in seeds)}"
+                said = f"{method}, {f'trained on {train}' if train else 'untrained'}, tested on {test}: {', '.join(percent(x) for x in seeds)}"
+                cells.append(
+                    {
+                        "mean": mean,
+                        "spread": spread,
+                        "said": said,
+                        "v": (mean - low) / ((high - low) or 1),
+                        "own": train == test,
+                    }
                 )
-                cells.append({"mean": mean, "spread": spread, "said": said, "v": (mean - low) / ((high - low) or 1), "own": train == test})
             lines.append((str(train), cells))
-        found.append({"method": str(method), "tests": tests, "lines": lines, "majority": [majority.get(t) for t in tests]})
+        found.append(
+            {
+                "method": str(method),
+                "tests": tests,
+                "lines": lines,
+                "majority": [majority.get(t) for t in tests],
+            }
+        )
     return found
 
 
@@ -591,9 +742,13 @@ def domain_maps(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """Runs of one kind side by side."""
-    traces, trainings, evaluations, matrices = ([r for r in runs if r.kind == k] for k in ("trace", "train", "evaluate", "matrix"))
+    traces, trainings, evaluations, matrices = (
+        [r for r in runs if r.kind == k] for k in ("trace", "train", "evaluate", "matrix")
+    )
     histories = [(r.name, r.tables["history.csv"]) for r in trainings if "history.csv" in r.tables]
-    scores = [{**row, "run": r.name} for r in evaluations for row in score_rows(r.tables["scores.csv"])]
+    scores = [
+        {**row, "run": r.name} for r in evaluations for row in score_rows(r.tables["scores.csv"])
+    ]
     everything = [r for r in scores if r["subset"] == "all"] or scores
     return {
         "runs": [{"name": r.name, "word": WORDS[r.kind]} for r in runs], "traces": _trace_table(traces), "agreement": _agreement(traces),
@@ -651,7 +806,9 @@ def _training_row(run: Run) -> dict[str, Any]:
     edit, history = run.notes["edit.json"], run.tables.get("history.csv")
 
     def last(column: str) -> float | None:
-        known = history[column].dropna().tolist() if history is not None and column in history else []
+        known = (
+            history[column].dropna().tolist() if history is not None and column in history else []
+        )
         return maps.digits(known[-1]) if known else None
 
     return {

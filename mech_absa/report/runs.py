@@ -16,8 +16,18 @@ import pandas as pd
 from ..errors import DataError
 
 Kind = Literal["trace", "train", "evaluate", "matrix"]
-SIGNS: dict[str, Kind] = {"effects.parquet": "trace", "edit.json": "train", "scores.csv": "evaluate", "matrix.csv": "matrix"}
-WORDS: dict[str, str] = {"trace": "Trace", "train": "Training", "evaluate": "Evaluation", "matrix": "Domain matrix"}
+SIGNS: dict[str, Kind] = {
+    "effects.parquet": "trace",
+    "edit.json": "train",
+    "scores.csv": "evaluate",
+    "matrix.csv": "matrix",
+}
+WORDS: dict[str, str] = {
+    "trace": "Trace",
+    "train": "Training",
+    "evaluate": "Evaluation",
+    "matrix": "Domain matrix",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +58,13 @@ class Run:
 FILES: dict[str, tuple[str, ...]] = {
     "trace": ("effects.parquet", "pairs.parquet", "importance.csv", "about.json", "sites.json"),
     "train": ("history.csv", "edit.json"),
-    "evaluate": ("scores.csv", "predictions.parquet", "comparisons.csv", "aggregate.csv", "side_effects.json"),
+    "evaluate": (
+        "scores.csv",
+        "predictions.parquet",
+        "comparisons.csv",
+        "aggregate.csv",
+        "side_effects.json",
+    ),
     "matrix": ("matrix.csv", "summary.csv"),
 }
 NEEDED = {
@@ -68,12 +84,18 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; the --out folder of a trace, a training, an evaluation or a domain matrix is needed")
+        raise DataError(
+            f"there is no folder {folder}; the --out folder of a trace, a training, an evaluation or a domain matrix is needed"
+        )
     kind = next((k for sign, k in SIGNS.items() if (folder / sign).is_file()), None)
     if kind is None:
-        raise DataError(f"{folder} holds no run: none of {', '.join(SIGNS)} is there; the --out folder of a finished run is needed")
+        raise DataError(
+            f"{folder} holds no run: none of {', '.join(SIGNS)} is there; the --out folder of a finished run is needed"
+        )
     if missing := [f for f in NEEDED[kind] if not (folder / f).is_file()]:
-        raise DataError(f"{folder} holds only part of a {kind} run: {missing[0]} is missing; let the run finish first")
+        raise DataError(
+            f"{folder} holds only part of a {kind} run: {missing[0]} is missing; let the run finish first"
+        )
     tables: dict[str, pd.DataFrame] = {}
     notes: dict[str, Any] = {}
     for file in (*FILES[kind], "run.json"):
@@ -86,11 +108,22 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             elif path.suffix == ".csv":
                 tables[file] = pd.read_csv(path)
             else:
-                tables[file] = pd.read_parquet(path, columns=EFFECT_COLUMNS if file == "effects.parquet" else None)
+                tables[file] = pd.read_parquet(
+                    path, columns=EFFECT_COLUMNS if file == "effects.parquet" else None
+                )
         except (ValueError, OSError, KeyError) as error:
-            raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}); make the run again") from None
+            raise DataError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); make the run again"
+            ) from None
     record = notes.pop("run.json", {})
-    return Run(folder, kind, name or folder.resolve().name, record if isinstance(record, dict) else {}, tables, notes)
+    return Run(
+        folder,
+        kind,
+        name or folder.resolve().name,
+        record if isinstance(record, dict) else {},
+        tables,
+        notes,
+    )
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -100,5 +133,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
     depth = 1
     while len(set(names)) < len(names) and depth < 8:
         depth += 1
-        names = [n if names.count(n) == 1 else "/".join(p.parts[-depth:]) for n, p in zip(names, paths, strict=True)]
+        names = [
+            n if names.count(n) == 1 else "/".join(p.parts[-depth:])
+            for n, p in zip(names, paths, strict=True)
+        ]
     return [read_run(f, n) for f, n in zip(folders, names, strict=True)]

@@ -36,9 +36,9 @@ from ..axes import LabelScores
 from ..edits.edit import Edit
 from ..errors import ConfigError, RunFolderError
 from ..examples import Example, class_counts, content_hash, split_by_sentence
-from ..forward import last
 from ..metrics import Need
-from ..models import Model
+from ..model import Model
+from ..model.forward import last
 from ..progress import bar
 from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from ..records import atomic, fingerprint, plain, versions
@@ -82,12 +82,22 @@ class Task:
         cache: of streams below the edit.
     """
 
-    def __init__(self, model: Model, kind: str, template: PromptTemplate | None, verbalizer: Verbalizer | None, cache: PrefixCache):
+    def __init__(
+        self,
+        model: Model,
+        kind: str,
+        template: PromptTemplate | None,
+        verbalizer: Verbalizer | None,
+        cache: PrefixCache,
+    ):
         self.model, self.kind, self.cache = model, kind, cache
         self.template, self.verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
         self.continuations = self.verbalizer.continuations(model.tokenizer, self.template)
         eos = model.tokenizer.eos_token_id
-        self.answers = [ids if eos is None else (*ids, eos) for ids in self.verbalizer.label_ids(model.tokenizer, self.template)]
+        self.answers = [
+            ids if eos is None else (*ids, eos)
+            for ids in self.verbalizer.label_ids(model.tokenizer, self.template)
+        ]
 
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """Examples -> questions, in their order."""
@@ -96,13 +106,17 @@ class Task:
             prompt = question(self.model, example, self.template)
             gold = self.verbalizer.index(example.polarity)
             if self.kind == "text":
-                runs: tuple[Tokens, ...] = (extend(prompt, Continuation(self.answers[gold][:-1], ())),)
+                runs: tuple[Tokens, ...] = (
+                    extend(prompt, Continuation(self.answers[gold][:-1], ())),
+                )
             else:
                 runs = tuple(extend(prompt, c) for c in self.continuations)
             made.append(Question(prompt, runs, gold, self.answers[gold]))
         return made
 
-    def last(self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
+    def last(
+        self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]
+    ) -> Float[Tensor, "batch read d_model"]:
         """The residual stream after the last block where it is read, from the kept stream below the edit on."""
         start = edit.layers[0] if edit is not None else 0
         points = edit.points(self.model, tokens) if edit is not None else ()
@@ -113,14 +127,36 @@ class Task:
         gold = torch.tensor([q.gold for q in batch], device=self.model.device)
         if self.kind == "text":
             tokens = Tokens.stack([q.runs[0] for q in batch])
-            longest = max(len(q.answer) for q in batch)  # shorter answers are read again at their last token, with no weight
-            reads = torch.tensor([[q.prompt.lengths[0] - 1 + min(j, len(q.answer) - 1) for j in range(longest)] for q in batch])
+            longest = max(
+                len(q.answer) for q in batch
+            )  # shorter answers are read again at their last token, with no weight
+            reads = torch.tensor(
+                [
+                    [q.prompt.lengths[0] - 1 + min(j, len(q.answer) - 1) for j in range(longest)]
+                    for q in batch
+                ]
+            )
             rows = self.last(edit, tokens, reads).flatten(0, 1)
-            target = torch.tensor([q.answer[min(j, len(q.answer) - 1)] for q in batch for j in range(longest)], device=rows.device)
-            weight = torch.tensor([(j < len(q.answer)) / len(q.answer) for q in batch for j in range(longest)], device=rows.device)
-            return (F.cross_entropy(self.model.finish(rows, None, "vocabulary"), target, reduction="none") * weight).sum()
+            target = torch.tensor(
+                [q.answer[min(j, len(q.answer) - 1)] for q in batch for j in range(longest)],
+                device=rows.device,
+            )
+            weight = torch.tensor(
+                [(j < len(q.answer)) / len(q.answer) for q in batch for j in range(longest)],
+                device=rows.device,
+            )
+            return (
+                F.cross_entropy(
+                    self.model.finish(rows, None, "vocabulary"), target, reduction="none"
+                )
+                * weight
+            ).sum()
         # The normaliser cancels where all labels are read at one place.
-        need: Need = "labels" if len(self.continuations) == 1 and self.continuations[0].reads == 1 else "normaliser"
+        need: Need = (
+            "labels"
+            if len(self.continuations) == 1 and self.continuations[0].reads == 1
+            else "normaliser"
+        )
         columns_of, parts = [], []
         for which, continuation in enumerate(self.continuations):
             tokens = Tokens.stack([q.runs[which] for q in batch])
@@ -131,10 +167,14 @@ class Task:
         return F.cross_entropy(torch.cat(parts, 1)[:, order], gold, reduction="sum")
 
     @torch.no_grad()
-    def scores(self, edit: Edit | None, questions: Sequence[Question], batch_size: int = 32) -> LabelScores:
+    def scores(
+        self, edit: Edit | None, questions: Sequence[Question], batch_size: int = 32
+    ) -> LabelScores:
         """What `scoring.label_scores` gives, with the streams below the edit kept for the next edit."""
         if edit is not None:
-            self.cache.fill(edit.layers[0], [extend(q.prompt, c) for q in questions for c in self.continuations])
+            self.cache.fill(
+                edit.layers[0], [extend(q.prompt, c) for q in questions for c in self.continuations]
+            )
         made = torch.zeros(len(questions), len(self.verbalizer.words), dtype=torch.float64)
         order = sorted(range(len(questions)), key=lambda i: questions[i].prompt.lengths[0])
         for start in range(0, len(order), batch_size):
@@ -142,15 +182,25 @@ class Task:
             prompts = Tokens.stack([questions[i].prompt for i in rows])
             for continuation in self.continuations:
                 tokens = extend(prompts, continuation)
-                part = read_labels(self.model, self.last(edit, tokens, positions_read(tokens.lengths, continuation)), continuation)
-                made[torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])] = part.to("cpu", torch.float64)
+                part = read_labels(
+                    self.model,
+                    self.last(edit, tokens, positions_read(tokens.lengths, continuation)),
+                    continuation,
+                )
+                made[
+                    torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])
+                ] = part.to("cpu", torch.float64)
         return made
 
-    def quality(self, edit: Edit, questions: Sequence[Question], batch_size: int) -> tuple[float, float]:
+    def quality(
+        self, edit: Edit, questions: Sequence[Question], batch_size: int
+    ) -> tuple[float, float]:
         """(mean cross-entropy over the labels, accuracy), whatever the loss is."""
         scores = self.scores(edit, questions, batch_size)
         gold = torch.tensor([q.gold for q in questions])
-        return float(F.cross_entropy(scores, gold)), float((scores.argmax(-1) == gold).double().mean())
+        return float(F.cross_entropy(scores, gold)), float(
+            (scores.argmax(-1) == gold).double().mean()
+        )
 
 
 @dataclass
@@ -248,12 +298,27 @@ def fit(
     state = Progress()
     optimiser = torch.optim.AdamW(
         [
-            {"params": list(intervention.parameters()), "lr": part.lr, "rate": part.lr, "weight_decay": part.weight_decay}
+            {
+                "params": list(intervention.parameters()),
+                "lr": part.lr,
+                "rate": part.lr,
+                "weight_decay": part.weight_decay,
+            }
             for intervention, part in zip(edit, edit.parts, strict=True)
         ],
         foreach=None,
     )
-    key = fingerprint([model.sha256, preset, seed, content_hash(train), content_hash(held), task.template, task.verbalizer])
+    key = fingerprint(
+        [
+            model.sha256,
+            preset,
+            seed,
+            content_hash(train),
+            content_hash(held),
+            task.template,
+            task.verbalizer,
+        ]
+    )
     best = _copy(edit)
     if checkpoint is not None and Path(checkpoint).exists():
         state, best = _resume(Path(checkpoint), key, edit, optimiser)
@@ -274,8 +339,17 @@ def fit(
                 for g in optimiser.param_groups:
                     g["lr"] = g["rate"] * rate
                 with _seeded(seed, state.step, model.device):
-                    loss = _gradients(task, edit.train(), [[questions[i] for i in b] for b in group], team, optimiser, state.step)
-                norm = float(torch.nn.utils.clip_grad_norm_(edit.parameters(), preset.clip or math.inf))
+                    loss = _gradients(
+                        task,
+                        edit.train(),
+                        [[questions[i] for i in b] for b in group],
+                        team,
+                        optimiser,
+                        state.step,
+                    )
+                norm = float(
+                    torch.nn.utils.clip_grad_norm_(edit.parameters(), preset.clip or math.inf)
+                )
                 edit.eval()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     state.stopped = f"the loss was {loss} at step {state.step + 1}; the last good state was kept"
@@ -306,7 +380,11 @@ def fit(
                 if on_step is not None:
                     on_step(state)
                 advance(1)
-                if checkpoint is not None and team.rank == 0 and (state.step % checkpoint_every == 0 or state.batch == 0):
+                if (
+                    checkpoint is not None
+                    and team.rank == 0
+                    and (state.step % checkpoint_every == 0 or state.batch == 0)
+                ):
                     _save(Path(checkpoint), key, edit, best, optimiser, state)
                 if state.batch == 0:
                     break
@@ -356,11 +434,18 @@ def schedule(preset: Preset, step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[preset.schedule]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        preset.schedule
+    ]
 
 
 def _gradients(
-    task: Task, edit: Edit, group: Sequence[Sequence[Question]], team: Team, optimiser: torch.optim.Optimizer, step: int
+    task: Task,
+    edit: Edit,
+    group: Sequence[Sequence[Question]],
+    team: Team,
+    optimiser: torch.optim.Optimizer,
+    step: int,
 ) -> float:
     """The gradient of the mean loss over all questions of the group, left in the parameters; the loss."""
     optimiser.zero_grad(set_to_none=True)
@@ -387,7 +472,12 @@ def _gradients(
 
 
 def _choose(
-    task: Task, edit: Edit, held: Sequence[Question], preset: Preset, state: Progress, best: dict[str, Tensor]
+    task: Task,
+    edit: Edit,
+    held: Sequence[Question],
+    preset: Preset,
+    state: Progress,
+    best: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Validate after an epoch: the better parameters, and whether it is time to stop."""
     loss, accuracy = task.quality(edit, held, max(32, preset.batch_size))
@@ -439,16 +529,29 @@ def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
 # ---- checkpoints ------------------------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, key: str, edit: Edit, best: dict[str, Tensor], optimiser: torch.optim.Optimizer, state: Progress) -> None:
+def _save(
+    path: Path,
+    key: str,
+    edit: Edit,
+    best: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    state: Progress,
+) -> None:
     tensors = {}
     for name, p in edit.named_parameters():
         tensors[f"now/{name}"], tensors[f"best/{name}"] = p.detach(), best[name]
         tensors |= {f"{slot}/{name}": value for slot, value in optimiser.state.get(p, {}).items()}
     with atomic(path) as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"key": key, "state": json.dumps(plain(state))})
+        save_file(
+            {k: v.contiguous().cpu() for k, v in tensors.items()},
+            temporary,
+            {"key": key, "state": json.dumps(plain(state))},
+        )
 
 
-def _resume(path: Path, key: str, edit: Edit, optimiser: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor]]:
+def _resume(
+    path: Path, key: str, edit: Edit, optimiser: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor]]:
     """The state of a killed run, put back into the edit and the optimiser.
 
     Raises:
@@ -459,13 +562,21 @@ def _resume(path: Path, key: str, edit: Edit, optimiser: torch.optim.Optimizer) 
             about = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise RunFolderError(f"{path}: the checkpoint is damaged ({error}); remove it to begin again") from None
+        raise RunFolderError(
+            f"{path}: the checkpoint is damaged ({error}); remove it to begin again"
+        ) from None
     if about.get("key") != key:
-        raise RunFolderError(f"{path}: the checkpoint is of another model, data, preset or seed; remove it, or give the same again")
+        raise RunFolderError(
+            f"{path}: the checkpoint is of another model, data, preset or seed; remove it, or give the same again"
+        )
     for name, p in edit.named_parameters():
         with torch.no_grad():
             p.copy_(tensors[f"now/{name}"])
-        slots = {s: tensors[f"{s}/{name}"] for s in ("step", "exp_avg", "exp_avg_sq") if f"{s}/{name}" in tensors}
+        slots = {
+            s: tensors[f"{s}/{name}"]
+            for s in ("step", "exp_avg", "exp_avg_sq")
+            if f"{s}/{name}" in tensors
+        }
         if slots:
             optimiser.state[p] = {s: v if s == "step" else v.to(p.device) for s, v in slots.items()}
     best = {name: tensors[f"best/{name}"].to(p.device) for name, p in edit.named_parameters()}

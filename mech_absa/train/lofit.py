@@ -15,7 +15,7 @@ from typing import Any
 from ..edits.edit import Edit
 from ..errors import ConfigError
 from ..examples import Example
-from ..models import Model
+from ..model import Model
 from ..prompts import PromptTemplate, Verbalizer
 from ..sites import Site
 from .fit import fit
@@ -61,17 +61,35 @@ def lofit(
     Raises:
         ConfigError: no head, or more than there are, should be kept.
     """
-    places = [Site(layer, "head", h, at) for layer in (range(model.n_layers) if layers is None else layers) for h in range(model.n_heads)]
+    places = [
+        Site(layer, "head", h, at)
+        for layer in (range(model.n_layers) if layers is None else layers)
+        for h in range(model.n_heads)
+    ]
     if not 1 <= heads <= len(places):
-        raise ConfigError(f"{heads} heads were asked for; accepted: 1 to {len(places)}, which is all of the layers")
+        raise ConfigError(
+            f"{heads} heads were asked for; accepted: 1 to {len(places)}, which is all of the layers"
+        )
     how: dict[str, Any] = {
         "validation": validation, "seed": seed, "template": template, "verbalizer": verbalizer, "progress": progress,
         "cache": cache if cache is not None else PrefixCache(model),
     }  # fmt: skip
     scales = parts("head_gate", places, lr[0], gates="none", charge=charge)
-    first = fit(model, train, Preset("lofit heads", scales, epochs=epochs[0], batch_size=batch_size), **how)
+    first = fit(
+        model, train, Preset("lofit heads", scales, epochs=epochs[0], batch_size=batch_size), **how
+    )
     size = {str(i.place): float(i.get_parameter("m").detach().norm()) for i in first}
     order = sorted(places, key=lambda site: -size[str(site)])
     chosen = sorted(order[:heads])
-    edit = fit(model, train, Preset("lofit", parts("steering", chosen, lr[1]), epochs=epochs[1], batch_size=batch_size), **how)
-    return edit.with_record(lofit={"sizes": {str(site): round(size[str(site)], 6) for site in order}, "first_phase": first.record})
+    edit = fit(
+        model,
+        train,
+        Preset("lofit", parts("steering", chosen, lr[1]), epochs=epochs[1], batch_size=batch_size),
+        **how,
+    )
+    return edit.with_record(
+        lofit={
+            "sizes": {str(site): round(size[str(site)], 6) for site in order},
+            "first_phase": first.record,
+        }
+    )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..axes import Resid
-from ..forward import advance
-from ..models import Model
+from ..model import Model
+from ..model.forward import advance
 from ..prompts import Tokens
 
 TOKENS_A_PASS = 1024
@@ -37,7 +37,9 @@ class PrefixCache:
         computed: tokens run through a block so far, over all blocks: what a test or a benchmark counts.
     """
 
-    def __init__(self, model: Model, budget: int = 1 << 30, device: torch.device | str | None = None):
+    def __init__(
+        self, model: Model, budget: int = 1 << 30, device: torch.device | str | None = None
+    ):
         self.model, self.budget = model, budget
         self.device = torch.device(device) if device is not None else model.device
         self.used = 0
@@ -61,7 +63,9 @@ class PrefixCache:
             missing[key] = tokens
         todo = sorted(missing.items(), key=lambda item: (item[1].lengths[0], item[0]))
         while todo:
-            rows = max(1, TOKENS_A_PASS // todo[-1][1].lengths[0])  # the longest first, so that a pass that is too big is seen at once
+            rows = max(
+                1, TOKENS_A_PASS // todo[-1][1].lengths[0]
+            )  # the longest first, so that a pass that is too big is seen at once
             batch, todo = todo[-rows:], todo[:-rows]
             streams = self._run(layer, Tokens.stack([tokens for _, tokens in batch]))
             for (key, tokens), stream in zip(batch, streams, strict=True):
@@ -82,8 +86,12 @@ class PrefixCache:
         rows = [kept.get(_key(ids[i, :n])) for i, n in enumerate(tokens.lengths)]
         if not kept or any(r is None for r in rows):
             return None
-        stacked = torch.nn.utils.rnn.pad_sequence([r for r in rows if r is not None], batch_first=True)
-        return torch.nn.functional.pad(stacked, (0, 0, 0, tokens.ids.shape[1] - stacked.shape[1])).to(self.model.device)
+        stacked = torch.nn.utils.rnn.pad_sequence(
+            [r for r in rows if r is not None], batch_first=True
+        )
+        return torch.nn.functional.pad(
+            stacked, (0, 0, 0, tokens.ids.shape[1] - stacked.shape[1])
+        ).to(self.model.device)
 
     @torch.no_grad()
     def _run(self, layer: int, tokens: Tokens) -> Resid:

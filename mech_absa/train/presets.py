@@ -30,7 +30,7 @@ from typing import Any, Literal
 from ..edits.base import Part, Shape
 from ..edits.edit import at_rates
 from ..errors import ConfigError, SiteError, choices
-from ..models import Model
+from ..model import Model
 from ..sites import Site, parse_layers
 
 Loss = Literal["labels", "text"]
@@ -88,7 +88,9 @@ class Preset:
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup is {self.warmup}; accepted: a share of the steps, 0 to 1")
         if bad := [p for p in self.parts if not p.lr >= 0]:
-            raise ConfigError(f"the learning rate of {bad[0].family} is {bad[0].lr}; accepted: 0 or more")
+            raise ConfigError(
+                f"the learning rate of {bad[0].family} is {bad[0].lr}; accepted: 0 or more"
+            )
 
     def but(self, **changes: Any) -> Preset:
         """The same, with some things otherwise."""
@@ -112,9 +114,14 @@ def read_sites(sites: Sites) -> list[Site]:
         return [sites]
     if isinstance(sites, os.PathLike) or (isinstance(sites, str) and sites.endswith(".json")):
         return sites_file(sites)[0]
-    found = [s if isinstance(s, Site) else Site.parse(s) for s in (sites.split() if isinstance(sites, str) else sites)]
+    found = [
+        s if isinstance(s, Site) else Site.parse(s)
+        for s in (sites.split() if isinstance(sites, str) else sites)
+    ]
     if not found:
-        raise SiteError("no sites were given to edit; at least one is needed, such as L5.resid_post@query.last")
+        raise SiteError(
+            "no sites were given to edit; at least one is needed, such as L5.resid_post@query.last"
+        )
     return found
 
 
@@ -128,20 +135,28 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SiteError(f"{path}: the sites cannot be read ({error.strerror}); the sites.json of a traced run is needed") from None
+        raise SiteError(
+            f"{path}: the sites cannot be read ({error.strerror}); the sites.json of a traced run is needed"
+        ) from None
     except ValueError:
         raise SiteError(f"{path}: not JSON; the sites.json of a traced run is needed") from None
     data = data if isinstance(data, dict) else {"sites": data}
     named = data.get("sites")
     if not isinstance(named, list) or not named:
-        raise SiteError(f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed")
+        raise SiteError(
+            f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed"
+        )
     try:
-        return [Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named], data
+        return [
+            Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named
+        ], data
     except SiteError as error:
         raise SiteError(f"{path}: {error}") from None
 
 
-def traced_sites(path: str | os.PathLike[str], model: Model, anywhere: bool = False) -> tuple[list[Site], list[str]]:
+def traced_sites(
+    path: str | os.PathLike[str], model: Model, anywhere: bool = False
+) -> tuple[list[Site], list[str]]:
     """The sites of a sites.json, for a model: the one they were traced in, or the one that became it by an adapter.
 
     The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and either will do. Weights of another
@@ -163,15 +178,22 @@ def traced_sites(path: str | os.PathLike[str], model: Model, anywhere: bool = Fa
     sites, said = sites_file(path)
     notes = []
     traced = said.get("model")
-    if isinstance(traced, dict) and model.sha256 not in (traced.get("sha256"), traced.get("base_sha256")):
+    if isinstance(traced, dict) and model.sha256 not in (
+        traced.get("sha256"),
+        traced.get("base_sha256"),
+    ):
         found = f"these sites were found in {traced.get('name', 'a model')} (weights {str(traced.get('sha256'))[:12]}, {traced.get('n_layers', '?')} layers)"
         mine = f"{model.name} has others ({model.sha256[:12]}, {model.n_layers} layers)"
         this = traced_in(model)
         alike = all(traced.get(k) == this[k] for k in ("name", "n_layers", "n_heads", "d_model"))
         if alike and traced.get("dtype") != this["dtype"]:
-            notes.append(f"{path}: {found} in {traced.get('dtype')}, so that its weights cannot be compared with those of {model.name}")
+            notes.append(
+                f"{path}: {found} in {traced.get('dtype')}, so that its weights cannot be compared with those of {model.name}"
+            )
         elif anywhere:
-            notes.append(f"{path}: {found}, and {mine}; they are edited all the same, as was asked for")
+            notes.append(
+                f"{path}: {found}, and {mine}; they are edited all the same, as was asked for"
+            )
         else:
             raise SiteError(
                 f"{path}: {found}, and {mine}; trace this model, say the layers with --layers, or give --any-sites to edit there"
@@ -182,7 +204,11 @@ def traced_sites(path: str | os.PathLike[str], model: Model, anywhere: bool = Fa
         raise SiteError(f"{path}: {error}") from None
 
 
-def range_sites(layers: str | Iterable[int], positions: Iterable[str | int | None] = (LAST_OF_QUERY,), n_layers: int = 10**6) -> list[Site]:
+def range_sites(
+    layers: str | Iterable[int],
+    positions: Iterable[str | int | None] = (LAST_OF_QUERY,),
+    n_layers: int = 10**6,
+) -> list[Site]:
     """The outputs of a range of layers, at every one of `positions`."""
     chosen = parse_layers(layers, n_layers) if isinstance(layers, str) else tuple(layers)
     return [Site(layer, "resid_post", None, at) for layer in chosen for at in positions]
@@ -195,7 +221,8 @@ def _layers(sites: Sequence[Site]) -> list[int]:
 def _outputs(sites: Sequence[Site]) -> list[Site]:
     """The layer outputs at the sites' layers and positions (the paper's position, where a site has none)."""
     return sorted(
-        {Site(s.layer, "resid_post", None, LAST_OF_QUERY if s.at is None else s.at) for s in sites}, key=lambda s: (s.layer, str(s.at))
+        {Site(s.layer, "resid_post", None, LAST_OF_QUERY if s.at is None else s.at) for s in sites},
+        key=lambda s: (s.layer, str(s.at)),
     )
 
 
@@ -212,7 +239,9 @@ def matrices(layers: Iterable[int], *names: str) -> list[str]:
 # ---- the paper ------------------------------------------------------------------------------------------------------------------
 
 
-def both_parts(sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any) -> tuple[Part, ...]:
+def both_parts(
+    sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any
+) -> tuple[Part, ...]:
     """The paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs and positions."""
     found = read_sites(sites)
     return (
@@ -221,15 +250,33 @@ def both_parts(sites: Sites, *, rank: int, lr_weight: float, lr_representation: 
     )
 
 
-def paper(sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2) -> Preset:
+def paper(
+    sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2
+) -> Preset:
     """The edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not state, is that of the authors' code."""
-    made = both_parts(sites, rank=rank, lr_weight=3e-4, lr_representation=1e-5, alpha=alpha, rank_stabilised=True, dropout=0.05)
+    made = both_parts(
+        sites,
+        rank=rank,
+        lr_weight=3e-4,
+        lr_representation=1e-5,
+        alpha=alpha,
+        rank_stabilised=True,
+        dropout=0.05,
+    )
     return Preset("paper", made, epochs=epochs, batch_size=batch_size, loss="text", clip=1.0)
 
 
 def authors_code(sites: Sites, *, rank: int = 4, alpha: float = 8.0) -> Preset:
     """The edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up, batches of 2, one epoch."""
-    made = both_parts(sites, rank=rank, lr_weight=2e-5, lr_representation=2e-5, alpha=alpha, rank_stabilised=True, dropout=0.05)
+    made = both_parts(
+        sites,
+        rank=rank,
+        lr_weight=2e-5,
+        lr_representation=2e-5,
+        alpha=alpha,
+        rank_stabilised=True,
+        dropout=0.05,
+    )
     return Preset("authors_code", made, epochs=1, batch_size=2, loss="text", clip=1.0)
 
 
@@ -238,21 +285,35 @@ _UP_DOWN = ("W_Q", "W_K", "W_V", "W_in", "W_out")
 
 def _lora(shape: Shape, layers: Iterable[int] | None = None, family: str = "lora") -> Preset:
     layers = range(shape.n_layers) if layers is None else layers
-    return Preset(family, parts(family, matrices(layers, *_UP_DOWN), 1e-4, rank=32, alpha=64.0), batch_size=2, loss="text")
+    return Preset(
+        family,
+        parts(family, matrices(layers, *_UP_DOWN), 1e-4, rank=32, alpha=64.0),
+        batch_size=2,
+        loss="text",
+    )
 
 
 def _loreft(shape: Shape, layers: Iterable[int] | None = None) -> Preset:
     layers = range(shape.n_layers) if layers is None else layers
-    return Preset("loreft", parts("loreft", range_sites(layers), 2e-5, rank=8), batch_size=2, loss="text")
+    return Preset(
+        "loreft", parts("loreft", range_sites(layers), 2e-5, rank=8), batch_size=2, loss="text"
+    )
 
 
 def _adapter(shape: Shape) -> Preset:
-    places = [Site(layer, kind) for layer in range(shape.n_layers) for kind in ("attn_out", "mlp_out")]
+    places = [
+        Site(layer, kind) for layer in range(shape.n_layers) for kind in ("attn_out", "mlp_out")
+    ]
     return Preset("adapter", parts("adapter", places, 1e-4, rank=256), batch_size=2, loss="text")
 
 
 def _prefix(shape: Shape) -> Preset:
-    return Preset("prefix", parts("prefix", (f"L{layer}" for layer in range(shape.n_layers)), 1e-4, length=10), batch_size=2, loss="text")
+    return Preset(
+        "prefix",
+        parts("prefix", (f"L{layer}" for layer in range(shape.n_layers)), 1e-4, length=10),
+        batch_size=2,
+        loss="text",
+    )
 
 
 L_STAR = range(10, 16)
@@ -314,7 +375,14 @@ METHODS = (
 )
 
 
-def bundled(sites: Sites, method: str = "both", *, rank: int = 4, epochs: int = 3, shape: Shape | None = None) -> Preset:
+def bundled(
+    sites: Sites,
+    method: str = "both",
+    *,
+    rank: int = 4,
+    epochs: int = 3,
+    shape: Shape | None = None,
+) -> Preset:
     """A method at `sites`, with rates that suit small models.
 
     Args:
@@ -329,7 +397,11 @@ def bundled(sites: Sites, method: str = "both", *, rank: int = 4, epochs: int = 
     """
     found = read_sites(sites)
     layers = _layers(found)
-    names = (shape.matrices if shape is not None else ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")) if method in ("bitfit", "full") else ()
+    names = (
+        (shape.matrices if shape is not None else ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"))
+        if method in ("bitfit", "full")
+        else ()
+    )
     heads = range(shape.n_heads if shape is not None else 0)
     low_rank = {"rank": rank, "alpha": 2.0 * rank, "rank_stabilised": False}
     rate = RATES.get(method, 0.0)
@@ -338,19 +410,41 @@ def bundled(sites: Sites, method: str = "both", *, rank: int = 4, epochs: int = 
     if method == "head_gate" and shape is None:
         raise ConfigError("head_gate acts on every head of a layer; give the shape of the model")
     made = {
-        "both": lambda: both_parts(found, rank=rank, lr_weight=RATES["lora"], lr_representation=RATES["loreft"], alpha=2.0 * rank),
+        "both": lambda: both_parts(
+            found,
+            rank=rank,
+            lr_weight=RATES["lora"],
+            lr_representation=RATES["loreft"],
+            alpha=2.0 * rank,
+        ),
         "lora_o": lambda: parts("lora", matrices(layers, "W_O"), RATES["lora"], **low_rank),
         "lora": lambda: parts("lora", matrices(layers, *_UP_DOWN), rate, **low_rank),
         "dora": lambda: parts("dora", matrices(layers, *_UP_DOWN), rate, **low_rank),
         "prefix": lambda: parts("prefix", (f"L{layer}" for layer in layers), rate, length=rank),
-        "adapter": lambda: parts("adapter", (Site(layer, kind) for layer in layers for kind in ("attn_out", "mlp_out")), rate, rank=rank),
+        "adapter": lambda: parts(
+            "adapter",
+            (Site(layer, kind) for layer in layers for kind in ("attn_out", "mlp_out")),
+            rate,
+            rank=rank,
+        ),
         "bitfit": lambda: parts("bitfit", matrices(layers, *names), rate),
         "full": lambda: parts("full", matrices(layers, *names), rate),
-        "head_gate": lambda: parts("head_gate", (Site(layer, "head", h) for layer in layers for h in heads), rate),
+        "head_gate": lambda: parts(
+            "head_gate", (Site(layer, "head", h) for layer in layers for h in heads), rate
+        ),
         "red": lambda: parts(method, _outputs(found), rate),
         "steering": lambda: parts(method, _outputs(found), rate),
     }.get(method, lambda: parts(method, _outputs(found), rate, rank=rank))()
-    return Preset(method, made, epochs=epochs, batch_size=16, schedule="linear", warmup=0.05, clip=1.0, loss="labels")
+    return Preset(
+        method,
+        made,
+        epochs=epochs,
+        batch_size=16,
+        schedule="linear",
+        warmup=0.05,
+        clip=1.0,
+        loss="labels",
+    )
 
 
 def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Preset:
@@ -367,12 +461,16 @@ def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Pres
     """
     if name.startswith("table2:"):
         if (row := name.removeprefix("table2:")) not in TABLE_2:
-            raise ConfigError(f"unknown preset {name!r}; accepted: {choices(f'table2:{k}' for k in TABLE_2)}")
+            raise ConfigError(
+                f"unknown preset {name!r}; accepted: {choices(f'table2:{k}' for k in TABLE_2)}"
+            )
         return TABLE_2[row](shape)
     if name == "paper":
         return paper(sites, rank=rank)
     if name == "authors_code":
         return authors_code(sites, rank=rank)
     if name not in METHODS:
-        raise ConfigError(f"unknown preset {name!r}; accepted: {choices(['paper', 'authors_code', *METHODS, 'table2:lora ...'])}")
+        raise ConfigError(
+            f"unknown preset {name!r}; accepted: {choices(['paper', 'authors_code', *METHODS, 'table2:lora ...'])}"
+        )
     return bundled(sites, name, rank=rank, shape=shape)

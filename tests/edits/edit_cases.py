@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Edit, Part
 from mech_absa.examples import Example, Polarity
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
 from mech_absa.prompts import PromptTemplate, Tokens
 from mech_absa.scoring import question
 
@@ -29,7 +29,9 @@ def tiny_model(arch: str, dtype: str = "float32") -> Model:
 
 @cache
 def hugging_face(arch: str):
-    return AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_folder(arch), attn_implementation="eager"
+    ).eval()
 
 
 def examples() -> list[Example]:

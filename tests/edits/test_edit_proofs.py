@@ -36,7 +36,10 @@ def test_doras_gradients_are_those_of_finite_differences_with_the_norm_held(monk
 
     value().backward()
     generator = torch.Generator().manual_seed(0)
-    ways = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in edit.named_parameters()}
+    ways = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in edit.named_parameters()
+    }
     free = {name: slope(p, ways[name]) for name, p in edit.named_parameters()}
     monkeypatch.setattr(DoRA, "norm", lambda self, model: held)
     for name, p in edit.named_parameters():
@@ -47,18 +50,29 @@ def test_doras_gradients_are_those_of_finite_differences_with_the_norm_held(monk
 
 
 @pytest.mark.parametrize(
-    "family, theirs", [("loreft", "LoreftIntervention"), ("noreft", "NoreftIntervention"), ("direft", "NodireftIntervention")]
+    "family, theirs",
+    [
+        ("loreft", "LoreftIntervention"),
+        ("noreft", "NoreftIntervention"),
+        ("direft", "NodireftIntervention"),
+    ],
 )
 def test_reft_equals_pyreft_on_copied_weights(family, theirs):
     """What the paper calls DiReFT, without a constraint, is pyreft's `Nodireft`; its `Direft` keeps the columns orthonormal."""
-    pyreft = pytest.importorskip("pyreft", reason="pyreft is not installed: pip install --no-deps pyreft pyvene")
+    pyreft = pytest.importorskip(
+        "pyreft", reason="pyreft is not installed: pip install --no-deps pyreft pyvene"
+    )
     model = tiny_model("llama")
     edit = loud(model, Part(family, "L1.resid_post", {"rank": RANK}))
     (ours,) = edit
-    other = getattr(pyreft, theirs)(embed_dim=WIDTH, low_rank_dimension=RANK, add_bias=False, dtype=torch.float32).eval()
+    other = getattr(pyreft, theirs)(
+        embed_dim=WIDTH, low_rank_dimension=RANK, add_bias=False, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         if family == "loreft":
-            other.rotate_layer.weight = ours.R.T  # pyreft keeps the columns orthonormal, we the rows
+            other.rotate_layer.weight = (
+                ours.R.T
+            )  # pyreft keeps the columns orthonormal, we the rows
             other.learned_source.weight.copy_(ours.W)
             other.learned_source.bias.copy_(ours.b)
         else:
@@ -78,4 +92,6 @@ def test_an_edit_of_many_families_gives_a_batch_what_it_gives_its_rows():
     rows = prompts(model)
     together = logits(model, Tokens.stack(rows), edit)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(together[i, : row.lengths[0]], logits(model, row, edit)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            together[i, : row.lengths[0]], logits(model, row, edit)[0], atol=1e-4, rtol=1e-4
+        )

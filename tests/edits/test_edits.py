@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import FAMILIES, LLAMA_2_7B, Edit, Part, Shape, count, parse_place
 from mech_absa.errors import ConfigError, EditError, HookError, SiteError
-from mech_absa.hooks import capture, live_hooks
-from mech_absa.models import load_model, weights_hash
+from mech_absa.model import load_model, weights_hash
+from mech_absa.model.hooks import capture, live_hooks
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.scoring import extend
 from mech_absa.sites import Site
@@ -35,11 +35,15 @@ def test_a_case_of_every_family():
     assert set(EVERYWHERE) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "pythia", "qwen2", "mistral", "gptj", "bloom"])
+@pytest.mark.parametrize(
+    "arch", ["llama", "gpt2", "gemma2", "pythia", "qwen2", "mistral", "gptj", "bloom"]
+)
 @pytest.mark.parametrize("family", WEIGHT)
 def test_a_fresh_weight_edit_changes_no_bit(arch, family):
     model = tiny_model(arch)
-    edit = Edit.fresh(model, [Part(family, f"L{layer}.{m}") for layer in (0, 2) for m in Shape.of(model).matrices])
+    edit = Edit.fresh(
+        model, [Part(family, f"L{layer}.{m}") for layer in (0, 2) for m in Shape.of(model).matrices]
+    )
     tokens = Tokens.stack(prompts(model))
     assert torch.equal(logits(model, tokens, edit), logits(model, tokens))
 
@@ -52,7 +56,9 @@ def test_a_batch_gives_what_its_rows_give(llama, family):
     together, base = logits(llama, batch, edit), logits(llama, batch)
     assert (together - base).abs().max() > 1e-3
     for i, row in enumerate(rows):
-        torch.testing.assert_close(together[i, : row.lengths[0]], logits(llama, row, edit)[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[i, : row.lengths[0]], logits(llama, row, edit)[0], atol=2e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", EVERYWHERE)
@@ -86,7 +92,10 @@ def test_an_edit_acts_where_it_says_and_nowhere_else(llama, at):
         assert changed[i].nonzero()[:, 0].tolist() == want
         assert want, "the case must have a token"
     torch.testing.assert_close(
-        (seen["edited"] - seen["base"])[changed], next(iter(edit)).v.detach().expand(int(changed.sum()), -1), atol=1e-5, rtol=1e-5
+        (seen["edited"] - seen["base"])[changed],
+        next(iter(edit)).v.detach().expand(int(changed.sum()), -1),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -121,7 +130,9 @@ def test_gradients_are_those_of_finite_differences(family):
             p.copy_(at - step * way)
             down = value()
             p.copy_(at)
-        assert float((p.grad * way).sum()) == pytest.approx(float(up - down) / (2 * step), rel=2e-4, abs=1e-7), name
+        assert float((p.grad * way).sum()) == pytest.approx(
+            float(up - down) / (2 * step), rel=2e-4, abs=1e-7
+        ), name
 
 
 def test_dora_survives_a_column_of_zeros():
@@ -135,7 +146,9 @@ def test_dora_survives_a_column_of_zeros():
     with edit.applied(model, tokens):
         model.forward(tokens.ids).log_softmax(-1)[0, -1, 7].backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in edit.parameters())
-    torch.testing.assert_close(logits(edit.merged(model), tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(edit.merged(model), tokens), logits(model, tokens), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_settling_makes_rows_orthonormal_and_keeps_what_they_span(llama):
@@ -188,7 +201,10 @@ def test_two_edits_of_one_layer_act_in_the_order_of_the_pass(llama):
 
 
 def test_an_edit_that_takes_part_in_half_a_pass_is_an_error(llama):
-    edit, tokens = loud(llama, Part("red", "L0.resid_post"), Part("red", "L2.resid_post")), prompts(llama)[0]
+    edit, tokens = (
+        loud(llama, Part("red", "L0.resid_post"), Part("red", "L2.resid_post")),
+        prompts(llama)[0],
+    )
     with pytest.raises(HookError, match="passes"), edit.applied(llama, tokens):
         llama.hooked.forward(llama.embed(tokens.ids), start_at_layer=1, stop_at_layer=3)
 
@@ -196,14 +212,21 @@ def test_an_edit_that_takes_part_in_half_a_pass_is_an_error(llama):
 def test_another_model_is_refused(llama):
     edit = Edit.fresh(llama, [Part("lora", "L1.W_O")])
     other = tiny_model("mistral")
-    with pytest.raises(EditError, match=r"made for .* and .* has other weights"), edit.applied(other, prompts(other)[0]):
+    with (
+        pytest.raises(EditError, match=r"made for .* and .* has other weights"),
+        edit.applied(other, prompts(other)[0]),
+    ):
         pass
 
 
 @pytest.mark.parametrize(
     "part, error, words",
     [
-        (Part("lora", "L1.W_O", {"rank": 0}), ConfigError, "rank 0 was asked for at L1.W_O; accepted: 1 to 32"),
+        (
+            Part("lora", "L1.W_O", {"rank": 0}),
+            ConfigError,
+            "rank 0 was asked for at L1.W_O; accepted: 1 to 32",
+        ),
         (Part("loreft", "L1.resid_post", {"rank": 33}), ConfigError, "accepted: 1 to 32"),
         (Part("loreft", "L1.head0", {"rank": 9}), ConfigError, "accepted: 1 to 8"),
         (Part("lora", "L7.W_O"), SiteError, "3 layers"),
@@ -233,7 +256,19 @@ def test_gates_are_missing_where_the_mlp_has_none():
         Edit.fresh(tiny_model("gpt2"), [Part("lora", "L1.W_gate")])
 
 
-@given(st.sampled_from(["L0", "L12", "L3.W_O", "L10.W_gate", "L5.resid_post@query.last", "L5.head3@-1", "L5.attn_out"]))
+@given(
+    st.sampled_from(
+        [
+            "L0",
+            "L12",
+            "L3.W_O",
+            "L10.W_gate",
+            "L5.resid_post@query.last",
+            "L5.head3@-1",
+            "L5.attn_out",
+        ]
+    )
+)
 @settings(max_examples=20, deadline=None)
 def test_places_parse_back(text):
     assert str(parse_place(text)) == text
@@ -242,7 +277,10 @@ def test_places_parse_back(text):
 def test_counts_need_no_weights_and_agree_with_them(llama):
     """Counted by hand for a small one; built for the others."""
     assert count([Part("lora", "L31.W_O", {"rank": 4})], LLAMA_2_7B) == 4 * (4096 + 4096)
-    assert count([Part("loreft", "L31.resid_post", {"rank": 4})], LLAMA_2_7B) == 4 * 4096 + 4 * 4096 + 4
+    assert (
+        count([Part("loreft", "L31.resid_post", {"rank": 4})], LLAMA_2_7B)
+        == 4 * 4096 + 4 * 4096 + 4
+    )
     for family, place in EVERYWHERE.items():
         edit = Edit.fresh(llama, [Part(family, place)])
         assert edit.n_parameters == count([Part(family, place)], Shape.of(llama))

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from mech_absa.edits import Matrix, Part, Shape
 from mech_absa.edits.base import Where
 from mech_absa.edits.heads import HIGH, LOW, TEMPERATURE, HeadGate
-from mech_absa.models import load_model
+from mech_absa.model import load_model
 from mech_absa.prompts import Tokens
 from mech_absa.sites import Site
 
-CLOSE = {"atol": 2e-4, "rtol": 1e-4}  # logits have a standard deviation of about two; the two forward passes differ by 1e-5
+CLOSE = {
+    "atol": 2e-4,
+    "rtol": 1e-4,
+}  # logits have a standard deviation of about two; the two forward passes differ by 1e-5
 LLAMA = {
     "W_Q": "self_attn.q_proj", "W_K": "self_attn.k_proj", "W_V": "self_attn.v_proj", "W_O": "self_attn.o_proj",
     "W_in": "mlp.up_proj", "W_gate": "mlp.gate_proj", "W_out": "mlp.down_proj",
@@ -27,10 +30,14 @@ def llama():
     return tiny_model("llama")
 
 
-@pytest.mark.parametrize("family, rank_stabilised", [("lora", False), ("lora", True), ("dora", False)])
+@pytest.mark.parametrize(
+    "family, rank_stabilised", [("lora", False), ("lora", True), ("dora", False)]
+)
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_low_rank_edits_equal_peft(arch, family, rank_stabilised):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install mech-absa[oracles]")
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed: pip install mech-absa[oracles]"
+    )
     model = tiny_model(arch)
     options = {"rank": 3, "alpha": 5.0, "rank_stabilised": rank_stabilised}
     edit = loud(model, *[Part(family, f"L{layer}.{m}", options) for layer in (1, 2) for m in LLAMA])
@@ -38,7 +45,9 @@ def test_low_rank_edits_equal_peft(arch, family, rank_stabilised):
         r=3, lora_alpha=5, use_rslora=rank_stabilised, use_dora=family == "dora", lora_dropout=0.0,
         target_modules=[m.split(".")[1] for m in LLAMA.values()], layers_to_transform=[1, 2],
     )  # fmt: skip
-    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager"), config).eval()
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager"), config
+    ).eval()
     layers = theirs.base_model.model.model.layers
     with torch.no_grad():
         for ours in edit:
@@ -65,8 +74,16 @@ def pyreft(family: str, h: torch.Tensor, R, W, b) -> torch.Tensor:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "pythia"])
 def test_reft_equals_the_equations_hooked_into_hugging_face(arch, family):
     model, hf = tiny_model(arch), hugging_face(arch)
-    edit = loud(model, Part(family, "L1.resid_post@query.last", {"rank": 3}), Part(family, "L2.resid_post@-2", {"rank": 2}))
-    blocks = {"llama": lambda: hf.model.layers, "gpt2": lambda: hf.transformer.h, "pythia": lambda: hf.gpt_neox.layers}[arch]()
+    edit = loud(
+        model,
+        Part(family, "L1.resid_post@query.last", {"rank": 3}),
+        Part(family, "L2.resid_post@-2", {"rank": 2}),
+    )
+    blocks = {
+        "llama": lambda: hf.model.layers,
+        "gpt2": lambda: hf.transformer.h,
+        "pythia": lambda: hf.gpt_neox.layers,
+    }[arch]()
     for tokens in prompts(model):
         where = {1: tokens.positions("query.last"), 2: [tokens.lengths[0] - 2]}
         handles = []
@@ -89,17 +106,32 @@ def test_reft_equals_the_equations_hooked_into_hugging_face(arch, family):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "qwen2"])
 def test_a_prefix_equals_a_longer_key_value_cache(arch):
     model, hf, n = tiny_model(arch), hugging_face(arch), 3
-    if arch == "gemma2":  # its window must hold prefix and prompt: the two count the distance to a prefix differently
-        hf = AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager", sliding_window=200).eval()
+    if (
+        arch == "gemma2"
+    ):  # its window must hold prefix and prompt: the two count the distance to a prefix differently
+        hf = AutoModelForCausalLM.from_pretrained(
+            tiny_folder(arch), attn_implementation="eager", sliding_window=200
+        ).eval()
         model = load_model((hf, model.tokenizer))
-    edit = loud(model, *[Part("prefix", f"L{layer}", {"length": n}) for layer in range(model.n_layers)])
+    edit = loud(
+        model, *[Part("prefix", f"L{layer}", {"length": n}) for layer in range(model.n_layers)]
+    )
     tokens = prompts(model)[0]
     cache = DynamicCache()
     for i in edit:
-        cache.update(i.P_K.detach().transpose(0, 1)[None], i.P_V.detach().transpose(0, 1)[None], i.place.layer)
+        cache.update(
+            i.P_K.detach().transpose(0, 1)[None],
+            i.P_V.detach().transpose(0, 1)[None],
+            i.place.layer,
+        )
     positions = torch.arange(tokens.lengths[0])[None]
     with torch.no_grad():
-        want = hf(tokens.ids, past_key_values=cache, position_ids=positions, attention_mask=torch.ones(1, n + tokens.lengths[0])).logits
+        want = hf(
+            tokens.ids,
+            past_key_values=cache,
+            position_ids=positions,
+            attention_mask=torch.ones(1, n + tokens.lengths[0]),
+        ).logits
     assert not torch.allclose(want, logits(model, tokens), **CLOSE)
     torch.testing.assert_close(logits(model, tokens, edit), want, **CLOSE)
 
@@ -107,7 +139,9 @@ def test_a_prefix_equals_a_longer_key_value_cache(arch):
 def test_full_fine_tuning_equals_changed_weights(llama):
     from copy import deepcopy
 
-    edit = loud(llama, *[Part("full", f"L{layer}.{m}") for layer in (0, 2) for m in LLAMA], size=0.05)
+    edit = loud(
+        llama, *[Part("full", f"L{layer}.{m}") for layer in (0, 2) for m in LLAMA], size=0.05
+    )
     hf = deepcopy(hugging_face("llama"))
     with torch.no_grad():
         for i in edit:
@@ -138,7 +172,11 @@ def test_bitfit_equals_changed_biases():
 @pytest.mark.parametrize(
     "family, options, equation",
     [
-        ("adapter", {"rank": 5, "f": "gelu"}, lambda i, h: h + torch.nn.functional.gelu(h @ i.W_down) @ i.W_up),
+        (
+            "adapter",
+            {"rank": 5, "f": "gelu"},
+            lambda i, h: h + torch.nn.functional.gelu(h @ i.W_down) @ i.W_up,
+        ),
         ("red", {}, lambda i, h: i.l_s * h + i.l_b),
         ("steering", {}, lambda i, h: h + i.v),
     ],
@@ -147,7 +185,9 @@ def test_the_other_representation_edits_equal_their_equations(llama, family, opt
     edit = loud(llama, Part(family, "L1.mlp_out", options))
     hf = hugging_face("llama")
     (i,) = edit
-    handle = hf.model.layers[1].mlp.register_forward_hook(lambda module, args, out: equation(i, out))
+    handle = hf.model.layers[1].mlp.register_forward_hook(
+        lambda module, args, out: equation(i, out)
+    )
     tokens = prompts(llama)[1]
     with torch.no_grad():
         want = hf(tokens.ids).logits
@@ -180,23 +220,33 @@ def test_hard_concrete_gates():
     gate.eval()
     with torch.no_grad():
         gate.log_alpha.copy_(torch.tensor([-9.0, 0.0]))
-    assert torch.allclose(gate.gates(), torch.tensor([0.0, 0.5]), atol=1e-6)  # sigmoid(0) * 1.2 - 0.1 = 0.5
+    assert torch.allclose(
+        gate.gates(), torch.tensor([0.0, 0.5]), atol=1e-6
+    )  # sigmoid(0) * 1.2 - 0.1 = 0.5
     gate.train()
     torch.manual_seed(0)
     with torch.no_grad():
         gate.log_alpha.copy_(torch.tensor([-0.5, 0.7]))
         drawn = torch.stack([gate.gates() for _ in range(4000)])
     assert torch.allclose((drawn > 0).float().mean(0), gate.open(), atol=0.03)
-    assert torch.allclose(gate.open(), torch.sigmoid(gate.log_alpha - TEMPERATURE * torch.log(torch.tensor(-LOW / HIGH))))
+    assert torch.allclose(
+        gate.open(),
+        torch.sigmoid(gate.log_alpha - TEMPERATURE * torch.log(torch.tensor(-LOW / HIGH))),
+    )
 
 
 def test_where_counts_inside_the_prompt():
     roles = torch.tensor([[0, 2, 9, 10, -1, -1], [0, 4, 5, 9, 10, -1]])
-    where = Where(Tokens(torch.zeros_like(roles), roles, (5, 6)))  # one generated token each, one of them padded
+    where = Where(
+        Tokens(torch.zeros_like(roles), roles, (5, 6))
+    )  # one generated token each, one of them padded
     cpu = torch.device("cpu")
     assert [t.tolist() for t in where.index("query.last", cpu)] == [[0, 1], [2, 3]]
     assert [t.tolist() for t in where.index(-1, cpu)] == [[0, 1], [3, 4]]
-    assert [t.tolist() for t in where.index(-5, cpu)] == [[1], [0]]  # the first prompt has four tokens
+    assert [t.tolist() for t in where.index(-5, cpu)] == [
+        [1],
+        [0],
+    ]  # the first prompt has four tokens
     assert [t.tolist() for t in where.index(4, cpu)] == [[1], [4]]
     assert where.index("all", cpu)[0].tolist() == [0] * 4 + [1] * 5
     assert where.index(None, cpu) is None
@@ -205,18 +255,25 @@ def test_where_counts_inside_the_prompt():
 @pytest.mark.parametrize("name", ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"])
 def test_a_matrix_is_read_and_written_where_it_stands(llama, name):
     """Its recorded input times its weight is its recorded output; what is set is what is read."""
-    from mech_absa.hooks import hooked_at
+    from mech_absa.model.hooks import hooked_at
 
     matrix, seen = Matrix(1, name), {}
 
     def keep(key):
         return lambda y: seen.__setitem__(key, y.flatten(2) if y.ndim == 4 else y)
 
-    with hooked_at([(matrix.reads(llama.hooked), keep("x")), (matrix.writes(llama.hooked), keep("y"))]), torch.no_grad():
+    with (
+        hooked_at(
+            [(matrix.reads(llama.hooked), keep("x")), (matrix.writes(llama.hooked), keep("y"))]
+        ),
+        torch.no_grad(),
+    ):
         llama.forward(prompts(llama)[0].ids)
     W, b = matrix.weight(llama.hooked)
     assert W.shape == matrix.size(Shape.of(llama))
-    torch.testing.assert_close(seen["x"] @ W + (0 if b is None else b), seen["y"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        seen["x"] @ W + (0 if b is None else b), seen["y"], atol=1e-5, rtol=1e-5
+    )
     kept = W.clone()
     matrix.set_weight(llama.hooked, 2 * kept)
     torch.testing.assert_close(matrix.weight(llama.hooked)[0], 2 * kept, atol=0, rtol=0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit
 from mech_absa.errors import EditError
-from mech_absa.models import load_model, weights_hash
+from mech_absa.model import load_model, weights_hash
 from mech_absa.prompts import Tokens
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -32,7 +32,11 @@ def test_what_is_loaded_gives_the_same_logits_to_the_bit(llama, tmp_path):
     assert torch.equal(logits(llama, tokens, back), logits(llama, tokens, edit))
     assert back.record == {"seed": 7} and back.parts == edit.parts and back.shape == edit.shape
     said = json.loads((tmp_path / "edit.json").read_text())
-    assert said["schema"] == 1 and said["base"]["sha256"] == llama.sha256 and said["n_parameters"] == edit.n_parameters
+    assert (
+        said["schema"] == 1
+        and said["base"]["sha256"] == llama.sha256
+        and said["n_parameters"] == edit.n_parameters
+    )
     assert said["formulas"]["red"] == "l_s * h + l_b" and "L1.W_O" in said["sites"]
     assert {p.name for p in tmp_path.iterdir()} == {"edit.json", "edit.safetensors"}
 
@@ -54,12 +58,22 @@ def flip(path, at=-3):
     "spoil, words",
     [
         (lambda f: flip(f / "edit.safetensors"), "damaged: its hash"),
-        (lambda f: (f / "edit.safetensors").write_bytes((f / "edit.safetensors").read_bytes()[:40]), "damaged"),
+        (
+            lambda f: (f / "edit.safetensors").write_bytes(
+                (f / "edit.safetensors").read_bytes()[:40]
+            ),
+            "damaged",
+        ),
         (lambda f: (f / "edit.safetensors").unlink(), "edit.safetensors is missing"),
         (lambda f: (f / "edit.json").unlink(), "edit.json is missing"),
         (lambda f: (f / "edit.json").write_text("[1"), "no JSON object"),
         (lambda f: change(f, schema=99), "schema version 99"),
-        (lambda f: change(f, parts=[{"family": "lora", "place": "L1.W_O", "options": {"rank": 5}}]), "not of shape"),
+        (
+            lambda f: change(
+                f, parts=[{"family": "lora", "place": "L1.W_O", "options": {"rank": 5}}]
+            ),
+            "not of shape",
+        ),
         (lambda f: change(f, parts=[{"family": "magic", "place": "L1.W_O"}]), "unknown family"),
         (lambda f: change(f, base=None), "do not describe an edit"),
     ],
@@ -84,7 +98,9 @@ ALL = ["llama", "gpt2", "gemma2", "pythia", "qwen2", "mistral", "gptj", "bloom"]
 def test_merged_in_memory_equals_unmerged(arch):
     model = tiny_model(arch)
     matrices = Shape.of(model).matrices
-    parts = [Part(f, f"L1.{m}") for f in ("lora", "full") for m in matrices] + [Part("dora", f"L2.{m}") for m in matrices]
+    parts = [Part(f, f"L1.{m}") for f in ("lora", "full") for m in matrices] + [
+        Part("dora", f"L2.{m}") for m in matrices
+    ]
     edit = loud(model, *parts, size=0.1)
     before = weights_hash(model.hooked)
     merged = edit.merged(model)
@@ -99,14 +115,19 @@ def test_merged_in_memory_equals_unmerged(arch):
 def test_affine_edits_of_all_positions_merge(llama, family, kind):
     edit = loud(llama, Part(family, f"L1.{kind}"))
     tokens = Tokens.stack(prompts(llama))
-    torch.testing.assert_close(logits(edit.merged(llama), tokens), logits(llama, tokens, edit), **CLOSE)
+    torch.testing.assert_close(
+        logits(edit.merged(llama), tokens), logits(llama, tokens, edit), **CLOSE
+    )
 
 
 def test_merging_loses_no_precision():
     model = tiny_model("gpt2", "float64")
     edit = loud(model, Part("loreft", "L1.attn_out"), Part("lora", "L2.W_Q")).double()
     tokens = prompts(model)[1]
-    assert float((logits(edit.merged(model), tokens) - logits(model, tokens, edit)).abs().max()) < 1e-12
+    assert (
+        float((logits(edit.merged(model), tokens) - logits(model, tokens, edit)).abs().max())
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,19 +152,32 @@ def test_what_no_weight_can_express_is_refused_with_the_reason(arch, part, why, 
 @pytest.mark.parametrize("arch", ALL)
 def test_a_merged_folder_runs_in_hugging_face(arch, tmp_path):
     model = tiny_model(arch)
-    edit = loud(model, *[Part("lora", f"L{layer}.{m}") for layer in (0, 2) for m in Shape.of(model).matrices])
+    edit = loud(
+        model,
+        *[Part("lora", f"L{layer}.{m}") for layer in (0, 2) for m in Shape.of(model).matrices],
+    )
     merge(edit, model, tmp_path / "merged")
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    ).eval()
     for tokens in prompts(model):
         with torch.no_grad():
             torch.testing.assert_close(hf(tokens.ids).logits, logits(model, tokens, edit), **CLOSE)
-    back = load_model(tmp_path / "merged")  # the folder is whole: tokenizer, configuration, and the same logits
+    back = load_model(
+        tmp_path / "merged"
+    )  # the folder is whole: tokenizer, configuration, and the same logits
     for tokens in prompts(model):
         torch.testing.assert_close(logits(back, tokens), logits(model, tokens, edit), **CLOSE)
 
 
 @pytest.mark.parametrize(
-    "arch, place", [("gpt2", "L1.attn_out"), ("pythia", "L1.attn_out"), ("bloom", "L2.mlp_out"), ("gptj", "L2.mlp_out")]
+    "arch, place",
+    [
+        ("gpt2", "L1.attn_out"),
+        ("pythia", "L1.attn_out"),
+        ("bloom", "L2.mlp_out"),
+        ("gptj", "L2.mlp_out"),
+    ],
 )
 def test_a_merged_reft_is_read_back(arch, place, tmp_path):
     model = tiny_model(arch)
@@ -157,7 +191,9 @@ def test_a_merged_reft_is_read_back(arch, place, tmp_path):
 def test_llama_gets_the_bias_that_a_merged_reft_needs(llama, tmp_path):
     edit = loud(llama, Part("loreft", "L1.attn_out"), Part("steering", "L2.mlp_out"))
     merge(edit, llama, tmp_path / "merged")
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    ).eval()
     assert hf.config.attention_bias and hf.config.mlp_bias
     tokens = prompts(llama)[1]
     with torch.no_grad():
@@ -174,12 +210,16 @@ def test_llama_gets_the_biases_that_were_trained(llama, tmp_path):
     ]
     edit = loud(llama, *parts)
     merge(edit, llama, tmp_path / "merged")
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    ).eval()
     tokens = prompts(llama)[1]
     with torch.no_grad():
         torch.testing.assert_close(hf(tokens.ids).logits, logits(llama, tokens, edit), **CLOSE)
         assert not torch.allclose(hf(tokens.ids).logits, logits(llama, tokens), **CLOSE)
-    torch.testing.assert_close(logits(load_model(tmp_path / "merged"), tokens), logits(llama, tokens, edit), **CLOSE)
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "merged"), tokens), logits(llama, tokens, edit), **CLOSE
+    )
 
 
 def test_a_bias_that_the_architecture_lacks_is_refused(tmp_path):
@@ -198,12 +238,21 @@ def test_a_folder_in_use_is_refused(llama, tmp_path):
 
 @pytest.mark.parametrize("arch", ALL)
 def test_peft_reads_the_exported_adapter(arch, tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install mech-absa[oracles]")
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed: pip install mech-absa[oracles]"
+    )
     model = tiny_model(arch)
-    edit = loud(model, *[Part("lora", f"L{layer}.W_O", {"rank": 3, "alpha": 5.0, "rank_stabilised": True}) for layer in (0, 2)])
+    edit = loud(
+        model,
+        *[
+            Part("lora", f"L{layer}.W_O", {"rank": 3, "alpha": 5.0, "rank_stabilised": True})
+            for layer in (0, 2)
+        ],
+    )
     export_peft(edit, model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager"), tmp_path
+        AutoModelForCausalLM.from_pretrained(tiny_folder(arch), attn_implementation="eager"),
+        tmp_path,
     ).eval()
     tokens = prompts(model)[1]
     with torch.no_grad():

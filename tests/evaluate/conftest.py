@@ -7,7 +7,7 @@ from oracles.tiny_models import tiny_folder
 from small_cases import NEG, NEU, POS, example
 
 from mech_absa.examples import Examples
-from mech_absa.models import load_model
+from mech_absa.model import load_model
 
 
 @pytest.fixture(scope="session")

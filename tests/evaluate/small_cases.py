@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import at_site, hooked_at
+from mech_absa.model.hooks import at_site, hooked_at
 from mech_absa.sites import Site, role_indices
 
 POS, NEG, NEU = Polarity.POSITIVE, Polarity.NEGATIVE, Polarity.NEUTRAL
@@ -31,11 +31,17 @@ class Push:
     def __init__(self, site: str, size: float = 5.0, seed: int = 0):
         self.site, self.size, self.seed = Site.parse(site), size, seed
         self.seen = []
-        self.parts = (site, size)  # what tells one method from another, as the parts of a trained edit do
+        self.parts = (
+            site,
+            size,
+        )  # what tells one method from another, as the parts of a trained edit do
 
     def points(self, model, tokens):
         self.seen.append(tokens)
-        vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(self.seed)) * self.size
+        vector = (
+            torch.randn(model.d_model, generator=torch.Generator().manual_seed(self.seed))
+            * self.size
+        )
         where = torch.ones_like(tokens.roles, dtype=torch.bool)
         if self.site.at is not None:
             where = torch.isin(tokens.roles, torch.tensor(role_indices(self.site.at)))

@@ -10,13 +10,13 @@ import torch
 from oracles.tiny_models import tiny_folder
 from small_cases import NEG, NEU, POS, Push, example
 
+from mech_absa.commands.card import Goal, Row, continuation_prompts, continue_naturally, markdown
 from mech_absa.evaluate import card, predict
-from mech_absa.evaluate.card import Goal, Row, continuation_prompts, continue_naturally, markdown
 from mech_absa.evaluate.predictions import Predictions, joined
 from mech_absa.evaluate.scores import quality
 from mech_absa.examples import Polarity
-from mech_absa.generate import DOMAINS, continuations
 from mech_absa.readers import load_examples, write_jsonl
+from mech_absa.world import DOMAINS, continuations
 
 
 def test_the_questions_are_the_worlds_own_continuations():
@@ -35,10 +35,15 @@ def test_a_continuation_is_chosen_as_the_model_itself_weighs_the_words(model, ex
             c = continuations(e)[i]
             weights = []
             for choice in c.choices:
-                prompt, whole = model.tokenizer(c.text).input_ids, model.tokenizer(c.text + choice).input_ids
+                prompt, whole = (
+                    model.tokenizer(c.text).input_ids,
+                    model.tokenizer(c.text + choice).input_ids,
+                )
                 with torch.inference_mode():
                     logp = model.forward(torch.tensor([whole]))[0].double().log_softmax(-1)
-                weights.append(sum(logp[t - 1, whole[t]].item() for t in range(len(prompt), len(whole))))
+                weights.append(
+                    sum(logp[t - 1, whole[t]].item() for t in range(len(prompt), len(whole)))
+                )
             assert p.scores[row] == pytest.approx(weights, abs=1e-3)
             assert p.answers[row] is list(Polarity)[int(np.argmax(weights))]
 
@@ -57,7 +62,11 @@ def test_goals_by_hand():
     text = markdown([Row("base", "q", "d", q, Goal(0.9)), Row("base", "q", "d", q)])
     lines = text.splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    assert "80.0 [" in lines[2] and lines[2].endswith("| >= 90 | no |") and lines[3].endswith("| - |  |")
+    assert (
+        "80.0 [" in lines[2]
+        and lines[2].endswith("| >= 90 | no |")
+        and lines[3].endswith("| - |  |")
+    )
 
 
 def test_several_sets_of_answers_as_one(model, examples):
@@ -71,9 +80,15 @@ def test_several_sets_of_answers_as_one(model, examples):
 def small_world(monkeypatch, examples):
     """The built-in files are too long for a model that reads 256 tokens; real files are read as they are."""
     monkeypatch.setattr(
-        card, "load_examples", lambda s, **more: examples[:5] if str(s).startswith("builtin:") else load_examples(s, **more)
+        card,
+        "load_examples",
+        lambda s, **more: (
+            examples[:5] if str(s).startswith("builtin:") else load_examples(s, **more)
+        ),
     )
-    monkeypatch.setattr(card, "load", lambda name, model: None if name == "none" else Push("L2.resid_post", 20.0))
+    monkeypatch.setattr(
+        card, "load", lambda name, model: None if name == "none" else Push("L2.resid_post", 20.0)
+    )
 
 
 def test_the_command(small_world, tmp_path, model, examples, capsys):
@@ -83,7 +98,18 @@ def test_the_command(small_world, tmp_path, model, examples, capsys):
     for d in card.REAL:
         write_jsonl(examples, real / f"{d}_test.json")
     write_jsonl(examples[:2], real / "rest_train.json")
-    flags = ["--model", str(tiny_folder("gpt2")), "--adapter", "x", "--device", "cpu", "--draws", "20", "--out", str(tmp_path / "out")]
+    flags = [
+        "--model",
+        str(tiny_folder("gpt2")),
+        "--adapter",
+        "x",
+        "--device",
+        "cpu",
+        "--draws",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert card.main([*flags, "--real", str(real), "--real-edits", str(edits)]) == 0
     record = json.loads((tmp_path / "out" / "card.json").read_text())
     found = {(r["system"], r["question"], r["data"]): r for r in record["rows"]}
@@ -93,14 +119,25 @@ def test_the_command(small_world, tmp_path, model, examples, capsys):
     for d in DOMAINS:
         assert found["base", "natural continuation", d]["accuracy"] == pytest.approx(natural)
     assert found["base", "natural continuation", "device"]["n"] == 25
-    assert found["base", "ABSC prompt", "all four"]["accuracy"] == predict(model, five).correct.mean()
+    assert (
+        found["base", "ABSC prompt", "all four"]["accuracy"] == predict(model, five).correct.mean()
+    )
     adapted = predict(model, five, edit).correct.mean()
     assert found["adapted", "ABSC prompt, in-domain", "together"]["accuracy"] == adapted
-    assert {d for s, q, d in found if q == "ABSC prompt, out-of-domain"} == {"device", "service", "together"}
+    assert {d for s, q, d in found if q == "ABSC prompt, out-of-domain"} == {
+        "device",
+        "service",
+        "together",
+    }
     assert found["adapted", "mixed polarity only", "laptop"]["n"] == 5
-    assert found["base", "ABSC prompt", "rest (real)"]["accuracy"] == predict(model, examples).correct.mean()
+    assert (
+        found["base", "ABSC prompt", "rest (real)"]["accuracy"]
+        == predict(model, examples).correct.mean()
+    )
     own = found["adapted on its train file", "ABSC prompt, rows not in train", "rest (real)"]
-    assert own["n"] == 6 and ("adapted on its train file", "ABSC prompt", "device (real)") not in found
+    assert (
+        own["n"] == 6 and ("adapted on its train file", "ABSC prompt", "device (real)") not in found
+    )
     goal = found["adapted", "mixed polarity only", "all four"]
     assert goal["reached"] == (goal["accuracy"] >= 0.88) and goal["goal"] == ">= 88"
     table = (tmp_path / "out" / "card.md").read_text()
@@ -110,7 +147,10 @@ def test_the_command(small_world, tmp_path, model, examples, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--in-domain", "hotel"], "--in-domain names 'hotel'; the built-in domains are restaurant, laptop"),
+        (
+            ["--in-domain", "hotel"],
+            "--in-domain names 'hotel'; the built-in domains are restaurant, laptop",
+        ),
         (["--real", "nowhere"], "nowhere: the folder has no device_test.json"),
         (["--real-edits", "x"], "--real-edits was given without --real"),
     ],

@@ -26,17 +26,47 @@ def files(tmp_path, examples):
 @pytest.fixture
 def run(files, monkeypatch):
     """The command on the tiny model, its edits by name; gives the exit code."""
-    monkeypatch.setattr(command, "load", lambda name, model: None if name == "none" else Push("L2.resid_post", 20.0, seed=int(name[-1])))
+    monkeypatch.setattr(
+        command,
+        "load",
+        lambda name, model: (
+            None if name == "none" else Push("L2.resid_post", 20.0, seed=int(name[-1]))
+        ),
+    )
 
     def runner(*flags: str, model: str = str(tiny_folder("gpt2"))) -> int:
-        return command.main(["--model", model, "--out", str(files / "out"), "--device", "cpu", "--draws", "50", *flags])
+        return command.main(
+            [
+                "--model",
+                model,
+                "--out",
+                str(files / "out"),
+                "--device",
+                "cpu",
+                "--draws",
+                "50",
+                *flags,
+            ]
+        )
 
     return runner
 
 
 def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     data, other = str(files / "test.jsonl"), str(files / "other.jsonl")
-    flags = ["--data", data, other, "--train-data", str(files / "train.jsonl"), "--edit", "none", "seed1", "seed2", "--compare", "none"]
+    flags = [
+        "--data",
+        data,
+        other,
+        "--train-data",
+        str(files / "train.jsonl"),
+        "--edit",
+        "none",
+        "seed1",
+        "seed2",
+        "--compare",
+        "none",
+    ]
     assert run(*flags, "--side-effects") == 0
     out = files / "out"
     assert {p.name for p in out.iterdir()} == {
@@ -44,37 +74,87 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     }  # fmt: skip
     scores = pd.read_csv(out / "scores.csv")
     examples = load_examples(data)
-    expected = evaluate(model, examples, Push("L2.resid_post", 20.0, seed=2), train=load_examples(files / "train.jsonl"), draws=50)
-    row = scores[(scores.system == "seed2") & (scores.data == data) & (scores.subset == "unseen")].iloc[0]
-    assert row.n == 6 and row.leaked == 2 and row.accuracy == pytest.approx(expected.unseen.accuracy.value)
-    assert row.macro_f1_low == pytest.approx(expected.unseen.macro_f1.low) and row.nll == pytest.approx(expected.unseen.nll)
+    expected = evaluate(
+        model,
+        examples,
+        Push("L2.resid_post", 20.0, seed=2),
+        train=load_examples(files / "train.jsonl"),
+        draws=50,
+    )
+    row = scores[
+        (scores.system == "seed2") & (scores.data == data) & (scores.subset == "unseen")
+    ].iloc[0]
+    assert (
+        row.n == 6
+        and row.leaked == 2
+        and row.accuracy == pytest.approx(expected.unseen.accuracy.value)
+    )
+    assert row.macro_f1_low == pytest.approx(
+        expected.unseen.macro_f1.low
+    ) and row.nll == pytest.approx(expected.unseen.nll)
     answers = pd.read_parquet(out / "predictions.parquet")
     assert len(answers) == 3 * (8 + 5)
     mine = answers[(answers.system == "base") & (answers.data == other)]
-    assert mine.predicted.tolist() == [a.value for a in predict(model, load_examples(other)).answers]
+    assert mine.predicted.tolist() == [
+        a.value for a in predict(model, load_examples(other)).answers
+    ]
     comparisons = pd.read_csv(out / "comparisons.csv")
-    assert comparisons["first"].tolist() == ["seed1", "seed1", "seed2", "seed2"] and set(comparisons.second) == {"base"}
+    assert comparisons["first"].tolist() == ["seed1", "seed1", "seed2", "seed2"] and set(
+        comparisons.second
+    ) == {"base"}
     together = pd.read_csv(out / "aggregate.csv")
-    both = scores[(scores.system != "base") & (scores.data == data) & (scores.subset == "all")].accuracy
-    assert together.accuracy[0] == pytest.approx(both.mean()) and together.accuracy_sd[0] == pytest.approx(both.std())
-    record = json.loads((out / "run.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert record["model"]["sha256"] == model.sha256 and record["config"]["train_sha256"] and len(record["scores"]) == 6
+    both = scores[
+        (scores.system != "base") & (scores.data == data) & (scores.subset == "all")
+    ].accuracy
+    assert together.accuracy[0] == pytest.approx(both.mean()) and together.accuracy_sd[
+        0
+    ] == pytest.approx(both.std())
+    record = json.loads(
+        (out / "run.json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
+    )
+    assert (
+        record["model"]["sha256"] == model.sha256
+        and record["config"]["train_sha256"]
+        and len(record["scores"]) == 6
+    )
     effects = json.loads((out / "side_effects.json").read_text())
-    assert set(effects) == {"seed1", "seed2"} and effects["seed1"]["weights_unchanged"] and len(effects["seed1"]["portability"]) == 1
+    assert (
+        set(effects) == {"seed1", "seed2"}
+        and effects["seed1"]["weights_unchanged"]
+        and len(effects["seed1"]["portability"]) == 1
+    )
     said = capsys.readouterr()
-    assert "2 of 8 rows" in said.err and "points of accuracy" in said.out and "unchanged" in said.out
+    assert (
+        "2 of 8 rows" in said.err and "points of accuracy" in said.out and "unchanged" in said.out
+    )
 
 
 def test_only_seeds_of_one_method_are_put_together():
-    a, again, elsewhere = Push("L2.resid_post", seed=0), Push("L2.resid_post", seed=1), Push("L1.resid_post", seed=2)
+    a, again, elsewhere = (
+        Push("L2.resid_post", seed=0),
+        Push("L2.resid_post", seed=1),
+        Push("L1.resid_post", seed=2),
+    )
     assert command.seeds_of_one([None, a, elsewhere, again]) == [[1, 3]]
     again.record = {"preset": {"epochs": 2}}
     assert command.seeds_of_one([a, again]) == [], "trained otherwise"
 
 
 def test_another_systems_answers_need_no_model(run, files, examples, capsys):
-    (files / "gpt.csv").write_text("id,label\n" + "".join(f"{e.id},{e.polarity.value}\n" for e in examples))
-    assert run("--data", str(files / "test.jsonl"), "--predictions", str(files / "gpt.csv"), model="/nowhere/at/all") == 0
+    (files / "gpt.csv").write_text(
+        "id,label\n" + "".join(f"{e.id},{e.polarity.value}\n" for e in examples)
+    )
+    assert (
+        run(
+            "--data",
+            str(files / "test.jsonl"),
+            "--predictions",
+            str(files / "gpt.csv"),
+            model="/nowhere/at/all",
+        )
+        == 0
+    )
     scores = pd.read_csv(files / "out" / "scores.csv")
     assert scores.system.unique().tolist() == ["gpt"] and scores.accuracy.tolist() == [1.0, 1.0]
     assert json.loads((files / "out" / "run.json").read_text())["model"] is None
@@ -86,11 +166,20 @@ BAD = {
         ["--data", "{test}", "{other}", "--predictions", "{train}"],
         "--predictions names 1 files for 2 of --data",
     ),
-    "a prediction file of other rows": (["--data", "{test}", "--predictions", "{train}"], "have no prediction"),
+    "a prediction file of other rows": (
+        ["--data", "{test}", "--predictions", "{train}"],
+        "have no prediction",
+    ),
     "labels": (["--data", "{test}", "--labels", "a"], "--labels gives 1 words"),
-    "labels that cannot be told apart": (["--data", "{test}", "--labels", "good", "good", "bad"], "tokenise alike"),
+    "labels that cannot be told apart": (
+        ["--data", "{test}", "--labels", "good", "good", "bad"],
+        "tokenise alike",
+    ),
     "template": (["--data", "{test}", "--template", "{{sentence}}"], "has no field {aspect}"),
-    "side effects of nothing": (["--data", "{test}", "--side-effects"], "--side-effects was given without an edit"),
+    "side effects of nothing": (
+        ["--data", "{test}", "--side-effects"],
+        "--side-effects was given without an edit",
+    ),
     "texts": (["--data", "{test}", "--texts", "x"], "--texts was given without --side-effects"),
     "twice": (["--data", "{test}", "{test}"], "--data names"),
     "batch size": (["--data", "{test}", "--batch-size", "0"], "--batch-size is 0"),
@@ -110,15 +199,25 @@ def test_bad_input_leaves_one_sentence_and_no_file(run, files, capsys, flags, me
 
 def test_edits_are_asked_with_their_own_question(run, files, monkeypatch, model, capsys):
     own = Push("L2.resid_post", 20.0)
-    own.record = {"template": "{sentence} So the {aspect} is", "labels": ["good", "bad", "fair"], "separator": " "}
-    monkeypatch.setattr(command, "load", lambda name, model: {"none": None, "own": own}.get(name, Push("L1.resid_post")))
+    own.record = {
+        "template": "{sentence} So the {aspect} is",
+        "labels": ["good", "bad", "fair"],
+        "separator": " ",
+    }
+    monkeypatch.setattr(
+        command,
+        "load",
+        lambda name, model: {"none": None, "own": own}.get(name, Push("L1.resid_post")),
+    )
     data = str(files / "test.jsonl")
     assert run("--data", data, "--edit", "none", "own") == 0
     record = json.loads((files / "out" / "run.json").read_text())
     assert record["template"] == own.record["template"] and record["labels"] == own.record["labels"]
     answers = pd.read_parquet(files / "out" / "predictions.parquet")
     expected = predict(model, load_examples(data), own)
-    assert answers[answers.system == "own"].logprob_positive.tolist() == pytest.approx(expected.scores[:, 0].tolist(), abs=1e-4)
+    assert answers[answers.system == "own"].logprob_positive.tolist() == pytest.approx(
+        expected.scores[:, 0].tolist(), abs=1e-4
+    )
     assert run("--data", data, "--edit", "own", "paper", "--out", str(files / "out2")) == 2
     assert "trained with different questions or labels" in capsys.readouterr().err
 
@@ -127,11 +226,20 @@ def test_a_folder_in_use_is_refused(run, files, capsys):
     (files / "out").mkdir()
     (files / "out" / "thesis.tex").write_text("years of work")
     assert run("--data", str(files / "test.jsonl")) == 2
-    assert "is not empty" in capsys.readouterr().err and [p.name for p in (files / "out").iterdir()] == ["thesis.tex"]
+    assert "is not empty" in capsys.readouterr().err and [
+        p.name for p in (files / "out").iterdir()
+    ] == ["thesis.tex"]
 
 
 def test_a_missing_edit_is_refused(files, capsys):
-    flags = ["--model", str(tiny_folder("gpt2")), "--data", str(files / "test.jsonl"), "--out", str(files / "out")]
+    flags = [
+        "--model",
+        str(tiny_folder("gpt2")),
+        "--data",
+        str(files / "test.jsonl"),
+        "--out",
+        str(files / "out"),
+    ]
     assert command.main([*flags, "--edit", str(files / "nope")]) == 2
     assert "holds no edit" in capsys.readouterr().err and not (files / "out").exists()
 

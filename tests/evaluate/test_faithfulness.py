@@ -11,11 +11,26 @@ from oracles.planted import LABELS, WORDS, planted_absa, random_planted
 from small_cases import POS, Push, example
 
 from mech_absa.errors import ConfigError, SiteError
-from mech_absa.evaluate.faithfulness import Ablation, areas, default_counts, faithfulness, in_order, mean_activations, prune
+from mech_absa.evaluate.faithfulness import (
+    Ablation,
+    areas,
+    default_counts,
+    faithfulness,
+    in_order,
+    mean_activations,
+    prune,
+)
 from mech_absa.evaluate.predictions import predict
-from mech_absa.hooks import capture, live_hooks
-from mech_absa.models import Model
-from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Pair, Pairs, make_pairs
+from mech_absa.model import Model
+from mech_absa.model.hooks import capture, live_hooks
+from mech_absa.patch.pairs import (
+    Counterfactual,
+    GaussianNoise,
+    MeanAblation,
+    Pair,
+    Pairs,
+    make_pairs,
+)
 from mech_absa.prompts import ROLE, Continuation, PromptTemplate, Tokens, Verbalizer
 from mech_absa.scoring import question
 from mech_absa.sites import Site
@@ -32,25 +47,37 @@ def planted_pairs(planted, n: int = 3) -> tuple[Model, Pairs]:
     model = Model(planted.model, None, "planted")
     asked = [example(f"sentence {i} about food", "food", POS, id=str(i)) for i in range(n)]
     items = [
-        Pair(e, tokens_of(a[None]), tokens_of(b[None]), 0, 1, Counterfactual()) for e, a, b in zip(asked, clean, corrupted, strict=True)
+        Pair(e, tokens_of(a[None]), tokens_of(b[None]), 0, 1, Counterfactual())
+        for e, a, b in zip(asked, clean, corrupted, strict=True)
     ]
     labels = tuple((i, (WORDS.index(word),)) for i, word in enumerate(LABELS))
-    return model, Pairs(tuple(items), Counterfactual(), (Continuation((), labels),), Verbalizer(), PromptTemplate())
+    return model, Pairs(
+        tuple(items), Counterfactual(), (Continuation((), labels),), Verbalizer(), PromptTemplate()
+    )
 
 
 def components(model: Model) -> list[Site]:
     """All heads and all MLPs."""
     layers = range(model.n_layers)
-    return [Site(layer, "head", h) for layer in layers for h in range(model.n_heads)] + [Site(layer, "mlp_out") for layer in layers]
+    return [Site(layer, "head", h) for layer in layers for h in range(model.n_heads)] + [
+        Site(layer, "mlp_out") for layer in layers
+    ]
 
 
 def ranked(planted, model) -> tuple[list[tuple[Site, float]], list[Site]]:
     """A ranking that puts the circuit first, in the order of its steps; everything else after it."""
-    circuit = [Site(s.layer, "mlp_out") if s.head is None else Site(s.layer, "head", s.head) for s in planted.steps]
-    return [(site, 10.0 - circuit.index(site) if site in circuit else 0.0) for site in components(model)], circuit
+    circuit = [
+        Site(s.layer, "mlp_out") if s.head is None else Site(s.layer, "head", s.head)
+        for s in planted.steps
+    ]
+    return [
+        (site, 10.0 - circuit.index(site) if site in circuit else 0.0) for site in components(model)
+    ], circuit
 
 
-@pytest.mark.parametrize("make", [planted_absa, lambda: planted_absa(dead=True), lambda: random_planted(4)])
+@pytest.mark.parametrize(
+    "make", [planted_absa, lambda: planted_absa(dead=True), lambda: random_planted(4)]
+)
 def test_the_curve_is_a_step_at_the_size_of_the_circuit(make):
     planted = make()
     model, pairs = planted_pairs(planted)
@@ -58,21 +85,35 @@ def test_the_curve_is_a_step_at_the_size_of_the_circuit(make):
     n, size = len(ranking), len(circuit)
     every = range(n + 1)
     keep = faithfulness(model, pairs, ranking, counts=every, randoms=2, draws=5)
-    assert [e.value for e in keep.faithfulness] == pytest.approx([float(k >= size) for k in every], abs=1e-5)
+    assert [e.value for e in keep.faithfulness] == pytest.approx(
+        [float(k >= size) for k in every], abs=1e-5
+    )
     restore = faithfulness(model, pairs, ranking, counts=every, mode="restore", randoms=0, draws=2)
-    assert [e.value for e in restore.faithfulness] == pytest.approx([float(k >= 1) for k in every], abs=1e-5)  # each carries all before it
+    assert [e.value for e in restore.faithfulness] == pytest.approx(
+        [float(k >= 1) for k in every], abs=1e-5
+    )  # each carries all before it
     ablate = faithfulness(model, pairs, ranking, counts=every, mode="ablate", randoms=0, draws=2)
-    assert [e.value for e in ablate.faithfulness] == pytest.approx([float(k < 1) for k in every], abs=1e-5)
+    assert [e.value for e in ablate.faithfulness] == pytest.approx(
+        [float(k < 1) for k in every], abs=1e-5
+    )
     # A step at k = size, by trapezoids over a grid of 1/n: the sloping one counts half.
     assert keep.cpr.value == pytest.approx((n - size + 0.5) / n, abs=1e-5)
     assert keep.cmd.value == pytest.approx((size - 0.5) / n, abs=1e-5)
     # Random orders: everything that they hold before the last of the circuit's sites is nothing.
     assert np.allclose(keep.random[:, -1], 1) and (keep.random_cpr < keep.cpr.value).all()
-    assert ((keep.random > 1e-4).sum(1) + size <= n + 1).all() and set(np.unique(keep.random.round(4))) == {0.0, 1.0}
+    assert ((keep.random > 1e-4).sum(1) + size <= n + 1).all() and set(
+        np.unique(keep.random.round(4))
+    ) == {0.0, 1.0}
     table = keep.to_pandas()
     own, chance = (table[table.method == m] for m in ("ranking", "random order"))
-    assert own.added.iloc[1] == str(circuit[0]) and own.share.iloc[-1] == 1 and own.faithfulness.iloc[size] == pytest.approx(1, abs=1e-5)
-    assert chance.faithfulness.tolist() == keep.random.mean(0).tolist() and "CPR" in keep._repr_html_()
+    assert (
+        own.added.iloc[1] == str(circuit[0])
+        and own.share.iloc[-1] == 1
+        and own.faithfulness.iloc[size] == pytest.approx(1, abs=1e-5)
+    )
+    assert (
+        chance.faithfulness.tolist() == keep.random.mean(0).tolist() and "CPR" in keep._repr_html_()
+    )
     assert live_hooks(model.hooked) == []
 
 
@@ -83,7 +124,16 @@ def test_the_ends_are_the_clean_and_the_corrupted_run(model, examples):
     clean = np.mean([float(p.clean_scores[p.gold].exp()) for p in pairs])
     corrupted = np.mean([float(p.corrupted_scores[:, p.gold].exp().mean()) for p in pairs])
     for mode in ("keep", "restore", "ablate"):
-        curve = faithfulness(model, pairs, ranking, metric="prob", mode=mode, counts=(0, len(sites)), randoms=0, draws=2)
+        curve = faithfulness(
+            model,
+            pairs,
+            ranking,
+            metric="prob",
+            mode=mode,
+            counts=(0, len(sites)),
+            randoms=0,
+            draws=2,
+        )
         assert curve.full == pytest.approx(clean, rel=1e-4)
         if mode != "keep":
             assert curve.empty == pytest.approx(corrupted, rel=1e-4)
@@ -100,8 +150,15 @@ def noise_pairs(model, examples) -> Pairs:
 @pytest.mark.parametrize("mode", ["keep", "restore"])
 def test_batches_and_noise_draws_change_nothing(model, examples, mode):
     pairs = noise_pairs(model, examples[:5])
-    ranking = [(Site(2, "resid_post", at="query"), 2.0), (Site(1, "head", 2), 1.0), (Site(0, "mlp_out", at=-1), 0.5)]
-    one, many = (faithfulness(model, pairs, ranking, mode=mode, randoms=1, batch_size=b, draws=2) for b in (1, 64))
+    ranking = [
+        (Site(2, "resid_post", at="query"), 2.0),
+        (Site(1, "head", 2), 1.0),
+        (Site(0, "mlp_out", at=-1), 0.5),
+    ]
+    one, many = (
+        faithfulness(model, pairs, ranking, mode=mode, randoms=1, batch_size=b, draws=2)
+        for b in (1, 64)
+    )
     np.testing.assert_allclose(one.metric_mean, many.metric_mean, atol=1e-4)
     np.testing.assert_allclose(one.random, many.random, atol=1e-3)
     assert one.full == pytest.approx(many.full, abs=1e-4) and one.n == len(pairs)
@@ -111,15 +168,23 @@ def test_restoring_the_whole_stream_restores_everything(model, examples):
     pairs = noise_pairs(model, examples)
     for site in (Site(0, "resid_pre"), Site(3, "resid_post"), Site(3, "resid_post", at="answer")):
         # Labels of several tokens are read behind the prompt as well, so that the answer's state alone is not all of it.
-        curve = faithfulness(model, pairs, [(site, 1.0)], mode="restore", metric="logprob", randoms=0, draws=10)
+        curve = faithfulness(
+            model, pairs, [(site, 1.0)], mode="restore", metric="logprob", randoms=0, draws=10
+        )
         value = curve.faithfulness[1].value
-        assert value == pytest.approx(1, abs=1e-4) if site.at is None else not math.isclose(value, 0, abs_tol=1e-3)
+        assert (
+            value == pytest.approx(1, abs=1e-4)
+            if site.at is None
+            else not math.isclose(value, 0, abs_tol=1e-3)
+        )
 
 
 def test_areas_by_hand():
     """A straight line from 0 to 1: half. One that passes 1: CPR counts the excess, CMD counts it against it."""
     assert areas([0, 1], [0, 1]) == pytest.approx((0.5, 0.5))
-    assert areas([0, 0.5, 1], [0, 2, 1]) == pytest.approx((0.5 * 1 + 0.5 * 1.5, 0.5 * 1 + 0.5 * 0.5))
+    assert areas([0, 0.5, 1], [0, 2, 1]) == pytest.approx(
+        (0.5 * 1 + 0.5 * 1.5, 0.5 * 1 + 0.5 * 0.5)
+    )
     assert areas([0, 0.25, 1], [1, 1, 1]) == pytest.approx((1, 0))
 
 
@@ -155,10 +220,20 @@ def test_bad_questions_are_refused():
         with pytest.raises(Exception, match=message):
             faithfulness(model, pairs, ranking, **more)
     with pytest.raises(ConfigError, match="pairs by MeanAblation have no corrupted run"):
-        faithfulness(model, Pairs(pairs.items, MeanAblation(), pairs.continuations, pairs.verbalizer, pairs.template), ranking)
+        faithfulness(
+            model,
+            Pairs(
+                pairs.items, MeanAblation(), pairs.continuations, pairs.verbalizer, pairs.template
+            ),
+            ranking,
+        )
     same = tuple(Pair(p.example, p.clean, p.clean, 0, 1, Counterfactual()) for p in pairs)
     with pytest.raises(ConfigError, match="the full and the empty run have the same logit_diff"):
-        faithfulness(model, Pairs(same, Counterfactual(), pairs.continuations, pairs.verbalizer, pairs.template), ranking)
+        faithfulness(
+            model,
+            Pairs(same, Counterfactual(), pairs.continuations, pairs.verbalizer, pairs.template),
+            ranking,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- pruning
@@ -167,7 +242,11 @@ def test_bad_questions_are_refused():
 def test_an_ablated_head_gives_what_a_model_without_it_gives(model, examples):
     """Zeroing z of a head is zeroing its rows of the output matrix; zeroing mlp_out is zeroing its matrix and bias."""
     ablated = predict(model, examples, Ablation([Site(1, "head", 2), Site(2, "mlp_out")]))
-    W_O, W_out, b_out = model.hooked.blocks[1].attn.W_O, model.hooked.blocks[2].mlp.W_out, model.hooked.blocks[2].mlp.b_out
+    W_O, W_out, b_out = (
+        model.hooked.blocks[1].attn.W_O,
+        model.hooked.blocks[2].mlp.W_out,
+        model.hooked.blocks[2].mlp.b_out,
+    )
     kept = W_O[2].clone(), W_out.clone(), b_out.clone()
     try:
         with torch.no_grad():
@@ -197,18 +276,28 @@ def test_means_are_over_real_tokens_and_of_what_the_edit_leaves(model, examples)
                         model.forward(t.ids)
             mlp.append(seen[site][0])
             z.append(seen[head][0])
-        torch.testing.assert_close(found[1, "mlp_out"].float(), torch.cat(mlp).mean(0), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found[2, "head"].float(), torch.cat(z).mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found[1, "mlp_out"].float(), torch.cat(mlp).mean(0), atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            found[2, "head"].float(), torch.cat(z).mean(0), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_pruning_keeps_the_answers_until_it_touches_what_matters(model, examples):
     """Gold is what the model itself answers, so that nothing removed is 1 and the curve is agreement with the whole model."""
     base = predict(model, examples)
-    own = [example(e.sentence, e.aspect, a, e.id) for e, a in zip(examples, base.answers, strict=True)]
+    own = [
+        example(e.sentence, e.aspect, a, e.id) for e, a in zip(examples, base.answers, strict=True)
+    ]
     sites = components(model)
     ranking = [(s, float(i)) for i, s in enumerate(sites)]
     curve = prune(model, own, ranking, counts=(0, 1, 3, len(sites)), randoms=2, draws=10)
-    assert curve.accuracy[0].value == 1 and curve.removed == tuple(sites) and (curve.random[:, 0] == 1).all()
+    assert (
+        curve.accuracy[0].value == 1
+        and curve.removed == tuple(sites)
+        and (curve.random[:, 0] == 1).all()
+    )
     means = mean_activations(model, [question(model, e) for e in own], sites)
     for k, estimate in zip(curve.counts, curve.accuracy, strict=True):
         assert estimate.value == predict(model, own, Ablation(sites[:k], means)).correct.mean()
@@ -216,8 +305,15 @@ def test_pruning_keeps_the_answers_until_it_touches_what_matters(model, examples
     assert len(set(predict(model, own, Ablation(sites, means)).answers)) == 1
     table = curve.to_pandas()
     ranked, chance = (table[table.method == m] for m in ("least important first", "random order"))
-    assert ranked["count"].tolist() == [0, 1, 3, len(sites)] and ranked.removed.iloc[-1] == 1 and table.majority.notna().all()
-    assert chance.accuracy.tolist() == curve.random.mean(0).tolist() and "removed" in curve._repr_html_()
+    assert (
+        ranked["count"].tolist() == [0, 1, 3, len(sites)]
+        and ranked.removed.iloc[-1] == 1
+        and table.majority.notna().all()
+    )
+    assert (
+        chance.accuracy.tolist() == curve.random.mean(0).tolist()
+        and "removed" in curve._repr_html_()
+    )
     zero = prune(model, own, ranking, how="zero", counts=(2,), randoms=0, draws=10)
     assert zero.accuracy[0].value == predict(model, own, Ablation(sites[:2])).correct.mean()
     assert live_hooks(model.hooked) == []
@@ -230,8 +326,12 @@ def test_an_edit_stays_in_force_below_the_ablation(model, examples):
     np.testing.assert_allclose(nothing.scores, predict(model, examples, edit).scores, rtol=1e-6)
     assert not np.allclose(both.scores, nothing.scores, atol=1e-2)
     # The ablation has the last word at a site that both write.
-    last = predict(model, examples, Ablation([Site(2, "mlp_out")], edit=Push("L2.mlp_out", size=20.0)))
-    np.testing.assert_allclose(last.scores, predict(model, examples, Ablation([Site(2, "mlp_out")])).scores, atol=1e-4)
+    last = predict(
+        model, examples, Ablation([Site(2, "mlp_out")], edit=Push("L2.mlp_out", size=20.0))
+    )
+    np.testing.assert_allclose(
+        last.scores, predict(model, examples, Ablation([Site(2, "mlp_out")])).scores, atol=1e-4
+    )
 
 
 def test_pruning_refuses(model, examples):

@@ -15,7 +15,7 @@ from mech_absa.errors import ConfigError, DataError, EditError, PromptError
 from mech_absa.evaluate import predict, read_predictions
 from mech_absa.evaluate.predictions import greedy, match_label
 from mech_absa.examples import Examples
-from mech_absa.models import load_model
+from mech_absa.model import load_model
 from mech_absa.prompts import PromptTemplate, Verbalizer
 from mech_absa.scoring import question
 
@@ -30,7 +30,9 @@ def hf():
 def hf_label_scores(hf, tokenizer, text: str) -> list[float]:
     scores = []
     for word in ("positive", "negative", "neutral"):
-        prompt, whole = (tokenizer(t, return_tensors="pt").input_ids for t in (text, f"{text} {word}"))
+        prompt, whole = (
+            tokenizer(t, return_tensors="pt").input_ids for t in (text, f"{text} {word}")
+        )
         with torch.no_grad():
             logp = hf(whole).logits.double().log_softmax(-1)[0]
         n = prompt.shape[1]
@@ -54,14 +56,18 @@ def test_a_batch_answers_as_one_by_one(model, examples, decode):
     assert one.answers == many.answers and one.texts == many.texts
     if decode == "label":
         np.testing.assert_allclose(one.scores, many.scores, atol=1e-4)
-        assert not np.allclose(one.scores, predict(model, examples).scores, atol=0.05)  # the edit does something
+        assert not np.allclose(
+            one.scores, predict(model, examples).scores, atol=0.05
+        )  # the edit does something
 
 
 def test_greedy_decoding_is_hugging_faces(model, examples, hf):
     prompts = [question(model, e) for e in examples]
     written = greedy(model, prompts, 6, batch_size=3)
     for tokens, ids in zip(prompts, written, strict=True):
-        out = hf.generate(tokens.ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        out = hf.generate(
+            tokens.ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
         assert out[0, tokens.lengths[0] :].tolist() == ids
 
 
@@ -81,11 +87,17 @@ def test_generation_answers_as_label_scoring_does_when_a_label_is_the_argmax(exa
     verbalizer = Verbalizer.of(["was", "the", "is"])
     ids = [i for (i,) in verbalizer.label_ids(model.tokenizer)]  # one token each
     ends_in_the_aspect = "{sentence} Aspect: {aspect}"
-    usual = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer).scores.mean(0)
-    with torch.no_grad():  # the labels are now the most probable tokens everywhere, and none of them always
+    usual = predict(
+        model, examples, template=ends_in_the_aspect, verbalizer=verbalizer
+    ).scores.mean(0)
+    with (
+        torch.no_grad()
+    ):  # the labels are now the most probable tokens everywhere, and none of them always
         model.hooked.unembed.b_U[ids] += 100 - torch.tensor(usual, dtype=torch.float32)
     labels = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer)
-    free = predict(model, examples, template=ends_in_the_aspect, verbalizer=verbalizer, decode="generate")
+    free = predict(
+        model, examples, template=ends_in_the_aspect, verbalizer=verbalizer, decode="generate"
+    )
     assert free.answers == labels.answers and len(set(free.answers)) > 1
     assert free.scores is None and len(free.texts) == len(examples)
 
@@ -141,15 +153,23 @@ def write(tmp_path, name, text):
 
 def table(examples, by_id, delimiter=","):
     if by_id:
-        lines = [delimiter.join(("ID", "Label"))] + [delimiter.join((e.id, a)) for e, a in zip(examples, ANSWERS, strict=True)]
+        lines = [delimiter.join(("ID", "Label"))] + [
+            delimiter.join((e.id, a)) for e, a in zip(examples, ANSWERS, strict=True)
+        ]
     else:
         lines = [delimiter.join(("sentence", "aspect", "prediction"))]
-        lines += [delimiter.join((f'"{e.sentence.upper()}"', e.aspect, a)) for e, a in zip(examples, ANSWERS, strict=True)]
+        lines += [
+            delimiter.join((f'"{e.sentence.upper()}"', e.aspect, a))
+            for e, a in zip(examples, ANSWERS, strict=True)
+        ]
     return "\n".join([lines[0], *reversed(lines[1:])]) + "\n"  # the order does not matter
 
 
 def json_lines(examples):
-    return "\n".join(json.dumps({"id": e.id, "predicted": a or None}) for e, a in zip(examples, ANSWERS, strict=True))
+    return "\n".join(
+        json.dumps({"id": e.id, "predicted": a or None})
+        for e, a in zip(examples, ANSWERS, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv-id", "csv-text", "tsv", "jsonl", "json", "bom"])
@@ -186,10 +206,18 @@ def test_a_table_of_several_files_gives_each_its_rows(tmp_path, examples):
 
 
 def test_a_question_asked_twice_is_answered_in_order(tmp_path):
-    twice = Examples((example("good food , bad food", "food", POS), example("good food , bad food", "food", NEG)), "twice")
+    twice = Examples(
+        (
+            example("good food , bad food", "food", POS),
+            example("good food , bad food", "food", NEG),
+        ),
+        "twice",
+    )
     head = "sentence,aspect,label\n"
     row = '"good food , bad food",food,'
-    assert read_predictions(write(tmp_path, "a.csv", f"{head}{row}pos\n{row}neg\n"), twice).answers == (POS, NEG)
+    assert read_predictions(
+        write(tmp_path, "a.csv", f"{head}{row}pos\n{row}neg\n"), twice
+    ).answers == (POS, NEG)
     with pytest.raises(DataError, match=r"a.csv:4: the example 'food' is answered a second time"):
         read_predictions(write(tmp_path, "a.csv", f"{head}{row}pos\n{row}neg\n{row}neg\n"), twice)
 

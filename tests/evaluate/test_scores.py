@@ -22,7 +22,10 @@ ANSWERS = [POS, POS, NEG, None, NEG, NEG, POS, NEU, NEG]
 def rows(gold, answers, sentences=None, name="s", **more) -> Predictions:
     """Predictions of those classes; a sentence a row unless told."""
     sentences = sentences or range(len(gold))
-    made = tuple(example(f"sentence {s} about a thing{i}", f"thing{i}", g) for i, (s, g) in enumerate(zip(sentences, gold, strict=True)))
+    made = tuple(
+        example(f"sentence {s} about a thing{i}", f"thing{i}", g)
+        for i, (s, g) in enumerate(zip(sentences, gold, strict=True))
+    )
     return Predictions(made, tuple(answers), name, "hand", **more)
 
 
@@ -37,7 +40,11 @@ def test_a_table_worked_out_by_hand():
     assert q.macro_f1.value == pytest.approx((4 / 7 + 4 / 7 + 2 / 3) / 3)
     assert (q.majority, q.majority_class, q.unanswered, q.n) == (4 / 9, "positive", 1, 9)
     table = q.confusion_table()
-    assert table.loc["neutral", "negative"] == 1 and table.loc["positive", "none"] == 1 and table.to_numpy().sum() == 9
+    assert (
+        table.loc["neutral", "negative"] == 1
+        and table.loc["positive", "none"] == 1
+        and table.to_numpy().sum() == 9
+    )
 
 
 def test_a_class_that_no_row_has_is_no_part_of_macro_f1():
@@ -57,7 +64,9 @@ def test_accuracy_and_f1_are_scikit_learns(pairs):
     named = [g.value for g in gold], ["none" if a is None else a.value for a in answers]
     assert q.accuracy.value == pytest.approx(accuracy_score(*named))
     present = sorted({g.value for g in gold})
-    assert q.macro_f1.value == pytest.approx(f1_score(*named, labels=present, average="macro", zero_division=0))
+    assert q.macro_f1.value == pytest.approx(
+        f1_score(*named, labels=present, average="macro", zero_division=0)
+    )
 
 
 def test_intervals_are_the_cluster_bootstrap_computed_the_long_way():
@@ -65,22 +74,34 @@ def test_intervals_are_the_cluster_bootstrap_computed_the_long_way():
     gold = [list(Polarity)[i] for i in rng.integers(0, 3, 60)]
     answers = [g if rng.random() < 0.7 else POS for g in gold]
     p = rows(gold, answers, sentences=[i // 3 for i in range(60)])
-    for i, e in enumerate(p.examples):  # three aspects a sentence would be one cluster only if the sentence were the same
+    for i, e in enumerate(
+        p.examples
+    ):  # three aspects a sentence would be one cluster only if the sentence were the same
         object.__setattr__(e, "sentence", f"sentence {i // 3}")
     q = score(p, draws=200, seed=5).all
     assert q.sentences == 20
     correct = [a is g for a, g in zip(answers, gold, strict=True)]
     clusters = [i // 3 for i in range(60)]
-    names = np.unique([f"sentence {c}" for c in clusters], return_inverse=True)[1]  # the same order of clusters
+    names = np.unique([f"sentence {c}" for c in clusters], return_inverse=True)[
+        1
+    ]  # the same order of clusters
     expected = stats.cluster_bootstrap(correct, names, draws=200, seed=5)
     assert (q.accuracy.low, q.accuracy.high) == (float(expected.low), float(expected.high))
     g, a = np.array([x.value for x in gold]), np.array([x.value for x in answers])
 
     def f1(chosen):
-        return f1_score(g[chosen], a[chosen], labels=[c.value for c in Polarity], average="macro", zero_division=0)
+        return f1_score(
+            g[chosen],
+            a[chosen],
+            labels=[c.value for c in Polarity],
+            average="macro",
+            zero_division=0,
+        )
 
     expected = stats.bootstrap_statistic(f1, names, 60, draws=200, seed=5)
-    assert q.macro_f1.low == pytest.approx(expected.low) and q.macro_f1.high == pytest.approx(expected.high)
+    assert q.macro_f1.low == pytest.approx(expected.low) and q.macro_f1.high == pytest.approx(
+        expected.high
+    )
     alone = score(rows(gold, answers), draws=200, seed=5).all
     assert alone.accuracy.value == q.accuracy.value and alone.sentences == 60
 
@@ -91,15 +112,23 @@ def test_calibration_by_hand():
     assert q.gold_probability == pytest.approx((0.8 + 0.5) / 2)
     assert q.nll == pytest.approx(-(np.log(0.8) + np.log(0.5)) / 2)
     assert q.label_mass == pytest.approx((0.5 + 0.4) / 2)
-    assert np.isnan(score(rows([POS], [POS])).all.nll)  # nothing is known of a system that gives answers only
+    assert np.isnan(
+        score(rows([POS], [POS])).all.nll
+    )  # nothing is known of a system that gives answers only
     never = score(rows([NEG], [POS], scores=np.array([[-1.0, -2000.0, -3.0]]))).all
-    assert never.nll == pytest.approx(2000 - 1 + np.log1p(np.exp(-2.0)), rel=1e-9)  # far beyond what exp can hold
+    assert never.nll == pytest.approx(
+        2000 - 1 + np.log1p(np.exp(-2.0)), rel=1e-9
+    )  # far beyond what exp can hold
 
 
 def test_leaked_and_mixed_rows_are_scored_apart(examples):
     answers = [POS, NEG, POS, POS, POS, NEG, POS, NEG]  # wrong at 3, 4, 6, 7
     p = Predictions(tuple(examples), tuple(answers), "s")
-    train = [example("The food was GREAT but the service was dreadful .", "food", NEG), examples[7], example("other food", "food", POS)]
+    train = [
+        example("The food was GREAT but the service was dreadful .", "food", NEG),
+        examples[7],
+        example("other food", "food", POS),
+    ]
     s = score(p, train=train, draws=20)
     assert s.leaked == 2 and s.unseen.n == 6 and s.unseen.accuracy.value == pytest.approx(3 / 6)
     assert s.mixed.n == 5 and s.mixed.accuracy.value == pytest.approx(3 / 5)
@@ -108,37 +137,54 @@ def test_leaked_and_mixed_rows_are_scored_apart(examples):
     assert score(p, draws=20).leaked is None
     assert score(p.take([5, 6, 7]), draws=20).mixed is None
     table = s.to_pandas()
-    assert table["subset"].tolist() == ["all", "unseen", "mixed"] and table["accuracy"].tolist() == pytest.approx([0.5, 0.5, 0.6])
+    assert table["subset"].tolist() == ["all", "unseen", "mixed"] and table[
+        "accuracy"
+    ].tolist() == pytest.approx([0.5, 0.5, 0.6])
     assert "unseen" in s._repr_html_()
 
 
 def test_questions_asked_twice_count_once(examples):
     asked = [examples[5], examples[6], examples[5], examples[5], examples[7]]
     s = score(Predictions(tuple(asked), (NEG, NEG, POS, POS, POS), "s"), draws=20)
-    assert s.accuracy == 2 / 5 and s.distinct.n == 3 and s.distinct.accuracy.value == pytest.approx(2 / 3)
+    assert (
+        s.accuracy == 2 / 5
+        and s.distinct.n == 3
+        and s.distinct.accuracy.value == pytest.approx(2 / 3)
+    )
     assert score(Predictions(tuple(examples), (POS,) * 8, "s"), draws=20).distinct is None
 
 
 def test_two_systems_on_the_same_rows():
     gold = [POS] * 12
     a = rows(gold, [POS] * 9 + [NEG] * 3, sentences=[i // 2 for i in range(12)], name="a")
-    b = rows(gold, [NEG] * 4 + [POS] * 6 + [NEG, NEU], sentences=[i // 2 for i in range(12)], name="b")
+    b = rows(
+        gold, [NEG] * 4 + [POS] * 6 + [NEG, NEU], sentences=[i // 2 for i in range(12)], name="b"
+    )
     c = compare(a, b, draws=999, seed=1)
     assert (c.accuracy_first, c.accuracy_second) == (9 / 12, 6 / 12)
     assert (c.mcnemar.b, c.mcnemar.c) == (4, 1)
     assert c.mcnemar.p == pytest.approx(scipy_stats.binomtest(1, 5, 0.5).pvalue)
     assert c.agreement == pytest.approx(6 / 12)  # rows 5 to 9 both positive, row 11 both negative
-    expected = stats.paired_bootstrap_difference(a.correct.astype(float), b.correct.astype(float), a.clusters, draws=999, seed=1)
+    expected = stats.paired_bootstrap_difference(
+        a.correct.astype(float), b.correct.astype(float), a.clusters, draws=999, seed=1
+    )
     assert c.difference == expected and c.difference.value == pytest.approx(0.25)
     itself = compare(a, a, draws=50)
-    assert (itself.difference.value, itself.difference.low, itself.difference.high, itself.agreement) == (0, 0, 0, 1)
+    assert (
+        itself.difference.value,
+        itself.difference.low,
+        itself.difference.high,
+        itself.agreement,
+    ) == (0, 0, 0, 1)
     assert itself.macro_f1.low == itself.macro_f1.high == 0
     assert c.to_pandas()["p_mcnemar"][0] == c.mcnemar.p
 
 
 def test_systems_on_different_rows_are_not_compared():
     a = rows([POS, NEG], [POS, NEG], name="a")
-    with pytest.raises(ConfigError, match="a answered 2 examples and b 1; the same rows are needed"):
+    with pytest.raises(
+        ConfigError, match="a answered 2 examples and b 1; the same rows are needed"
+    ):
         compare(a, rows([POS], [POS], name="b"))
     with pytest.raises(ConfigError, match="row 2 of a asks about"):
         compare(a, rows([POS, POS], [POS, NEG], name="b"))
@@ -151,10 +197,15 @@ def test_seeds_are_put_together_by_hand():
     assert values == [1.0, 7 / 8, 5 / 8]
     a = aggregate(runs, "method", draws=300, seed=2)
     assert (a.name, a.seeds) == ("method", 3)
-    assert a.accuracy.mean == pytest.approx(np.mean(values)) and a.accuracy.sd == pytest.approx(np.std(values, ddof=1))
+    assert a.accuracy.mean == pytest.approx(np.mean(values)) and a.accuracy.sd == pytest.approx(
+        np.std(values, ddof=1)
+    )
     low, high = scipy_stats.t.interval(0.95, 2, loc=np.mean(values), scale=scipy_stats.sem(values))
     assert (a.accuracy.low, a.accuracy.high) == pytest.approx((low, high))
-    assert a.sampling.value == pytest.approx(np.mean(values)) and a.sampling.low < a.sampling.value < a.sampling.high
+    assert (
+        a.sampling.value == pytest.approx(np.mean(values))
+        and a.sampling.low < a.sampling.value < a.sampling.high
+    )
     single = aggregate(runs[:1])
     assert single.accuracy.mean == 1.0 and np.isnan(single.accuracy.sd)
     with pytest.raises(ConfigError, match="no runs"):
@@ -164,5 +215,7 @@ def test_seeds_are_put_together_by_hand():
 
 
 def test_a_class_without_a_label_is_refused():
-    with pytest.raises(ConfigError, match="rows are neutral, but the system can only answer positive, negative"):
+    with pytest.raises(
+        ConfigError, match="rows are neutral, but the system can only answer positive, negative"
+    ):
         score(rows([POS, NEU], [POS, POS], labels=(POS, NEG)))

@@ -22,8 +22,8 @@ from mech_absa.evaluate.side_effects import (
     side_effects,
     text_tokens,
 )
-from mech_absa.hooks import live_hooks
-from mech_absa.models import weights_hash
+from mech_absa.model import weights_hash
+from mech_absa.model.hooks import live_hooks
 from mech_absa.prompts import PromptTemplate
 from mech_absa.scoring import question
 
@@ -31,14 +31,22 @@ from mech_absa.scoring import question
 def test_an_edit_that_does_nothing_has_no_side_effects(model, examples):
     before = weights_hash(model.hooked)
     s = side_effects(model, NoEdit(), examples, others=[examples[:4]], draws=20)
-    assert s.reliability.difference.value == 0 and (s.reliability.mcnemar.b, s.reliability.mcnemar.c) == (0, 0)
+    assert s.reliability.difference.value == 0 and (
+        s.reliability.mcnemar.b,
+        s.reliability.mcnemar.c,
+    ) == (0, 0)
     assert s.consistency_base == s.consistency_edited
-    assert all(g.base == g.edited for g in s.generality) and [g.template for g in s.generality] == list(PARAPHRASES)
+    assert all(g.base == g.edited for g in s.generality) and [
+        g.template for g in s.generality
+    ] == list(PARAPHRASES)
     for d in (s.text, s.near):
         assert (d.kl, d.kl_max, d.top1) == (0, 0, 1)
     assert s.near.n == len(NEAR) * len(examples)
     assert s.text.n == sum(len(model.tokenizer(t).input_ids) for t in PASSAGES)
-    assert s.other_aspects.n == 0 and s.other_aspects.one_label_base == s.other_aspects.one_label_edited
+    assert (
+        s.other_aspects.n == 0
+        and s.other_aspects.one_label_base == s.other_aspects.one_label_edited
+    )
     assert [p.n for p in s.portability] == [4] and s.portability[0].difference.value == 0
     assert s.weights_unchanged and s.weights_before == before and live_hooks(model.hooked) == []
     assert s.record()["weights_unchanged"] is True and "unchanged" in s._repr_html_()
@@ -64,18 +72,31 @@ def test_drift_is_the_kl_of_all_logits_at_all_tokens(model):
             divergences.append(kl_by_hand(base, edited))
             same.append(base.argmax(-1) == edited.argmax(-1))
     divergences, same = np.concatenate(divergences), np.concatenate(same)
-    assert found.n == len(divergences) and found.kl == pytest.approx(divergences.mean(), rel=1e-4) and found.kl > 0.01
-    assert found.kl_max == pytest.approx(divergences.max(), rel=1e-3) and found.top1 == pytest.approx(same.mean())
+    assert (
+        found.n == len(divergences)
+        and found.kl == pytest.approx(divergences.mean(), rel=1e-4)
+        and found.kl > 0.01
+    )
+    assert found.kl_max == pytest.approx(
+        divergences.max(), rel=1e-3
+    ) and found.top1 == pytest.approx(same.mean())
 
 
 def test_an_edit_of_the_asked_aspect_leaves_text_alone_and_moves_other_questions(model, examples):
-    s = side_effects(model, Push("L1.resid_post@query.last"), examples, paraphrases=PARAPHRASES[:1], draws=20)
+    s = side_effects(
+        model, Push("L1.resid_post@query.last"), examples, paraphrases=PARAPHRASES[:1], draws=20
+    )
     assert s.text.kl == 0 and s.near.kl > 0.01
     last = drift(
-        model, Push("L1.resid_post@query.last"), [question(model, e, PromptTemplate(t)) for t in NEAR for e in examples], last=True
+        model,
+        Push("L1.resid_post@query.last"),
+        [question(model, e, PromptTemplate(t)) for t in NEAR for e in examples],
+        last=True,
     )
     assert s.near == last
-    everywhere = side_effects(model, Push("L1.resid_post"), examples, paraphrases=PARAPHRASES[:1], draws=20)
+    everywhere = side_effects(
+        model, Push("L1.resid_post"), examples, paraphrases=PARAPHRASES[:1], draws=20
+    )
     assert everywhere.text.kl > 0.01
 
 
@@ -119,7 +140,9 @@ def test_other_aspects_by_hand(examples):
     # Row 1 changed, so row 0 is another aspect; rows 2 and 3 changed, so 2, 3 and 4 are. Row 1's neighbour did not change; row 5 has none.
     assert found.n == 4 and found.agreement == pytest.approx(2 / 4)
     assert (found.fixed, found.broken) == (1, 1)  # row 3 became right, row 2 wrong
-    assert found.kl == pytest.approx(np.mean([np.log(1 / 3) - (np.log(0.5) + 2 * np.log(0.25)) / 3, 0, 0, 0]))
+    assert found.kl == pytest.approx(
+        np.mean([np.log(1 / 3) - (np.log(0.5) + 2 * np.log(0.25)) / 3, 0, 0, 0])
+    )
     assert (found.one_label_base, found.one_label_edited) == (1.0, 0.0)
     nothing = other_aspects(base, base)
     assert nothing.n == 0 and np.isnan(nothing.agreement)
@@ -137,7 +160,9 @@ def test_reliability_counts_what_was_put_right_and_wrong(model, examples):
     for g in s.generality:
         worded = predict(model, examples, edit, template=g.template)
         assert g.edited == worded.correct.mean()
-        assert g.agreement == np.mean([a is b for a, b in zip(worded.answers, edited.answers, strict=True)])
+        assert g.agreement == np.mean(
+            [a is b for a, b in zip(worded.answers, edited.answers, strict=True)]
+        )
 
 
 def test_long_texts_come_in_pieces(model):

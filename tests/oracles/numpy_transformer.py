@@ -51,7 +51,11 @@ def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:
 
 def rotate(x: np.ndarray, dims: int, base: float, adjacent: bool) -> np.ndarray:
     """RoFormer, eq. 13: pair j of the first `dims` dimensions of [pos head d_head], as a complex number, turns by pos / base^(2j/dims)."""
-    first, second = (slice(0, dims, 2), slice(1, dims, 2)) if adjacent else (slice(0, dims // 2), slice(dims // 2, dims))
+    first, second = (
+        (slice(0, dims, 2), slice(1, dims, 2))
+        if adjacent
+        else (slice(0, dims // 2), slice(dims // 2, dims))
+    )
     angle = np.arange(len(x))[:, None, None] * base ** (-2 * np.arange(dims // 2) / dims)
     turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * angle)
     out = x.copy()
@@ -73,7 +77,14 @@ class NumpyTransformer:
     def __init__(self, model):
         self.cfg = cfg = model.cfg
         self.w = {k: v.detach().cpu().double().numpy() for k, v in model.state_dict().items()}
-        for unknown in ("use_qk_norm", "use_NTK_by_parts_rope", "use_yarn_rope", "num_experts", "attn_only", "clip_qkv"):
+        for unknown in (
+            "use_qk_norm",
+            "use_NTK_by_parts_rope",
+            "use_yarn_rope",
+            "num_experts",
+            "attn_only",
+            "clip_qkv",
+        ):
             if getattr(cfg, unknown):
                 raise NotImplementedError(f"the oracle has no equation for {unknown}")
 
@@ -94,15 +105,30 @@ class NumpyTransformer:
         """[pos d_model], normed -> [pos d_model]."""
         cfg, name = self.cfg, f"blocks.{layer}.attn."
         kv = "_" if cfg.n_key_value_heads else ""  # grouped keys and values are stored once a group
-        q = fix("q", layer, np.einsum("pm,hmd->phd", x, self.w[f"{name}W_Q"]) + self.w[f"{name}b_Q"])
-        k = fix("k", layer, np.einsum("pm,hmd->phd", x, self.w[f"{name}{kv}W_K"]) + self.w[f"{name}{kv}b_K"])
-        v = fix("v", layer, np.einsum("pm,hmd->phd", x, self.w[f"{name}{kv}W_V"]) + self.w[f"{name}{kv}b_V"])
+        q = fix(
+            "q", layer, np.einsum("pm,hmd->phd", x, self.w[f"{name}W_Q"]) + self.w[f"{name}b_Q"]
+        )
+        k = fix(
+            "k",
+            layer,
+            np.einsum("pm,hmd->phd", x, self.w[f"{name}{kv}W_K"]) + self.w[f"{name}{kv}b_K"],
+        )
+        v = fix(
+            "v",
+            layer,
+            np.einsum("pm,hmd->phd", x, self.w[f"{name}{kv}W_V"]) + self.w[f"{name}{kv}b_V"],
+        )
         if cfg.positional_embedding_type == "rotary":
-            q, k = (rotate(a, cfg.rotary_dim, cfg.rotary_base, cfg.rotary_adjacent_pairs) for a in (q, k))
+            q, k = (
+                rotate(a, cfg.rotary_dim, cfg.rotary_base, cfg.rotary_adjacent_pairs)
+                for a in (q, k)
+            )
         group = cfg.n_heads // k.shape[1]
         scale = cfg.attn_scale if cfg.use_attn_scale else 1.0
         scale *= layer + 1 if cfg.scale_attn_by_inverse_layer_idx else 1
-        back = np.arange(len(x))[:, None] - np.arange(len(x))[None, :]  # how far the key lies behind the query
+        back = (
+            np.arange(len(x))[:, None] - np.arange(len(x))[None, :]
+        )  # how far the key lies behind the query
         hidden = back < 0
         if cfg.use_local_attn and cfg.attn_types[layer] == "local":
             hidden |= back >= cfg.window_size
@@ -122,7 +148,9 @@ class NumpyTransformer:
         inner = act(x @ self.w[f"{name}W_gate"]) * inner if self.cfg.gated_mlp else act(inner)
         return inner @ self.w[f"{name}W_out"] + self.w[f"{name}b_out"]
 
-    def run(self, tokens=None, embeddings: np.ndarray | None = None, do: Do | None = None) -> tuple[np.ndarray, dict]:
+    def run(
+        self, tokens=None, embeddings: np.ndarray | None = None, do: Do | None = None
+    ) -> tuple[np.ndarray, dict]:
         """Logits [pos d_vocab] and every activation {(kind, layer): [pos ...]} of one sequence under `do`.
 
         `embeddings` [pos d_model] takes the place of the tokens' embeddings (before learned positions are added), as noise does.
@@ -152,4 +180,6 @@ class NumpyTransformer:
         if todo:
             raise KeyError(f"no such activation: {sorted(map(str, todo))}")
         x = self.norm(x, "ln_final", centred=False if cfg.final_rms else None)
-        return soft_cap(x @ self.w["unembed.W_U"] + self.w["unembed.b_U"], cfg.output_logits_soft_cap), acts
+        return soft_cap(
+            x @ self.w["unembed.W_U"] + self.w["unembed.b_U"], cfg.output_logits_soft_cap
+        ), acts

@@ -49,7 +49,9 @@ class Planted:
 
     model: HookedTransformer
     steps: tuple[Step, ...]
-    positions: dict[str, int]  # opinion, aspect, last, and distractor: a token that differs as well and does not matter
+    positions: dict[
+        str, int
+    ]  # opinion, aspect, last, and distractor: a token that differs as well and does not matter
     dead: bool  # the last MLP is a single relu, which the corrupted run leaves dead
 
     @property
@@ -64,7 +66,10 @@ class Planted:
         clean = torch.randint(first, words - 2, (n, self.model.cfg.n_ctx), generator=generator)
         clean[:, 0], clean[:, self.positions["aspect"]] = WORDS.index("<bos>"), WORDS.index("food")
         corrupted = clean.clone()
-        clean[:, self.positions["distractor"]], corrupted[:, self.positions["distractor"]] = words - 2, words - 1
+        clean[:, self.positions["distractor"]], corrupted[:, self.positions["distractor"]] = (
+            words - 2,
+            words - 1,
+        )
         clean[:, self.positions["opinion"]], corrupted[:, self.positions["opinion"]] = GOOD, BAD
         return clean, corrupted
 
@@ -127,8 +132,14 @@ def plant(
     """Set the weights. Steps must be in order of time, each one starting where the one before ended, the last one at the last token."""
     n_pos = positions["last"] + 1
     for before, after in pairwise(steps):
-        assert before.time < after.time and before.target == after.source, "the steps must follow each other"
-    assert steps[0].source == positions["opinion"] and steps[-1].target == positions["last"] and all(s.source > 0 for s in steps)
+        assert before.time < after.time and before.target == after.source, (
+            "the steps must follow each other"
+        )
+    assert (
+        steps[0].source == positions["opinion"]
+        and steps[-1].target == positions["last"]
+        and all(s.source > 0 for s in steps)
+    )
     assert not dead or steps[-1].head is None, "only a last MLP can be dead"
     slot, loud = n_pos, n_pos + len(steps) + 1  # first slot, first busy dimension
     d_model = loud + busy
@@ -153,42 +164,70 @@ def plant(
     def noise(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator).to(dtype) * scale
 
-    w = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if not name.endswith(("mask", "IGNORE"))}
+    w = {
+        name: torch.zeros_like(value)
+        for name, value in model.state_dict().items()
+        if not name.endswith(("mask", "IGNORE"))
+    }
     w["embed.W_E"][:, loud:] = noise(len(WORDS), busy)
     w["embed.W_E"][GOOD, slot], w["embed.W_E"][BAD, slot] = 1, -1
     w["pos_embed.W_pos"][:, :n_pos] = torch.eye(n_pos)
-    for layer in range(n_layers):  # the decoys: read everything, write only into the busy dimensions
+    for layer in range(
+        n_layers
+    ):  # the decoys: read everything, write only into the busy dimensions
         a, m = f"blocks.{layer}.attn.", f"blocks.{layer}.mlp."
         for matrix in ("W_Q", "W_K", "W_V"):
             w[a + matrix] = noise(n_heads, d_model, d_head, scale=2 * d_model**-0.5)
         w[a + "W_O"][..., loud:] = noise(n_heads, d_head, busy, scale=d_head**-0.5)
         w[a + "b_O"][loud:] = noise(busy, scale=0.1)
-        w[m + "W_in"], w[m + "b_in"] = noise(d_model, d_mlp, scale=2 * d_model**-0.5), noise(d_mlp, scale=0.1)
+        w[m + "W_in"], w[m + "b_in"] = (
+            noise(d_model, d_mlp, scale=2 * d_model**-0.5),
+            noise(d_mlp, scale=0.1),
+        )
         w[m + "W_out"][:, loud:] = noise(d_mlp, busy, scale=d_mlp**-0.5)
     angle = 2 * torch.pi * torch.arange(n_pos, dtype=torch.float64) / n_pos
-    circle = torch.stack([angle.cos(), angle.sin()], -1).to(dtype)  # each position's own direction in the head's first two dimensions
+    circle = torch.stack([angle.cos(), angle.sin()], -1).to(
+        dtype
+    )  # each position's own direction in the head's first two dimensions
     used = dict.fromkeys(range(n_layers), 0)  # neurons
     for i, step in enumerate(steps):
         a, m = f"blocks.{step.layer}.attn.", f"blocks.{step.layer}.mlp."
         if step.head is None:
             plus, minus = used[step.layer], used[step.layer] + 1
             used[step.layer] += 2
-            w[m + "W_in"][:, [plus, minus]], w[m + "b_in"][[plus, minus]], w[m + "W_out"][[plus, minus]] = 0, 0, 0
+            (
+                w[m + "W_in"][:, [plus, minus]],
+                w[m + "b_in"][[plus, minus]],
+                w[m + "W_out"][[plus, minus]],
+            ) = 0, 0, 0
             w[m + "W_in"][slot + i, plus], w[m + "W_in"][slot + i, minus] = 1, -1
-            w[m + "W_out"][plus, slot + i + 1], w[m + "W_out"][minus, slot + i + 1] = 1, -1  # relu(x) - relu(-x) = x
-            if dead and i == len(steps) - 1:  # 2 relu(x) - 1 is +1 at +1 and -1 at -1 as well, but flat on the left
+            w[m + "W_out"][plus, slot + i + 1], w[m + "W_out"][minus, slot + i + 1] = (
+                1,
+                -1,
+            )  # relu(x) - relu(-x) = x
+            if (
+                dead and i == len(steps) - 1
+            ):  # 2 relu(x) - 1 is +1 at +1 and -1 at -1 as well, but flat on the left
                 w[m + "W_out"][plus, slot + i + 1], w[m + "W_out"][minus, slot + i + 1] = 2, 0
                 w[m + "b_out"][slot + i + 1] = -1
         else:
-            look = torch.zeros(n_pos, dtype=torch.long)  # every other position looks at the first token, whose slots are 0
+            look = torch.zeros(
+                n_pos, dtype=torch.long
+            )  # every other position looks at the first token, whose slots are 0
             look[step.target] = step.source
             for matrix, values in (("W_Q", SHARPNESS * circle[look]), ("W_K", circle)):
                 w[a + matrix][step.head] = 0
                 w[a + matrix][step.head, :n_pos, :2] = values
-            w[a + "W_V"][step.head, :, 0], w[a + "W_O"][step.head, 0] = 0, 0  # the other dimensions stay busy
+            w[a + "W_V"][step.head, :, 0], w[a + "W_O"][step.head, 0] = (
+                0,
+                0,
+            )  # the other dimensions stay busy
             w[a + "W_V"][step.head, slot + i, 0], w[a + "W_O"][step.head, 0, slot + i + 1] = 1, 1
     good, bad, other = (WORDS.index(label) for label in LABELS)
-    w["unembed.W_U"][slot + len(steps), good], w["unembed.W_U"][slot + len(steps), bad] = LOUDNESS, -LOUDNESS
+    w["unembed.W_U"][slot + len(steps), good], w["unembed.W_U"][slot + len(steps), bad] = (
+        LOUDNESS,
+        -LOUDNESS,
+    )
     w["unembed.b_U"][[i for i in range(len(WORDS)) if i not in (good, bad, other)]] = -LOUDNESS
     model.load_state_dict(w, strict=False)
     return Planted(model.eval().requires_grad_(False), tuple(steps), positions, dead)
@@ -197,18 +236,30 @@ def plant(
 def planted_absa(dead: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> Planted:
     """L0H0 carries the polarity from the opinion to the aspect, L1H1 to the last token, the MLP of layer 2 writes it to the labels."""
     at = {"opinion": 3, "distractor": 4, "aspect": 6, "last": 8}
-    steps = (Step(0, at["opinion"], at["aspect"], head=0), Step(1, at["aspect"], at["last"], head=1), Step(2, at["last"], at["last"]))
+    steps = (
+        Step(0, at["opinion"], at["aspect"], head=0),
+        Step(1, at["aspect"], at["last"], head=1),
+        Step(2, at["last"], at["last"]),
+    )
     return plant(steps, at, n_layers=3, n_heads=2, dead=dead, seed=seed, dtype=dtype)
 
 
 def random_planted(seed: int, dead: bool = False, dtype: torch.dtype = torch.float32) -> Planted:
     """A circuit of one to three heads and some MLPs, anywhere in a model of 4 to 6 layers and 3 or 4 heads, over 8 to 12 positions."""
     rng = np.random.default_rng(seed)
-    n_layers, n_heads, n_pos = int(rng.integers(4, 7)), int(rng.integers(3, 5)), int(rng.integers(8, 13))
+    n_layers, n_heads, n_pos = (
+        int(rng.integers(4, 7)),
+        int(rng.integers(3, 5)),
+        int(rng.integers(8, 13)),
+    )
     hops = int(rng.integers(1, 4))
-    *stops, distractor, aspect = (int(p) for p in rng.permutation(np.arange(1, n_pos - 1))[: hops + 2])
+    *stops, distractor, aspect = (
+        int(p) for p in rng.permutation(np.arange(1, n_pos - 1))[: hops + 2]
+    )
     stops = [*sorted(stops), n_pos - 1]
-    kinds = [kind for _ in range(hops) for kind in (["mlp"] if rng.random() < 0.3 else []) + ["head"]]
+    kinds = [
+        kind for _ in range(hops) for kind in (["mlp"] if rng.random() < 0.3 else []) + ["head"]
+    ]
     kinds += ["mlp"] if rng.random() < 0.6 or dead else []
     while True:  # layers that put the steps in order
         layers = [int(layer) for layer in np.sort(rng.integers(0, n_layers, len(kinds)))]
@@ -222,5 +273,10 @@ def random_planted(seed: int, dead: bool = False, dtype: torch.dtype = torch.flo
             at += 1
         else:
             steps.append(Step(layer, stops[at], stops[at]))
-    positions = {"opinion": stops[0], "aspect": stops[1] if hops > 1 else aspect, "distractor": distractor, "last": n_pos - 1}
+    positions = {
+        "opinion": stops[0],
+        "aspect": stops[1] if hops > 1 else aspect,
+        "distractor": distractor,
+        "last": n_pos - 1,
+    }
     return plant(tuple(steps), positions, n_layers, n_heads, dead=dead, seed=seed, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from oracles.numpy_transformer import KINDS, NumpyTransformer, alibi_slopes
 from oracles.tiny_models import ARCHITECTURES, float64_throughout, hf_float64, tiny_folder
 
-from mech_absa.models import hooked_from_hf
+from mech_absa.model import hooked_from_hf
 
 TOKENS = [1, 77, 270, 33, 140, 9, 251, 300, 60, 18, 299, 145]  # longer than the sliding window
 
@@ -39,7 +39,11 @@ def test_every_activation_is_the_hooked_one(trio):
     assert set(acts) == {(kind, layer) for kind in kinds for layer in range(hooked.cfg.n_layers)}
     for (kind, layer), value in acts.items():
         np.testing.assert_allclose(
-            value, cache[kind, layer][0].numpy(), atol=1e-8 if arch == "bloom" else 1e-12, rtol=0, err_msg=f"{layer} {kind}"
+            value,
+            cache[kind, layer][0].numpy(),
+            atol=1e-8 if arch == "bloom" else 1e-12,
+            rtol=0,
+            err_msg=f"{layer} {kind}",
         )
 
 
@@ -50,7 +54,11 @@ def test_do_is_what_a_hook_does(trio):
     clean, acts = oracle.run(TOKENS)
     for kind, layer in acts:
         pos = int(rng.integers(len(TOKENS)))
-        index = (pos, int(rng.integers(acts[kind, layer].shape[1]))) if acts[kind, layer].ndim == 3 else (pos,)
+        index = (
+            (pos, int(rng.integers(acts[kind, layer].shape[1])))
+            if acts[kind, layer].ndim == 3
+            else (pos,)
+        )
         value = acts[kind, layer][index] + rng.normal(size=acts[kind, layer].shape[-1])
 
         def overwrite(x, hook, index=index, value=value):
@@ -58,9 +66,18 @@ def test_do_is_what_a_hook_does(trio):
 
         prefix = "attn." if kind in "qkvz" else ""
         with torch.no_grad():
-            want = hooked.run_with_hooks(torch.tensor([TOKENS]), fwd_hooks=[(f"blocks.{layer}.{prefix}hook_{kind}", overwrite)])[0].numpy()
+            want = hooked.run_with_hooks(
+                torch.tensor([TOKENS]),
+                fwd_hooks=[(f"blocks.{layer}.{prefix}hook_{kind}", overwrite)],
+            )[0].numpy()
         got, _ = oracle.run(TOKENS, do={(kind, layer, *index): value})
-        np.testing.assert_allclose(got, want, atol=1e-8 if arch == "bloom" else 1e-12, rtol=0, err_msg=f"{kind} {layer} {index}")
+        np.testing.assert_allclose(
+            got,
+            want,
+            atol=1e-8 if arch == "bloom" else 1e-12,
+            rtol=0,
+            err_msg=f"{kind} {layer} {index}",
+        )
         assert np.array_equal(got[:pos], clean[:pos])  # the past does not move
         if kind.startswith("resid"):
             assert np.abs(got[pos] - clean[pos]).max() > 0.05
@@ -79,5 +96,7 @@ def test_a_do_that_hits_nothing_is_refused(trio):
 
 
 def test_alibi_slopes_of_the_paper():
-    assert alibi_slopes(8) == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256])
+    assert alibi_slopes(8) == pytest.approx(
+        [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    )
     assert alibi_slopes(3) == pytest.approx([2**-4, 2**-8, 2**-2])

@@ -25,7 +25,9 @@ def sweep(planted: Planted, kind: str, denoise: bool = True) -> np.ndarray:
             corrupted,
             cache,
             lambda logits: planted.metric(logits)[0],
-            patch_setter=patching.layer_pos_head_vector_patch_setter if head else patching.layer_pos_patch_setter,
+            patch_setter=patching.layer_pos_head_vector_patch_setter
+            if head
+            else patching.layer_pos_patch_setter,
             activation_name="z" if head else kind,
             index_axis_names=("layer", "pos", "head") if head else ("layer", "pos"),
         )
@@ -56,7 +58,9 @@ def test_the_absa_map_is_the_one_on_paper(absa):
     }
     for kind, ones in on_paper.items():
         truth = absa.truth(kind)
-        assert {tuple(map(int, cell)) for cell in np.argwhere(truth == 1)} == ones and truth.sum() == len(ones), kind
+        assert {
+            tuple(map(int, cell)) for cell in np.argwhere(truth == 1)
+        } == ones and truth.sum() == len(ones), kind
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -106,11 +110,19 @@ def attribution(planted: Planted, kind: str, steps: int | None) -> np.ndarray:
     for layer in range(planted.model.cfg.n_layers):
         total = 0
         for alpha in [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]:
-            point = (bad[name, layer] + alpha * (good[name, layer] - bad[name, layer])).detach().requires_grad_()
+            point = (
+                (bad[name, layer] + alpha * (good[name, layer] - bad[name, layer]))
+                .detach()
+                .requires_grad_()
+            )
             hook = f"blocks.{layer}.{'attn.' if kind == 'head' else ''}hook_{name}"
-            logits = planted.model.run_with_hooks(corrupted, fwd_hooks=[(hook, lambda x, hook, point=point: point)])
+            logits = planted.model.run_with_hooks(
+                corrupted, fwd_hooks=[(hook, lambda x, hook, point=point: point)]
+            )
             total = total + torch.autograd.grad(planted.metric(logits).sum(), point)[0]
-        out[layer] = (total / (steps or 1) * (good[name, layer] - bad[name, layer])).sum(-1)[0].numpy()
+        out[layer] = (
+            (total / (steps or 1) * (good[name, layer] - bad[name, layer])).sum(-1)[0].numpy()
+        )
     return out
 
 
@@ -119,7 +131,9 @@ def test_first_order_attribution_fails_on_the_dead_relu_and_integrated_gradients
     linear, dead = planted_absa(), planted_absa(dead=True)
     np.testing.assert_allclose(attribution(linear, kind, None), linear.truth(kind), atol=1e-6)
     np.testing.assert_allclose(attribution(dead, kind, None), dead.atp(kind), atol=1e-6)
-    np.testing.assert_allclose(attribution(dead, kind, 2), dead.truth(kind), atol=1e-6)  # flat, then steep: half of the midpoints each
+    np.testing.assert_allclose(
+        attribution(dead, kind, 2), dead.truth(kind), atol=1e-6
+    )  # flat, then steep: half of the midpoints each
     assert dead.atp("resid_pre").sum() == 0 and dead.atp("mlp_out").sum() == 1
 
 
@@ -131,4 +145,7 @@ def test_the_numpy_oracle_finds_the_map_too():
     for kind in KINDS[:-1]:
         for layer, pos in np.ndindex(planted.truth(kind).shape):
             logits, _ = oracle.run(corrupted, do={(kind, layer, pos): acts[kind, layer][pos]})
-            assert planted.metric(torch.from_numpy(logits)[None]).item() == planted.truth(kind)[layer, pos]
+            assert (
+                planted.metric(torch.from_numpy(logits)[None]).item()
+                == planted.truth(kind)[layer, pos]
+            )

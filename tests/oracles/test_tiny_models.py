@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.tiny_models import ARCHITECTURES, METASPACE, WINDOW, byte_level_tokenizer, metaspace_tokenizer, tiny_folder, tiny_model
+from oracles.tiny_models import (
+    ARCHITECTURES,
+    METASPACE,
+    WINDOW,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    tiny_folder,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 AWKWARD = "The café's food☃ was  great,\nbut the staff… not."
@@ -44,7 +52,10 @@ def test_the_window_is_real(arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_saved_tokenizer_is_the_made_one(arch):
-    made, loaded = metaspace_tokenizer() if arch in METASPACE else byte_level_tokenizer(), AutoTokenizer.from_pretrained(tiny_folder(arch))
+    made, loaded = (
+        metaspace_tokenizer() if arch in METASPACE else byte_level_tokenizer(),
+        AutoTokenizer.from_pretrained(tiny_folder(arch)),
+    )
     ids = loaded(AWKWARD).input_ids
     assert ids == made(AWKWARD).input_ids
     assert loaded.decode(ids, skip_special_tokens=True) == AWKWARD

@@ -21,7 +21,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -52,7 +60,9 @@ def byte_level_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     )
     tok.train_from_iterator(SENTENCES, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=end, eos_token=end, unk_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token=end, eos_token=end, unk_token=end
+    )
 
 
 def metaspace_tokenizer(vocab_size: int = 360) -> PreTrainedTokenizerFast:
@@ -62,15 +72,31 @@ def metaspace_tokenizer(vocab_size: int = 360) -> PreTrainedTokenizerFast:
     tok.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # keeps merges inside words
     special = ["<unk>", "<s>", "</s>"]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    tok.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special + fallback, show_progress=False))
+    tok.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special + fallback, show_progress=False
+        ),
+    )
     spec = json.loads(tok.to_str())
-    spec["added_tokens"] = spec["added_tokens"][: len(special)]  # the byte tokens are ordinary vocabulary
+    spec["added_tokens"] = spec["added_tokens"][
+        : len(special)
+    ]  # the byte tokens are ordinary vocabulary
     tok = Tokenizer.from_str(json.dumps(spec))
     tok.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
     )
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def _config(arch: str, vocab_size: int) -> transformers.PretrainedConfig:
@@ -86,17 +112,31 @@ def _config(arch: str, vocab_size: int) -> transformers.PretrainedConfig:
     }
     if arch == "gpt2":
         return transformers.GPT2Config(
-            vocab_size=vocab_size, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+            vocab_size=vocab_size,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     if arch == "llama":
         return transformers.LlamaConfig(**llama_like, rope_theta=5000.0, rms_norm_eps=1e-5)
     if arch == "pythia":
         return transformers.GPTNeoXConfig(
-            **{k: v for k, v in llama_like.items() if k != "num_key_value_heads"}, rotary_pct=0.25, use_parallel_residual=True
+            **{k: v for k, v in llama_like.items() if k != "num_key_value_heads"},
+            rotary_pct=0.25,
+            use_parallel_residual=True,
         )
     if arch == "gptj":
         return transformers.GPTJConfig(
-            vocab_size=vocab_size, n_embd=32, n_layer=3, n_head=4, n_positions=256, rotary_dim=4, tie_word_embeddings=False
+            vocab_size=vocab_size,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=256,
+            rotary_dim=4,
+            tie_word_embeddings=False,
         )
     if arch == "qwen2":
         return transformers.Qwen2Config(**llama_like, rope_theta=50000.0)
@@ -128,14 +168,21 @@ def tiny_model(arch: str, vocab_size: int = 320, seed: int = 0) -> PreTrainedMod
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name or name.endswith("layernorm.weight"):
-                unit = 0.0 if arch == "gemma2" or name.endswith("bias") else 1.0  # Gemma's norms multiply by 1 + w
+                unit = (
+                    0.0 if arch == "gemma2" or name.endswith("bias") else 1.0
+                )  # Gemma's norms multiply by 1 + w
                 draw(parameter, 0.2, unit)
             elif parameter.ndim == 1:
                 draw(parameter, 0.2)
-            elif parameter.shape[0] in (vocab_size, 256):  # token and position embeddings, unembedding, or both in one
+            elif parameter.shape[0] in (
+                vocab_size,
+                256,
+            ):  # token and position embeddings, unembedding, or both in one
                 draw(parameter, 2.0 / math.sqrt(width))
             else:
-                fan_in = parameter.shape[0] if arch == "gpt2" else parameter.shape[1]  # Conv1D is stored transposed
+                fan_in = (
+                    parameter.shape[0] if arch == "gpt2" else parameter.shape[1]
+                )  # Conv1D is stored transposed
                 draw(parameter, 1.5 / math.sqrt(fan_in))
     return model
 
@@ -156,7 +203,9 @@ def _home() -> TemporaryDirectory:
 @cache
 def tiny_folder(arch: str, seed: int = 0) -> Path:
     """The folder of the architecture's tiny model: made at the first call, shared by all others, not to be written to."""
-    return save_tiny(arch, Path(_home().name) / f"{ARCHITECTURES.index(arch)}-{seed}", seed)  # a path that names no architecture
+    return save_tiny(
+        arch, Path(_home().name) / f"{ARCHITECTURES.index(arch)}-{seed}", seed
+    )  # a path that names no architecture
 
 
 class _Double(TorchFunctionMode):
@@ -165,7 +214,10 @@ class _Double(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         double = {torch.float32: torch.float64}
         args = tuple(double.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        kwargs = {k: double.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        kwargs = {
+            k: double.get(v, v) if isinstance(v, torch.dtype) else v
+            for k, v in (kwargs or {}).items()
+        }
         return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
 
 
@@ -184,4 +236,6 @@ def float64_throughout() -> Iterator[None]:
 def hf_float64(folder: Path) -> PreTrainedModel:
     """The folder's model in float64; run it inside `float64_throughout()`."""
     with float64_throughout():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        ).eval()

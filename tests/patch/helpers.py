@@ -14,16 +14,40 @@ from transformers import AutoTokenizer
 
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
-from mech_absa.models import Model, load_model
-from mech_absa.pairs import Corruption, GaussianNoise, Pair, Pairs, by_length, make_pairs, make_runs
+from mech_absa.model import Model, load_model
 from mech_absa.patch import loop
-from mech_absa.patch.sweep import SPANS, Answers, Job, check_request, components, make_ablation, reads_of
+from mech_absa.patch.pairs import (
+    Corruption,
+    GaussianNoise,
+    Pair,
+    Pairs,
+    by_length,
+    make_pairs,
+    make_runs,
+)
+from mech_absa.patch.sweep import (
+    SPANS,
+    Answers,
+    Job,
+    check_request,
+    components,
+    make_ablation,
+    reads_of,
+)
 from mech_absa.prompts import Continuation, PromptTemplate, Verbalizer
 
 P = Polarity
 TEMPLATE = PromptTemplate("{sentence} {aspect}?")
-ONE_TOKEN = ("staff", "was", "the")  # labels of one token each for every tiny tokenizer: one continuation, one position read
-LONG = ("the staff", "was food", "the was")  # two continuations: `the` with two labels, and `was f` with one
+ONE_TOKEN = (
+    "staff",
+    "was",
+    "the",
+)  # labels of one token each for every tiny tokenizer: one continuation, one position read
+LONG = (
+    "the staff",
+    "was food",
+    "the was",
+)  # two continuations: `the` with two labels, and `was f` with one
 BLOCK = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -32,7 +56,11 @@ def tiny(arch: str) -> Model:
     """A tiny random model in float64 from end to end; shared, so a test leaves it as it was."""
     folder = tiny_folder(arch)
     with float64_throughout():
-        return load_model((hf_float64(folder), AutoTokenizer.from_pretrained(folder)), dtype="float64", check=False)
+        return load_model(
+            (hf_float64(folder), AutoTokenizer.from_pretrained(folder)),
+            dtype="float64",
+            check=False,
+        )
 
 
 @cache
@@ -40,18 +68,33 @@ def tiny32(arch: str) -> Model:
     return load_model(tiny_folder(arch), check=False)
 
 
-def example(id: str, sentence: str, aspect: str, polarity: Polarity, *edits: tuple[str, Polarity]) -> Example:
-    def one(sentence: str, polarity: Polarity, id: str, others: tuple[Example, ...] = ()) -> Example:
+def example(
+    id: str, sentence: str, aspect: str, polarity: Polarity, *edits: tuple[str, Polarity]
+) -> Example:
+    def one(
+        sentence: str, polarity: Polarity, id: str, others: tuple[Example, ...] = ()
+    ) -> Example:
         start = sentence.index(aspect)
-        return Example(sentence, aspect, polarity, (start, start + len(aspect)), id=id, counterfactuals=others)
+        return Example(
+            sentence, aspect, polarity, (start, start + len(aspect)), id=id, counterfactuals=others
+        )
 
-    return one(sentence, polarity, id, tuple(one(s, p, f"{id}.{i}") for i, (s, p) in enumerate(edits)))
+    return one(
+        sentence, polarity, id, tuple(one(s, p, f"{id}.{i}") for i, (s, p) in enumerate(edits))
+    )
 
 
 EXAMPLES = (  # the first three have as many tokens, and part from their edits at different places
     example("a", "The food was fine", "food", P.POSITIVE, ("The food was bad", P.NEGATIVE)),
     example("b", "bad was the food", "food", P.NEGATIVE, ("fine was the food", P.POSITIVE)),
-    example("c", "The bad was food", "bad", P.NEUTRAL, ("was bad The food", P.NEUTRAL), ("The bad food was", P.POSITIVE)),
+    example(
+        "c",
+        "The bad was food",
+        "bad",
+        P.NEUTRAL,
+        ("was bad The food", P.NEUTRAL),
+        ("The bad food was", P.POSITIVE),
+    ),
     example(
         "d",
         "The staff was the staff and the food was bad",
@@ -62,8 +105,20 @@ EXAMPLES = (  # the first three have as many tokens, and part from their edits a
 )
 
 
-def pairs_of(model: Model, corruption: Corruption, labels: Sequence[str] = ONE_TOKEN, examples: Sequence[Example] = EXAMPLES) -> Pairs:
-    return make_pairs(model, list(examples), corruption, template=TEMPLATE, verbalizer=Verbalizer.of(list(labels)), keep="all")
+def pairs_of(
+    model: Model,
+    corruption: Corruption,
+    labels: Sequence[str] = ONE_TOKEN,
+    examples: Sequence[Example] = EXAMPLES,
+) -> Pairs:
+    return make_pairs(
+        model,
+        list(examples),
+        corruption,
+        template=TEMPLATE,
+        verbalizer=Verbalizer.of(list(labels)),
+        keep="all",
+    )
 
 
 def jobs(
@@ -81,8 +136,18 @@ def jobs(
     for indices in by_length(pairs).values():
         group = [pairs[i] for i in indices]
         for continuation in reads_of(pairs, measure):
-            job = Job(make_runs(model, group, continuation), sites, [SPANS[by](p) for p in group], measure, model.n_layers, used, window)
-            job.ablation = make_ablation(pairs, job.kinds(), lambda chosen, job=job: clean_states(model, chosen, job.kinds()))
+            job = Job(
+                make_runs(model, group, continuation),
+                sites,
+                [SPANS[by](p) for p in group],
+                measure,
+                model.n_layers,
+                used,
+                window,
+            )
+            job.ablation = make_ablation(
+                pairs, job.kinds(), lambda chosen, job=job: clean_states(model, chosen, job.kinds())
+            )
             yield job
 
 
@@ -97,7 +162,9 @@ def clean_states(model: Model, pairs: Sequence[Pair], kinds: set[tuple[int, str]
 
 def nothing_skipped(job: Job) -> Job:
     """The same job with pairs that claim to differ from the first token on, so that fewer cells count as zero for certain."""
-    return replace(job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs)))
+    return replace(
+        job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs))
+    )
 
 
 def furthest(a: Answers, b: Answers) -> float:
@@ -135,10 +202,19 @@ class Expected:
                 corrupted = self.oracle.embed(pair.corrupted.ids[0].tolist() + more)
                 if isinstance(pair.corruption, GaussianNoise):
                     corrupted[: pair.length] += pair.noise(model.d_model)[draw].double().numpy()
-                base, other = (corrupted, clean) if job.direction == "denoise" else (clean, corrupted)
+                base, other = (
+                    (corrupted, clean) if job.direction == "denoise" else (clean, corrupted)
+                )
                 source = sources[b] if sources is not None else self.oracle.run(embeddings=other)[1]
                 self.clean_logits = self.oracle.run(embeddings=clean)[0]
-                reads.append((self._cells(b, base, source), self.read(base), self.read(clean), self.read(corrupted)))
+                reads.append(
+                    (
+                        self._cells(b, base, source),
+                        self.read(base),
+                        self.read(clean),
+                        self.read(corrupted),
+                    )
+                )
         self.patched = np.stack([r[0] for r in reads], axis=2)
         self.base, self.clean, self.corrupted = (np.stack([r[i] for r in reads]) for i in (1, 2, 3))
 
@@ -148,10 +224,19 @@ class Expected:
         for c, site in enumerate(job.components):
             kind = {"head": "z"}.get(site.kind, site.kind)
             # ROME's own words: range(max(0, layer - window // 2), min(num_layers, layer - (-window // 2)))
-            layers = range(max(0, site.layer - job.window // 2), min(L, site.layer - (-job.window // 2)))
+            layers = range(
+                max(0, site.layer - job.window // 2), min(L, site.layer - (-job.window // 2))
+            )
             for s, span in enumerate(job.spans[b]):
                 head = () if site.head is None else (site.head,)
-                out[c, s] = self.read(base, {(kind, m, p, *head): source[kind, m][(p, *head)] for m in layers for p in span.positions})
+                out[c, s] = self.read(
+                    base,
+                    {
+                        (kind, m, p, *head): source[kind, m][(p, *head)]
+                        for m in layers
+                        for p in span.positions
+                    },
+                )
         return out
 
     def read(self, embeddings: np.ndarray, do=None) -> np.ndarray:
@@ -163,8 +248,18 @@ class Expected:
         k = 1 + len(continuation.tokens)
         if self.job.metric.need == "normaliser" or k > 1:
             logits = log_softmax(logits)
-        return np.array([sum(logits[len(logits) - k + j, ids[j]] for j in range(k)) for _, ids in continuation.labels])
+        return np.array(
+            [
+                sum(logits[len(logits) - k + j, ids[j]] for j in range(k))
+                for _, ids in continuation.labels
+            ]
+        )
 
     def error(self, answers: Answers) -> float:
-        names = ("patched", "base", "clean") + (() if answers.corrupted.isnan().all() else ("corrupted",))
-        return max(float(np.abs(getattr(self, name) - getattr(answers, name).numpy()).max()) for name in names)
+        names = ("patched", "base", "clean") + (
+            () if answers.corrupted.isnan().all() else ("corrupted",)
+        )
+        return max(
+            float(np.abs(getattr(self, name) - getattr(answers, name).numpy()).max())
+            for name in names
+        )

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 from oracles.tiny_models import tiny_folder
 
+from mech_absa.commands.patch import cli
 from mech_absa.examples import Example, Polarity
-from mech_absa.models import load_model
-from mech_absa.pairs import MeanAblation, Resample, ZeroAblation, make_pairs
-from mech_absa.patch.__main__ import cli
+from mech_absa.model import load_model
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import load_sites
+from mech_absa.patch.pairs import MeanAblation, Resample, ZeroAblation, make_pairs
 from mech_absa.patch.trace import trace
 from mech_absa.prompts import PromptTemplate
 from mech_absa.readers import load_examples, write_jsonl
@@ -37,7 +37,15 @@ def examples(n: int = 6) -> list[Example]:
         sentence = f"the food was {words[i % 4]} and the wine was {words[(i + 1) % 4]} ."
         made.append(Example(sentence, "food", list(Polarity)[i % 3], (4, 8), id=f"e{i}"))
         if i % 2:
-            made.append(Example(sentence, "wine", list(Polarity)[(i + 1) % 3], (sentence.index("wine"), sentence.index("wine") + 4), id=f"e{i}w"))
+            made.append(
+                Example(
+                    sentence,
+                    "wine",
+                    list(Polarity)[(i + 1) % 3],
+                    (sentence.index("wine"), sentence.index("wine") + 4),
+                    id=f"e{i}w",
+                )
+            )
     return made
 
 
@@ -51,12 +59,26 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def base(data) -> list[str]:
     """Flags of a run that works."""
-    return ["--model", str(tiny_folder("gpt2")), "--data", str(data), "--keep", "all", "--noise-draws", "2", "--template", "{sentence} {aspect} ?"]
+    return [
+        "--model",
+        str(tiny_folder("gpt2")),
+        "--data",
+        str(data),
+        "--keep",
+        "all",
+        "--noise-draws",
+        "2",
+        "--template",
+        "{sentence} {aspect} ?",
+    ]
 
 
 def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli([*base, "--out", str(out), "--sites", "resid_post", "attn_out", "head", "--no-report"]) == 0
+    assert (
+        cli([*base, "--out", str(out), "--sites", "resid_post", "attn_out", "head", "--no-report"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "9 pairs kept of 9" in printed and "sites chosen: L" in printed
     record = json.loads((out / "run.json").read_text())
@@ -65,13 +87,19 @@ def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
     effects = Effects.load(out)
     model_layers, heads = effects.about["n_layers"], effects.about["n_heads"]
     tokens = sum(len(t) for t in effects.pairs["tokens"])
-    assert len(effects) == tokens * model_layers * (2 + heads)  # every token, layer and component, nothing averaged away
+    assert len(effects) == tokens * model_layers * (
+        2 + heads
+    )  # every token, layer and component, nothing averaged away
     # The averages are the means of the effects, computed here with pandas alone.
     table = pd.read_csv(out / "importance.csv")
-    by_pair = effects.frame.groupby(["example_id", "kind", "layer", "head", "role"])["effect"].mean()
+    by_pair = effects.frame.groupby(["example_id", "kind", "layer", "head", "role"])[
+        "effect"
+    ].mean()
     mean = by_pair.groupby(level=["kind", "layer", "head", "role"]).mean()
     for _, row in table.iterrows():
-        assert row["aie"] == pytest.approx(mean[row["kind"], row["layer"], row["head"], row["role"]], abs=1e-7)
+        assert row["aie"] == pytest.approx(
+            mean[row["kind"], row["layer"], row["head"], row["role"]], abs=1e-7
+        )
         assert row["ci_low"] - 1e-9 <= row["aie"] <= row["ci_high"] + 1e-9
     sites = load_sites(out / "sites.json")
     assert all(s.kind == "resid_post" for s in sites)
@@ -130,21 +158,36 @@ def test_bad_flags_get_one_sentence_and_leave_nothing(flags, words, base, tmp_pa
 
 
 def test_flags_that_do_not_exist_exit_with_two(base, tmp_path, capsys):
-    assert "there is no flag --limits; the nearest is --limit" in refused([*base, "--out", str(tmp_path / "run"), "--limits", "3"], capsys)
+    assert "there is no flag --limits; the nearest is --limit" in refused(
+        [*base, "--out", str(tmp_path / "run"), "--limits", "3"], capsys
+    )
     assert not (tmp_path / "run").exists()
 
 
-GOOD = '{"text": "the food was good", "aspect": "food", "from": 4, "to": 8, "polarity": "positive"}\n'
+GOOD = (
+    '{"text": "the food was good", "aspect": "food", "from": 4, "to": 8, "polarity": "positive"}\n'
+)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("broken.jsonl", GOOD + '{"text": "the fo', ["broken.jsonl:2", "JSON"]),
-        ("missing.jsonl", GOOD + GOOD.replace('"aspect": "food"', '"aspect": "wine"').replace('"from": 4, "to": 8, ', ""), ["missing.jsonl:2", "wine"]),
+        (
+            "missing.jsonl",
+            GOOD
+            + GOOD.replace('"aspect": "food"', '"aspect": "wine"').replace(
+                '"from": 4, "to": 8, ', ""
+            ),
+            ["missing.jsonl:2", "wine"],
+        ),
         ("offsets.jsonl", GOOD + GOOD.replace('"to": 8', '"to": 9'), ["offsets.jsonl:2", "4..9"]),
         ("beyond.jsonl", GOOD.replace('"to": 8', '"to": 800'), ["beyond.jsonl:1", "800"]),
-        ("label.jsonl", GOOD + GOOD.replace("positive", "splendid"), ["label.jsonl:2", "splendid", "positive"]),
+        (
+            "label.jsonl",
+            GOOD + GOOD.replace("positive", "splendid"),
+            ["label.jsonl:2", "splendid", "positive"],
+        ),
         ("empty.jsonl", "", ["empty.jsonl", "empty"]),
         (
             "bomb.xml",
@@ -166,15 +209,44 @@ def test_bad_data_is_named_with_file_and_line(name, content, words, base, tmp_pa
 def test_columns_and_labels_of_other_names(base, tmp_path, capsys):
     """Numbers for labels and a foreign column, by flags: the same pairs as from the file that has the usual names."""
     number = {"positive": "2", "neutral": "1", "negative": "0"}
-    rows = [{"Review": e.sentence, "Term": e.aspect, "Stars": number[e.polarity.value]} for e in examples()]
+    rows = [
+        {"Review": e.sentence, "Term": e.aspect, "Stars": number[e.polarity.value]}
+        for e in examples()
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "r.csv", index=False)
-    flags = [*base[:2], "--data", str(tmp_path / "r.csv"), *base[4:], "--limit", "2", "--by", "role", *FAST]
+    flags = [
+        *base[:2],
+        "--data",
+        str(tmp_path / "r.csv"),
+        *base[4:],
+        "--limit",
+        "2",
+        "--by",
+        "role",
+        *FAST,
+    ]
     assert cli([*flags, "--out", str(tmp_path / "no")]) == 2 and "r.csv" in capsys.readouterr().err
     flags += ["--columns", "sentence=Review", "aspect=Term", "polarity=Stars"]
-    assert cli([*flags, "--out", str(tmp_path / "no")]) == 2 and "unknown label '2'" in capsys.readouterr().err
+    assert (
+        cli([*flags, "--out", str(tmp_path / "no")]) == 2
+        and "unknown label '2'" in capsys.readouterr().err
+    )
     assert cli([*flags, "--meaning", "2", "--out", str(tmp_path / "no")]) == 2
     assert "words such as" in capsys.readouterr().err and not (tmp_path / "no").exists()
-    assert cli([*flags, "--meaning", "0=negative", "1=neutral", "2=positive", "--out", str(tmp_path / "yes")]) == 0
+    assert (
+        cli(
+            [
+                *flags,
+                "--meaning",
+                "0=negative",
+                "1=neutral",
+                "2=positive",
+                "--out",
+                str(tmp_path / "yes"),
+            ]
+        )
+        == 0
+    )
     classes = json.loads((tmp_path / "yes" / "run.json").read_text())["data"]["classes"]
     assert classes == {p.value: sum(e.polarity is p for e in examples()) for p in Polarity}
 
@@ -183,7 +255,9 @@ def test_a_model_folder_without_weights(base, tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text((tiny_folder("gpt2") / "config.json").read_text())
-    message = refused([*base, "--model", str(folder), "--out", str(tmp_path / "run"), *FAST], capsys)
+    message = refused(
+        [*base, "--model", str(folder), "--out", str(tmp_path / "run"), *FAST], capsys
+    )
     assert "no weights" in message and "model.safetensors" in message
 
 
@@ -211,12 +285,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_killed_run_resumes_to_the_same_bytes(base, tmp_path, capsys):
     many = tmp_path / "many.jsonl"
-    write_jsonl([replace(e, id=f"{e.id}-{k}", sentence=e.sentence + " ok" * k) for k in range(12) for e in examples()], many)
+    write_jsonl(
+        [
+            replace(e, id=f"{e.id}-{k}", sentence=e.sentence + " ok" * k)
+            for k in range(12)
+            for e in examples()
+        ],
+        many,
+    )
     base = [*base, "--data", str(many)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli([*base, "--out", str(whole), *FAST]) == 0
     flags = [*base, "--out", str(killed), *FAST]
-    process = subprocess.Popen([sys.executable, "-m", "mech_absa.patch", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mech_absa.patch", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not list(killed.glob(".run/*.parquet")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -236,9 +322,27 @@ def test_two_processes_leave_the_files_of_one(base, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli([*base, "--device", "cpu", "--out", str(one), *FAST]) == 0
     # `--cpu` would start one process, whatever number it is given; `--multi_gpu` starts two, on CPUs too where the command is told so.
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     argv = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "mech_absa.patch"]
-    done = subprocess.run([*argv, *base, "--device", "cpu", "--out", str(two), *FAST], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*argv, *base, "--device", "cpu", "--out", str(two), *FAST],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = contents(one), contents(two)
     assert a.keys() == b.keys()
@@ -247,7 +351,22 @@ def test_two_processes_leave_the_files_of_one(base, tmp_path):
 
 def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
     out = tmp_path / "run"
-    flags = ["--labels", "a", "b", "d", "--separator", "", "--metric", "logit_diff", "--method", "ig", "--steps", "4", "--control", "40"]
+    flags = [
+        "--labels",
+        "a",
+        "b",
+        "d",
+        "--separator",
+        "",
+        "--metric",
+        "logit_diff",
+        "--method",
+        "ig",
+        "--steps",
+        "4",
+        "--control",
+        "40",
+    ]
     assert cli([*base, *flags, "--out", str(out), *FAST]) == 0
     found = json.loads((out / "run.json").read_text())["estimate_against_exact"]
     assert found["cells"] == 40 and -1 <= found["spearman"] <= 1
@@ -257,21 +376,65 @@ def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
 def test_ablations_run_through(base, tmp_path, corruption, capsys):
     """They have no corrupted run: its column is nan on disk too, the direction is said, and the effects are those of a trace in memory."""
     out = tmp_path / "run"
-    assert cli([*base, "--corruption", corruption, "--by", "role", "--metric", "logit_diff", "--out", str(out), "--no-figures"]) == 0
+    assert (
+        cli(
+            [
+                *base,
+                "--corruption",
+                corruption,
+                "--by",
+                "role",
+                "--metric",
+                "logit_diff",
+                "--out",
+                str(out),
+                "--no-figures",
+            ]
+        )
+        == 0
+    )
     assert "direction noise" in capsys.readouterr().out
     effects = Effects.load(out)
-    assert effects.about["direction"] == "noise" and effects.frame["corrupted"].isna().all() and effects.frame["corrupted"].dtype == float
+    assert (
+        effects.about["direction"] == "noise"
+        and effects.frame["corrupted"].isna().all()
+        and effects.frame["corrupted"].dtype == float
+    )
     model = load_model(base[1], device="cpu")
     made = {"mean": MeanAblation(), "zero": ZeroAblation(), "resample": Resample()}[corruption]
-    pairs = make_pairs(model, load_examples(base[3]), made, template=PromptTemplate("{sentence} {aspect} ?"), keep="all")
+    pairs = make_pairs(
+        model,
+        load_examples(base[3]),
+        made,
+        template=PromptTemplate("{sentence} {aspect} ?"),
+        keep="all",
+    )
     again = trace(model, pairs, by="role", metric="logit_diff").frame
     np.testing.assert_allclose(effects.frame["effect"], again["effect"], atol=1e-5)
-    assert effects.frame["effect"].abs().max() > 1e-3 and (out / "report.html").stat().st_size > 10_000
+    assert (
+        effects.frame["effect"].abs().max() > 1e-3 and (out / "report.html").stat().st_size > 10_000
+    )
 
 
 def test_half_precision_is_checked_against_float32(base, tmp_path):
     out = tmp_path / "run"
-    assert cli([*base, "--dtype", "bfloat16", "--control", "20", "--limit", "3", "--out", str(out), *FAST]) == 0
+    assert (
+        cli(
+            [
+                *base,
+                "--dtype",
+                "bfloat16",
+                "--control",
+                "20",
+                "--limit",
+                "3",
+                "--out",
+                str(out),
+                *FAST,
+            ]
+        )
+        == 0
+    )
     found = json.loads((out / "run.json").read_text())["half_precision_control"]
     assert found["cells"] == 20 and 0 < found["largest_difference"] < 0.2
 
@@ -280,7 +443,25 @@ def test_loop_and_wavefront_leave_the_same_effects(base, tmp_path):
     frames = []
     for engine in ("loop", "wavefront"):
         out = tmp_path / engine
-        assert cli([*base, "--engine", engine, "--limit", "3", "--by", "role", "--metric", "logit_diff", "--out", str(out), *FAST]) == 0
+        assert (
+            cli(
+                [
+                    *base,
+                    "--engine",
+                    engine,
+                    "--limit",
+                    "3",
+                    "--by",
+                    "role",
+                    "--metric",
+                    "logit_diff",
+                    "--out",
+                    str(out),
+                    *FAST,
+                ]
+            )
+            == 0
+        )
         frames.append(Effects.load(out).frame)
     assert (frames[0]["effect"] - frames[1]["effect"]).abs().max() < 1e-5
     assert frames[0]["effect"].abs().max() > 1e-3

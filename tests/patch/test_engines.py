@@ -10,11 +10,18 @@ from oracles.tiny_models import ARCHITECTURES
 from torch.utils.flop_counter import FlopCounterMode
 
 from mech_absa.errors import HookError, ModelError
-from mech_absa.hooks import intervene, live_hooks
 from mech_absa.metrics import get_metric
-from mech_absa.models import weights_hash
-from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Resample, ZeroAblation, make_runs
+from mech_absa.model import weights_hash
+from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.pairs import (
+    Counterfactual,
+    GaussianNoise,
+    MeanAblation,
+    Resample,
+    ZeroAblation,
+    make_runs,
+)
 from mech_absa.patch.sweep import Job, components, token_spans
 from mech_absa.patch.trace import measure, plan
 from mech_absa.sites import Site
@@ -38,7 +45,9 @@ def test_the_wave_is_the_loop(arch, name):
     model = tiny(arch)
     corruption, labels, kinds, direction, window, metric, by, memory = COMBINATIONS[name]
     moved = 0.0
-    for job in jobs(model, pairs_of(model, corruption, labels), kinds, direction, window, metric, by):
+    for job in jobs(
+        model, pairs_of(model, corruption, labels), kinds, direction, window, metric, by
+    ):
         expected, got = loop.sweep(model, job), wavefront.sweep(model, job, memory=memory)
         assert expected.patched.dtype == torch.float64
         assert furthest(expected, got) < 1e-10
@@ -51,7 +60,11 @@ def test_the_wave_is_the_loop(arch, name):
     arch=st.sampled_from(["gpt2", "gemma2", "gptj"]),
     corruption=st.one_of(
         st.builds(
-            GaussianNoise, st.floats(0.5, 4), st.integers(1, 3), st.sampled_from(["all", "sentence", "aspect", "query"]), st.integers(0, 9)
+            GaussianNoise,
+            st.floats(0.5, 4),
+            st.integers(1, 3),
+            st.sampled_from(["all", "sentence", "aspect", "query"]),
+            st.integers(0, 9),
         ),
         st.just(Counterfactual()),
         st.builds(MeanAblation, st.sampled_from(["role", "site"])),
@@ -66,10 +79,20 @@ def test_the_wave_is_the_loop(arch, name):
     by=st.sampled_from(["token", "role"]),
     memory=st.integers(1, 1 << 18),
 )
-def test_the_wave_is_the_loop_whatever_is_asked(arch, corruption, labels, kinds, direction, window, metric, by, memory):
+def test_the_wave_is_the_loop_whatever_is_asked(
+    arch, corruption, labels, kinds, direction, window, metric, by, memory
+):
     model = tiny(arch)
     kinds = sorted(k for k in kinds if k in model.kinds) or ["resid_pre"]
-    for job in jobs(model, pairs_of(model, corruption, labels), kinds, direction, 1 if "head" in kinds else window, metric, by):
+    for job in jobs(
+        model,
+        pairs_of(model, corruption, labels),
+        kinds,
+        direction,
+        1 if "head" in kinds else window,
+        metric,
+        by,
+    ):
         assert furthest(loop.sweep(model, job), wavefront.sweep(model, job, memory=memory)) < 1e-10
 
 
@@ -82,12 +105,19 @@ def test_some_layers_only():
     part.components = [site for site in whole.components if site.layer in (1, 3)]
     index = [i for i, site in enumerate(whole.components) if site.layer in (1, 3)]
     for engine in (loop, wavefront):
-        torch.testing.assert_close(engine.sweep(model, part).patched, engine.sweep(model, whole).patched[index], atol=1e-11, rtol=0)
+        torch.testing.assert_close(
+            engine.sweep(model, part).patched,
+            engine.sweep(model, whole).patched[index],
+            atol=1e-11,
+            rtol=0,
+        )
 
 
 def test_both_engines_count_every_cell_once():
     model = tiny("llama")
-    job = the_job(model, pairs_of(model, GaussianNoise(draws=2, span="query")), ("resid_pre", "mlp_out"))
+    job = the_job(
+        model, pairs_of(model, GaussianNoise(draws=2, span="query")), ("resid_pre", "mlp_out")
+    )
     for engine in (loop, wavefront):
         told: list[int] = []
         engine.sweep(model, job, tick=told.append)
@@ -103,9 +133,16 @@ def test_labels_of_one_token_and_of_two_are_compared_as_log_probabilities(metric
         made = plan(model, pairs, ["mlp_out"], metric=metric, engine=engine)
         got = measure(made, list(pairs), [token_spans(p) for p in pairs], None)
         for b, p in enumerate(pairs):
-            for scores, found in ((p.clean_scores, got.clean), (p.corrupted_scores[0], got.corrupted)):
-                odds = scores[p.gold] - (scores[p.foil] if metric == "logit_diff" else scores.logsumexp(0))
-                assert float(found[b]) == pytest.approx(float(odds if metric == "logit_diff" else odds.exp()), abs=1e-10)
+            for scores, found in (
+                (p.clean_scores, got.clean),
+                (p.corrupted_scores[0], got.corrupted),
+            ):
+                odds = scores[p.gold] - (
+                    scores[p.foil] if metric == "logit_diff" else scores.logsumexp(0)
+                )
+                assert float(found[b]) == pytest.approx(
+                    float(odds if metric == "logit_diff" else odds.exp()), abs=1e-10
+                )
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------------------
@@ -160,13 +197,20 @@ def test_out_of_memory_ends_where_one_row_does_not_fit(monkeypatch):
     spy = Spy(monkeypatch, 1000)
     with pytest.raises(torch.OutOfMemoryError):
         wavefront.sweep(model, job)
-    assert 2 < len(spy.rows) < 12 and spy.rows == sorted(set(spy.rows), reverse=True) and spy.rows[-1] == 1
+    assert (
+        2 < len(spy.rows) < 12
+        and spy.rows == sorted(set(spy.rows), reverse=True)
+        and spy.rows[-1] == 1
+    )
 
 
 def test_another_error_is_not_swallowed(monkeypatch):
     spy = Spy(monkeypatch, 1, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        wavefront.sweep(tiny("llama"), the_job(tiny("llama"), pairs_of(tiny("llama"), Counterfactual()), ("resid_pre",)))
+        wavefront.sweep(
+            tiny("llama"),
+            the_job(tiny("llama"), pairs_of(tiny("llama"), Counterfactual()), ("resid_pre",)),
+        )
     assert len(spy.rows) == 1
 
 
@@ -186,7 +230,9 @@ def test_a_budget_of_one_token_runs_row_by_row_at_most_one_prompt_at_a_time(monk
 def test_states_inside_the_attention_are_refused_by_name(kind):
     model = tiny("llama")
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_pre", kind))
-    with pytest.raises(ModelError, match=rf"kind {kind} are inside the attention; use --engine loop"):
+    with pytest.raises(
+        ModelError, match=rf"kind {kind} are inside the attention; use --engine loop"
+    ):
         wavefront.sweep(model, job)
     assert wavefront.refusal(model, [Site(0, "resid_pre")]) is None
 
@@ -269,9 +315,17 @@ def test_the_engines_write_into_nothing_they_were_given():
 def test_planned_flops_are_those_that_torch_counts(arch):
     model = tiny(arch)
     pairs = pairs_of(model, GaussianNoise(draws=2), examples=EXAMPLES[:1])
-    kinds = [k for k in ("resid_pre", "resid_mid", "attn_out", "mlp_out", "head") if k in model.kinds]
+    kinds = [
+        k for k in ("resid_pre", "resid_mid", "attn_out", "mlp_out", "head") if k in model.kinds
+    ]
     for continuation in pairs.continuations[:2]:
-        job = Job(make_runs(model, pairs.items, continuation), components(model, kinds), [token_spans(pairs[0])], get_metric("prob"), model.n_layers)
+        job = Job(
+            make_runs(model, pairs.items, continuation),
+            components(model, kinds),
+            [token_spans(pairs[0])],
+            get_metric("prob"),
+            model.n_layers,
+        )
         with FlopCounterMode(display=False) as counted:
             answers = wavefront.sweep(model, job)
         assert answers.flops == counted.get_total_flops()

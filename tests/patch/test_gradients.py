@@ -15,12 +15,12 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mech_absa.errors import ConfigError, ModelError
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import intervene, live_hooks
 from mech_absa.metrics import get_metric
-from mech_absa.models import Model, load_model
-from mech_absa.pairs import Counterfactual, GaussianNoise, Pair, ZeroAblation, make_runs
+from mech_absa.model import Model, load_model
+from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.patch import gradients, loop
 from mech_absa.patch.gradients import METHODS, agreement
+from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, ZeroAblation, make_runs
 from mech_absa.patch.sweep import SWEPT, Ablation, Job, components, role_spans, token_spans
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.sites import HEAD_KINDS, ROLES, Site
@@ -52,17 +52,34 @@ def make_job(
     """A job of counterfactual pairs from ids [pair pos]."""
     pairs = [
         Pair(
-            Example("a b", "a", P, (0, 1), id=str(i)), tokens(a), tokens(b), gold, foil, Counterfactual(), first=int((a != b).nonzero()[0])
+            Example("a b", "a", P, (0, 1), id=str(i)),
+            tokens(a),
+            tokens(b),
+            gold,
+            foil,
+            Counterfactual(),
+            first=int((a != b).nonzero()[0]),
         )
         for i, (a, b) in enumerate(zip(clean, corrupted, strict=True))
     ]
     vocabulary = get_metric(metric).need == "vocabulary"
-    continuation = Continuation((), () if vocabulary else tuple((i, (token,)) for i, token in enumerate(labels)))
+    continuation = Continuation(
+        (), () if vocabulary else tuple((i, (token,)) for i, token in enumerate(labels))
+    )
     runs = make_runs(model, pairs, continuation)
-    return Job(runs, components(model, kinds), [by(p) for p in pairs], get_metric(metric), model.n_layers, **more)
+    return Job(
+        runs,
+        components(model, kinds),
+        [by(p) for p in pairs],
+        get_metric(metric),
+        model.n_layers,
+        **more,
+    )
 
 
-def random_ids(model: Model, n: int = 2, length: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_ids(
+    model: Model, n: int = 2, length: int = 7, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clean and corrupted ids that differ at two tokens."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(10, 60, (n, length), generator=generator)
@@ -73,9 +90,13 @@ def random_ids(model: Model, n: int = 2, length: int = 7, seed: int = 0) -> tupl
 
 def nudged(job: Job, size: float) -> Job:
     """The same job with corrupted runs that are the clean ones plus a little noise everywhere."""
-    noise = torch.randn(job.runs.clean.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(
+        job.runs.clean.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     pairs = tuple(replace(p, first=0) for p in job.runs.pairs)
-    return replace(job, runs=replace(job.runs, pairs=pairs, corrupted=job.runs.clean + size * noise))
+    return replace(
+        job, runs=replace(job.runs, pairs=pairs, corrupted=job.runs.clean + size * noise)
+    )
 
 
 def exact(model: Model, job: Job) -> torch.Tensor:
@@ -86,7 +107,9 @@ def exact(model: Model, job: Job) -> torch.Tensor:
     pairs = [job.runs.pairs[b] for b in job.pair_of_row().tolist()]
     gold, foil = torch.tensor([p.gold for p in pairs]), torch.tensor([p.foil for p in pairs])
     flat = answers.patched.flatten(0, 1)
-    patched = torch.stack([job.metric(scores, gold, foil) for scores in flat]).unflatten(0, answers.patched.shape[:2])
+    patched = torch.stack([job.metric(scores, gold, foil) for scores in flat]).unflatten(
+        0, answers.patched.shape[:2]
+    )
     return patched - job.metric(answers.base, gold, foil)
 
 
@@ -130,7 +153,10 @@ def linear_model() -> Model:
             if not name.endswith(("W_Q", "W_K", "b_Q", "b_K", "W_in", "b_in", "W_out")):
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.7)
         for block in hooked.blocks:
-            into, out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (4, 6)))
+            into, out = (
+                torch.randn(shape, generator=generator, dtype=torch.float64)
+                for shape in ((6, 4), (4, 6))
+            )
             block.mlp.W_in.copy_(torch.cat([into, -into], 1))
             block.mlp.W_out.copy_(torch.cat([out, -out], 0))  # relu(x) - relu(-x) = x
     return Model(hooked, None, "linear", bos=False)
@@ -164,7 +190,10 @@ def test_integrated_gradients_are_complete_at_the_inputs(arch):
     gold, foil = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
     whole = job.metric(scores.clean, gold, foil) - job.metric(scores.corrupted, gold, foil)
     assert whole.abs().max() > 0.01
-    gaps = [float((estimated(model, job, "ig", steps)[0].sum(0) - whole).norm() / whole.norm()) for steps in (4, 16, 64)]
+    gaps = [
+        float((estimated(model, job, "ig", steps)[0].sum(0) - whole).norm() / whole.norm())
+        for steps in (4, 16, 64)
+    ]
     assert gaps[1] < gaps[0] and gaps[2] < gaps[1] / 4 and gaps[2] < 1e-2, gaps
 
 
@@ -176,7 +205,12 @@ def test_atp_is_the_derivative_of_the_exact_effect(arch):
     job = make_job(model, *random_ids(model, n=1, length=5), kinds, direction="noise")
     # The first layer, the last and the one before it; one head of each.
     job = replace(
-        job, components=[c for c in job.components if c.layer in (0, model.n_layers - 2, model.n_layers - 1) and c.head in (None, 1)]
+        job,
+        components=[
+            c
+            for c in job.components
+            if c.layer in (0, model.n_layers - 2, model.n_layers - 1) and c.head in (None, 1)
+        ],
     )
     truths = {size: exact(model, nudged(job, size)) for size in (1e-4, 5e-5)}
     errors = {}
@@ -184,10 +218,14 @@ def test_atp_is_the_derivative_of_the_exact_effect(arch):
         for size, truth in truths.items():
             guess = estimated(model, nudged(job, size), method)
             for kind in kinds:
-                errors[method, size, kind] = distance(of_kind(job, guess, kind), of_kind(job, truth, kind))
+                errors[method, size, kind] = distance(
+                    of_kind(job, guess, kind), of_kind(job, truth, kind)
+                )
     assert max(errors.values()) < 0.01, errors
     for method in ("atp", "atpstar"):
-        ratio = sum(errors[method, 1e-4, k] for k in kinds) / sum(errors[method, 5e-5, k] for k in kinds)
+        ratio = sum(errors[method, 1e-4, k] for k in kinds) / sum(
+            errors[method, 5e-5, k] for k in kinds
+        )
         assert 1.7 < ratio < 2.3, (method, ratio)  # relative to the effect, which itself is halved
 
 
@@ -238,7 +276,9 @@ def test_on_the_dead_relu_atp_is_silent_and_integrated_gradients_are_right(kind)
     np.testing.assert_allclose(as_map(exact(model, job)), truth, atol=1e-12)
     np.testing.assert_allclose(as_map(estimated(model, job, "atp")), silent, atol=1e-12)
     np.testing.assert_allclose(as_map(estimated(model, job, "ig", steps=16)), truth, atol=1e-12)
-    odd = np.abs(as_map(estimated(model, job, "ig", steps=5)) - truth).max()  # the midpoint on the kink counts as flat
+    odd = np.abs(
+        as_map(estimated(model, job, "ig", steps=5)) - truth
+    ).max()  # the midpoint on the kink counts as flat
     assert odd <= 1 / 5 + 1e-12
 
 
@@ -253,7 +293,13 @@ def readout() -> Model:
     """
     hooked = small(n_layers=1, n_heads=1, d_model=4, d_head=1)
     with torch.no_grad():
-        table = {10: (0, 1, 0), 11: (0, 1, math.log(3)), 12: (1, 1, 0), 13: (1, 1, 20), 14: (1, 2, 0)}
+        table = {
+            10: (0, 1, 0),
+            11: (0, 1, math.log(3)),
+            12: (1, 1, 0),
+            13: (1, 1, 20),
+            14: (1, 2, 0),
+        }
         for word, values in table.items():
             hooked.embed.W_E[word, :3] = torch.tensor(values, dtype=torch.float64)
         attn = hooked.blocks[0].attn
@@ -275,7 +321,14 @@ def words(*ids: int) -> torch.Tensor:
         # Scores ln 3 and 0: the weight is 1/4. A query of 2 doubles them: 1/(1+9).
         ((11, 12), (11, 14), "q", 1, -math.log(3) * 3 / 16, 1 / 10 - 1 / 4),
         # Saturated: scores 0 and 20. Taking the key back to 0 takes the weight from 1 to 1/2, of which the gradient knows nothing.
-        ((10, 13), (10, 12), "k", 1, -20 * math.exp(-20) / (1 + math.exp(-20)) ** 2, 1 / 2 - 1 / (1 + math.exp(-20))),
+        (
+            (10, 13),
+            (10, 12),
+            "k",
+            1,
+            -20 * math.exp(-20) / (1 + math.exp(-20)) ** 2,
+            1 / 2 - 1 / (1 + math.exp(-20)),
+        ),
     ],
     ids=["key", "stream", "query", "saturated"],
 )
@@ -296,7 +349,9 @@ def test_atpstar_is_exact_for_queries_and_keys_where_only_the_softmax_bends(arch
     mlp = model.hooked.blocks[-1].mlp
     mlp.W_out.zero_()
     model.hooked.ln_final = torch.nn.Identity()
-    model.cfg.normalization_type = None if model.cfg.normalization_type is None else model.cfg.normalization_type
+    model.cfg.normalization_type = (
+        None if model.cfg.normalization_type is None else model.cfg.normalization_type
+    )
     job = make_job(model, *random_ids(model, length=8), ("q", "k", "v"), by=by)
     job = replace(job, components=[c for c in job.components if c.layer == model.n_layers - 1])
     truth = exact(model, job)
@@ -314,7 +369,10 @@ def test_atpstar_ranks_saturated_queries_and_keys_better_than_atp(arch):
         block.attn.W_Q.mul_(4.0)
     job = make_job(model, *random_ids(model, n=2), ("q", "k"))
     truth = exact(model, job)
-    star, plain = (agreement(truth.flatten(), estimated(model, job, method).flatten(), k=10) for method in ("atpstar", "atp"))
+    star, plain = (
+        agreement(truth.flatten(), estimated(model, job, method).flatten(), k=10)
+        for method in ("atpstar", "atp")
+    )
     assert star["spearman"] > plain["spearman"], (star, plain)
 
 
@@ -335,12 +393,25 @@ def test_what_enters_after_the_last_block_has_nothing_to_correct():
 def test_every_metric_is_differentiated_in_both_directions(metric, direction):
     """At the clean run kl has its maximum and no slope: first-order estimates of `noise` are silent about it."""
     model = tiny_double("llama")
-    job = make_job(model, *random_ids(model, length=6), ("resid_post", "mlp_out"), metric=metric, direction=direction)
+    job = make_job(
+        model,
+        *random_ids(model, length=6),
+        ("resid_post", "mlp_out"),
+        metric=metric,
+        direction=direction,
+    )
     if metric == "kl" and direction == "noise":
         assert estimated(model, job).abs().max() < 1e-12 and exact(model, job).abs().max() > 0.01
         return
-    near = replace(job, runs=replace(job.runs, corrupted=job.runs.clean + 0.002 * (job.runs.corrupted - job.runs.clean)))
-    if metric == "kl":  # second order in what is left of the difference, so the slope at its end is twice the mean slope
+    near = replace(
+        job,
+        runs=replace(
+            job.runs, corrupted=job.runs.clean + 0.002 * (job.runs.corrupted - job.runs.clean)
+        ),
+    )
+    if (
+        metric == "kl"
+    ):  # second order in what is left of the difference, so the slope at its end is twice the mean slope
         assert float(estimated(model, near).sum() / exact(model, near).sum()) > 1
         return
     assert distance(estimated(model, near), exact(model, near)) < 0.01
@@ -354,9 +425,13 @@ def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch):
     answers = loop.sweep(model, job)
     for method in METHODS:
         found = gradients.sweep(model, job, method, steps=2)
-        assert found.effect.shape == (len(job.components), job.n_spans, job.rows) and bool(found.effect.isfinite().all())
+        assert found.effect.shape == (len(job.components), job.n_spans, job.rows) and bool(
+            found.effect.isfinite().all()
+        )
         for name in ("base", "clean", "corrupted"):
-            torch.testing.assert_close(getattr(found, name), getattr(answers, name), atol=1e-12, rtol=0)
+            torch.testing.assert_close(
+                getattr(found, name), getattr(answers, name), atol=1e-12, rtol=0
+            )
         assert found.effect[job.zero()].abs().max() == 0 and found.effect.abs().max() > 0
 
 
@@ -366,7 +441,9 @@ def test_rows_in_chunks_give_the_same_numbers_and_every_cell_is_ticked():
     for method in METHODS:
         done: list[int] = []
         chunked = estimated(model, job, method, steps=2, memory=1, tick=done.append)
-        torch.testing.assert_close(chunked, estimated(model, job, method, steps=2), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            chunked, estimated(model, job, method, steps=2), atol=1e-12, rtol=0
+        )
         assert len(done) == 5 and sum(done) == chunked.numel()
 
 
@@ -388,10 +465,16 @@ def test_noise_draws_are_rows_of_their_own():
 
 
 def test_half_precision_stays_near():
-    model, half = tiny_double("gpt2"), load_model(tiny_folder("gpt2"), dtype="bfloat16", device="cpu", check=False)
+    model, half = (
+        tiny_double("gpt2"),
+        load_model(tiny_folder("gpt2"), dtype="bfloat16", device="cpu", check=False),
+    )
     ids = random_ids(model)
     for method in METHODS:
-        job, coarse = make_job(model, *ids, ("resid_pre", "head")), make_job(half, *ids, ("resid_pre", "head"))
+        job, coarse = (
+            make_job(model, *ids, ("resid_pre", "head")),
+            make_job(half, *ids, ("resid_pre", "head")),
+        )
         found = estimated(half, coarse, method, steps=2)
         assert found.dtype == torch.float32
         assert distance(found.double(), estimated(model, job, method, steps=2)) < 0.15
@@ -406,7 +489,9 @@ def test_edits_on_the_model_are_in_force():
         edited, truth = estimated(model, job), exact_with_edit(model, job)
         with pytest.raises(ModelError, match="carries hooks"):
             gradients.sweep(model, job, "atpstar")
-    torch.testing.assert_close(of_kind(job, edited, "resid_pre"), of_kind(job, truth, "resid_pre"), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        of_kind(job, edited, "resid_pre"), of_kind(job, truth, "resid_pre"), atol=1e-10, rtol=0
+    )
     assert distance(edited, plain) > 0.1
     assert not live_hooks(model.hooked)
 
@@ -422,8 +507,17 @@ def exact_with_edit(model: Model, job: Job) -> torch.Tensor:
 def test_ablations_are_estimated_without_a_source_run():
     model = linear_model()
     clean, _ = random_ids(model)
-    job = make_job(model, clean, clean.flip(1), (*STREAM, "v"), direction="noise", ablation=Ablation(ZeroAblation()))
-    job = replace(job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs)))
+    job = make_job(
+        model,
+        clean,
+        clean.flip(1),
+        (*STREAM, "v"),
+        direction="noise",
+        ablation=Ablation(ZeroAblation()),
+    )
+    job = replace(
+        job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs))
+    )
     found = gradients.sweep(model, job)
     torch.testing.assert_close(found.effect, exact(model, job), atol=1e-10, rtol=0)
     assert bool(found.corrupted.isnan().all())
@@ -442,7 +536,10 @@ def test_labels_that_need_several_runs_are_refused_by_name():
         gradients.sweep(model, replace(job, runs=replace(job.runs, pairs=known)))
 
 
-@pytest.mark.parametrize(("method", "steps", "match"), [("atp*", 1, "atp, atpstar or ig"), ("ig", 0, "must be 1 or more")])
+@pytest.mark.parametrize(
+    ("method", "steps", "match"),
+    [("atp*", 1, "atp, atpstar or ig"), ("ig", 0, "must be 1 or more")],
+)
 def test_what_is_no_method_is_refused(method, steps, match):
     model = linear_model()
     with pytest.raises(ConfigError, match=match):
@@ -455,7 +552,10 @@ def test_what_is_no_method_is_refused(method, steps, match):
 def test_agreement_by_hand():
     """Ranks of the estimate: 1 3 2 4 against 1 2 3 4, so rho = 1 - 6 (1 + 1) / (4 * 15) = 0.8; the two largest share one cell."""
     found = agreement(np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[0.0, 4.0], [1.0, 5.0]]), k=2)
-    assert found["spearman"] == pytest.approx(0.8) and found["spearman_low"] <= 0.8 <= found["spearman_high"]
+    assert (
+        found["spearman"] == pytest.approx(0.8)
+        and found["spearman_low"] <= 0.8 <= found["spearman_high"]
+    )
     assert found["top_k_overlap"] == 0.5 and found["mean_absolute_error"] == pytest.approx(1.5)
     assert found["pearson"] == pytest.approx(np.corrcoef([0, 1, 2, 3], [0, 4, 1, 5])[0, 1])
     assert (found["k"], found["n"]) == (2, 4)
@@ -464,15 +564,33 @@ def test_agreement_by_hand():
 def test_agreement_leaves_out_missing_cells_and_knows_no_rank_of_a_flat_map():
     nan = float("nan")
     found = agreement([0.0, 1.0, 2.0, nan], [0.0, 2.0, 4.0, 9.0], k=1)
-    assert found["n"] == 3 and found["spearman"] == pytest.approx(1) and found["pearson"] == pytest.approx(1)
+    assert (
+        found["n"] == 3
+        and found["spearman"] == pytest.approx(1)
+        and found["pearson"] == pytest.approx(1)
+    )
     flat = agreement([0.0, 1.0, 2.0], [0.0, 0.0, 0.0], k=1)
-    assert math.isnan(flat["spearman"]) and math.isnan(flat["pearson"]) and flat["top_k_overlap"] == pytest.approx(1 / 3)
+    assert (
+        math.isnan(flat["spearman"])
+        and math.isnan(flat["pearson"])
+        and flat["top_k_overlap"] == pytest.approx(1 / 3)
+    )
 
 
 def test_head_kinds_are_summed_where_they_are_shared():
     """A key head of a grouped model serves several query heads; its estimate is one cell, not one for each of them."""
     model = tiny_double("llama")
     job = make_job(model, *random_ids(model), HEAD_KINDS)
-    assert sum(c.kind == "k" for c in job.components) == model.n_layers * model.n_kv_heads < model.n_layers * model.n_heads
+    assert (
+        sum(c.kind == "k" for c in job.components)
+        == model.n_layers * model.n_kv_heads
+        < model.n_layers * model.n_heads
+    )
     near = nudged(job, 1e-4)
-    assert distance(of_kind(near, estimated(model, near, "atpstar"), "k"), of_kind(near, exact(model, near), "k")) < 1e-3
+    assert (
+        distance(
+            of_kind(near, estimated(model, near, "atpstar"), "k"),
+            of_kind(near, exact(model, near), "k"),
+        )
+        < 1e-3
+    )

@@ -9,11 +9,11 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import intervene
 from mech_absa.metrics import get_metric
-from mech_absa.models import Model
-from mech_absa.pairs import Counterfactual, GaussianNoise, Pair, Resample, make_runs
+from mech_absa.model import Model
+from mech_absa.model.hooks import intervene
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, Resample, make_runs
 from mech_absa.patch.sweep import Job, Span, components, token_spans
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.sites import ROLES, Site
@@ -34,7 +34,9 @@ def test_corrupted_onto_corrupted_is_nothing(arch):
     job = nothing_skipped(the_job(model, pairs_of(model, Counterfactual()), (*BLOCK, "head")))
     job.runs = replace(job.runs, clean=job.runs.corrupted)
     slow, fast = (engine.sweep(model, job) for engine in ENGINES)
-    assert torch.equal(slow.patched, slow.base.expand_as(slow.patched))  # the very same numbers went in
+    assert torch.equal(
+        slow.patched, slow.base.expand_as(slow.patched)
+    )  # the very same numbers went in
     assert (fast.patched - fast.base).abs().max() < 1e-12  # other sums of the same numbers
 
 
@@ -43,7 +45,9 @@ def test_corrupted_onto_corrupted_is_nothing(arch):
 def test_the_whole_stream_restored_is_the_other_run(arch, direction):
     """All positions of resid_pre at layer 0 (and of any layer, and of the last resid_post) carry everything."""
     model = tiny(arch)
-    for job in jobs(model, pairs_of(model, GaussianNoise(draws=2), LONG), ("resid_pre", "resid_post"), direction):
+    for job in jobs(
+        model, pairs_of(model, GaussianNoise(draws=2), LONG), ("resid_pre", "resid_post"), direction
+    ):
         if not job.runs.continuation.tokens:
             continue
         whole = [[Span(tuple(range(p.length)), "template")] for p in job.runs.pairs]
@@ -54,12 +58,16 @@ def test_the_whole_stream_restored_is_the_other_run(arch, direction):
             assert (got.base - other).abs().max() > 0.1
             # Label tokens come after the prompt and read its keys and values, so a later layer restores less than everything there.
             assert (got.patched[cells(job, "resid_pre")[0], 0] - other).abs().max() < 1e-10
-    job = the_job(model, pairs_of(model, GaussianNoise(draws=2)), ("resid_pre", "resid_post"), direction)
+    job = the_job(
+        model, pairs_of(model, GaussianNoise(draws=2)), ("resid_pre", "resid_post"), direction
+    )
     job.spans = [[Span(tuple(range(p.length)), "template")] for p in job.runs.pairs]
     for engine in ENGINES:
         got = engine.sweep(model, job)
         other = got.clean if direction == "denoise" else got.corrupted
-        assert (got.patched - other).abs().max() < 1e-10  # every layer: nothing stands right of the prompt
+        assert (
+            got.patched - other
+        ).abs().max() < 1e-10  # every layer: nothing stands right of the prompt
 
 
 @models
@@ -84,30 +92,54 @@ def test_nothing_happens_left_of_the_first_difference(arch):
     for b, first in enumerate(firsts):
         for engine in ENGINES:
             assert torch.equal(
-                skipped[engine].patched[:, :first, b], skipped[engine].base[b].expand_as(skipped[engine].patched[:, :first, b])
+                skipped[engine].patched[:, :first, b],
+                skipped[engine].base[b].expand_as(skipped[engine].patched[:, :first, b]),
             )
-            assert (computed[engine].patched[:, :first, b] - computed[engine].base[b]).abs().max() < 1e-12 if first else True
-            assert (computed[engine].patched[cells(job, "resid_pre")[0], first, b] - computed[engine].base[b]).abs().max() > 1e-3
+            assert (
+                (computed[engine].patched[:, :first, b] - computed[engine].base[b]).abs().max()
+                < 1e-12
+                if first
+                else True
+            )
+            assert (
+                computed[engine].patched[cells(job, "resid_pre")[0], first, b]
+                - computed[engine].base[b]
+            ).abs().max() > 1e-3
 
 
 def test_a_block_is_the_sum_of_its_parts_at_the_last_token():
     """Nobody stands right of the last token, so restoring a block's input, attention and MLP there restores its output there."""
     for arch in ("gpt2", "gptj", "gemma2"):
         model = tiny(arch)
-        job = the_job(model, pairs_of(model, Counterfactual()), ("resid_post", *(["resid_mid"] if not model.parallel else [])))
+        job = the_job(
+            model,
+            pairs_of(model, Counterfactual()),
+            ("resid_post", *(["resid_mid"] if not model.parallel else [])),
+        )
         answers = wavefront.sweep(model, job)
         last = job.runs.length - 1
-        _, clean = loop.states(model, job.runs.clean, {(m, k) for m in range(model.n_layers) for k in ("resid_pre", "attn_out", "mlp_out")})
+        _, clean = loop.states(
+            model,
+            job.runs.clean,
+            {(m, k) for m in range(model.n_layers) for k in ("resid_pre", "attn_out", "mlp_out")},
+        )
         for c, site in enumerate(job.components):
             parts = ["resid_pre", "attn_out"] + (["mlp_out"] if site.kind == "resid_post" else [])
 
             def put(key, clean=clean, last=last):
                 return lambda x: torch.cat([x[:, :last], clean[key][:, last:]], 1)
 
-            with torch.inference_mode(), intervene(model.hooked, {Site(site.layer, k): put((site.layer, k)) for k in parts}):
-                stream = model.hooked.forward(job.runs.corrupted, start_at_layer=0, stop_at_layer=model.n_layers)[:, -1]
+            with (
+                torch.inference_mode(),
+                intervene(model.hooked, {Site(site.layer, k): put((site.layer, k)) for k in parts}),
+            ):
+                stream = model.hooked.forward(
+                    job.runs.corrupted, start_at_layer=0, stop_at_layer=model.n_layers
+                )[:, -1]
             ids = torch.tensor([ids[0] for _, ids in job.runs.continuation.labels])
-            torch.testing.assert_close(answers.patched[c, last], model.finish(stream, ids, "labels"), atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                answers.patched[c, last], model.finish(stream, ids, "labels"), atol=1e-10, rtol=0
+            )
 
 
 def native(seed: int = 0) -> Model:
@@ -127,9 +159,23 @@ def test_heads_sum_to_their_attention_where_the_read_out_is_linear():
     model = native()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 4, 5, 10, 7]])
     tokens = [Tokens(row[None], torch.full((1, 7), ROLES.index("before")), (7,)) for row in ids]
-    pair = Pair(Example("a sentence", "sentence", Polarity.POSITIVE, (2, 10)), tokens[0], tokens[1], 0, 1, Counterfactual(), first=2)
+    pair = Pair(
+        Example("a sentence", "sentence", Polarity.POSITIVE, (2, 10)),
+        tokens[0],
+        tokens[1],
+        0,
+        1,
+        Counterfactual(),
+        first=2,
+    )
     runs = make_runs(model, [pair], Continuation((), ((0, (4,)), (1, (8,)))))
-    job = Job(runs, components(model, ["attn_out", "head"]), [token_spans(pair)], get_metric("logit_diff"), 2)
+    job = Job(
+        runs,
+        components(model, ["attn_out", "head"]),
+        [token_spans(pair)],
+        get_metric("logit_diff"),
+        2,
+    )
     for engine in ENGINES:
         answers = engine.sweep(model, job)
         effect = (answers.patched - answers.base)[:, -1, 0]
@@ -138,7 +184,9 @@ def test_heads_sum_to_their_attention_where_the_read_out_is_linear():
         assert len(heads) == 3 and effect[heads].abs().min() > 1e-3
         torch.testing.assert_close(effect[heads].sum(0), effect[whole[0]], atol=1e-12, rtol=0)
         lower = [i for i in cells(job, "head") if job.components[i].layer == 0]
-        assert (effect[lower].sum(0) - effect[cells(job, "attn_out")[0]]).abs().max() > 1e-4  # below, a gelu stands between: no such law
+        assert (
+            effect[lower].sum(0) - effect[cells(job, "attn_out")[0]]
+        ).abs().max() > 1e-4  # below, a gelu stands between: no such law
 
 
 @models
@@ -148,12 +196,16 @@ def test_pairs_do_not_feel_their_companions(arch, engine):
     model = tiny(arch)
     corruption = GaussianNoise(draws=2)
     kinds = ("resid_pre", "attn_out", "head")
-    together = engine.sweep(model, the_job(model, pairs_of(model, corruption, LONG), kinds)).patched.unflatten(2, (3, 2))
+    together = engine.sweep(
+        model, the_job(model, pairs_of(model, corruption, LONG), kinds)
+    ).patched.unflatten(2, (3, 2))
     pairs = pairs_of(model, corruption, LONG)  # the noise was measured on all of them
     turned = replace(pairs, items=tuple(pairs.items[i] for i in (2, 0, 1)))
     got = engine.sweep(model, the_job(model, turned, kinds)).patched.unflatten(2, (3, 2))
     torch.testing.assert_close(got, together[:, :, [2, 0, 1]], atol=1e-10, rtol=0)
-    alone = engine.sweep(model, the_job(model, replace(pairs, items=pairs.items[1:2]), kinds)).patched
+    alone = engine.sweep(
+        model, the_job(model, replace(pairs, items=pairs.items[1:2]), kinds)
+    ).patched
     torch.testing.assert_close(alone, together[:, :, 1], atol=1e-10, rtol=0)
     assert (together[:, :, 0] - together[:, :, 1]).abs().max() > 0.1
 
@@ -172,8 +224,14 @@ def test_no_noise_has_no_effect():
 def test_a_pair_and_its_edit_exchange_roles():
     """Breaking a with b is restoring in the pair (b, a): the two directions are one computation with the runs exchanged."""
     model = tiny("llama")
-    job = the_job(model, pairs_of(model, Counterfactual(), examples=EXAMPLES[:2]), (*BLOCK, "head"), "noise")
-    turned = replace(job, direction="denoise", runs=replace(job.runs, clean=job.runs.corrupted, corrupted=job.runs.clean))
+    job = the_job(
+        model, pairs_of(model, Counterfactual(), examples=EXAMPLES[:2]), (*BLOCK, "head"), "noise"
+    )
+    turned = replace(
+        job,
+        direction="denoise",
+        runs=replace(job.runs, clean=job.runs.corrupted, corrupted=job.runs.clean),
+    )
     for engine in ENGINES:
         a, b = engine.sweep(model, job), engine.sweep(model, turned)
         torch.testing.assert_close(a.patched, b.patched, atol=1e-11, rtol=0)

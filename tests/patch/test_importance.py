@@ -16,7 +16,12 @@ from mech_absa.sites import ROLES
 LAYERS = 6
 
 
-def effects(n: int = 24, strength: dict[tuple[int, str], float] | None = None, seed: int = 0, about: dict | None = None) -> Effects:
+def effects(
+    n: int = 24,
+    strength: dict[tuple[int, str], float] | None = None,
+    seed: int = 0,
+    about: dict | None = None,
+) -> Effects:
     """Pairs of two tokens a role, with a known mean effect in some cells and noise everywhere."""
     rng = np.random.default_rng(seed)
     roles = ("template", "before", "opinion", "query.last", "answer")
@@ -25,10 +30,43 @@ def effects(n: int = 24, strength: dict[tuple[int, str], float] | None = None, s
         for layer in range(LAYERS):
             for position, role in enumerate(r for r in roles for _ in range(2)):
                 value = (strength or {}).get((layer, role), 0.0) + rng.normal(0, 0.02)
-                rows.append((f"e{i}", "resid_post", layer, -1, position, role, 0.9, 0.1, 0.1 + value, value, 0.0))
+                rows.append(
+                    (
+                        f"e{i}",
+                        "resid_post",
+                        layer,
+                        -1,
+                        position,
+                        role,
+                        0.9,
+                        0.1,
+                        0.1 + value,
+                        value,
+                        0.0,
+                    )
+                )
         pairs.append((f"e{i}", f"s{i // 2}", 0.9, 0.1))
-    frame = pd.DataFrame(rows, columns=["example_id", "kind", "layer", "head", "position", "role", "clean", "corrupted", "patched", "effect", "draw_sd"])
-    return Effects(frame, pd.DataFrame(pairs, columns=["example_id", "cluster", "clean", "corrupted"]), about or {})
+    frame = pd.DataFrame(
+        rows,
+        columns=[
+            "example_id",
+            "kind",
+            "layer",
+            "head",
+            "position",
+            "role",
+            "clean",
+            "corrupted",
+            "patched",
+            "effect",
+            "draw_sd",
+        ],
+    )
+    return Effects(
+        frame,
+        pd.DataFrame(pairs, columns=["example_id", "cluster", "clean", "corrupted"]),
+        about or {},
+    )
 
 
 def test_roles_are_averaged_within_a_pair_first():
@@ -49,7 +87,12 @@ def test_a_missing_role_is_missing_and_not_zero():
     table = Effects(frame, found.pairs).importance(draws=50).table
     opinion = table[table["role"] == "opinion"]
     assert (opinion["n"] == 3).all() and (table[table["role"] == "before"]["n"] == 4).all()
-    mean = frame[(frame["role"] == "opinion") & (frame["layer"] == 2)].groupby("example_id")["effect"].mean().mean()
+    mean = (
+        frame[(frame["role"] == "opinion") & (frame["layer"] == 2)]
+        .groupby("example_id")["effect"]
+        .mean()
+        .mean()
+    )
     assert opinion[opinion["layer"] == 2]["aie"].iloc[0] == pytest.approx(mean)
 
 
@@ -76,15 +119,28 @@ def test_zero_cells_are_no_hypotheses():
     frame = found.frame.copy()
     frame.loc[frame["layer"] == 5, "effect"] = 0.0
     table = Effects(frame, found.pairs).importance().table
-    assert table[table["layer"] == 5]["p"].isna().all() and table[table["layer"] != 5]["p"].notna().all()
+    assert (
+        table[table["layer"] == 5]["p"].isna().all()
+        and table[table["layer"] != 5]["p"].notna().all()
+    )
 
 
 def test_select_finds_the_window_and_the_role():
-    strong = {(2, "query.last"): 0.3, (3, "query.last"): 0.2, (4, "query.last"): 0.1, (0, "answer"): 0.9, (5, "answer"): 0.9}
+    strong = {
+        (2, "query.last"): 0.3,
+        (3, "query.last"): 0.2,
+        (4, "query.last"): 0.1,
+        (0, "answer"): 0.9,
+        (5, "answer"): 0.9,
+    }
     importance = effects(strength=strong).importance(draws=200)
     chosen = importance.select(width=2)
     assert [str(s) for s in chosen] == ["L2.resid_post@query.last", "L3.resid_post@query.last"]
-    assert chosen.clear and chosen.aie == pytest.approx(0.25, abs=0.02) and chosen.ci_low > chosen.control_high
+    assert (
+        chosen.clear
+        and chosen.aie == pytest.approx(0.25, abs=0.02)
+        and chosen.ci_low > chosen.control_high
+    )
     # `answer` is larger, and is chosen when it is asked for.
     assert str(importance.select(width=1, roles=["answer"])[0]).endswith("@answer")
     # Default width: the paper's 6 of 32 layers.
@@ -93,14 +149,26 @@ def test_select_finds_the_window_and_the_role():
 
 def test_select_leaves_out_the_roles_that_a_counterfactual_changes():
     strong = {(0, "opinion"): 0.8, (3, "query.last"): 0.3}
-    assert str(effects(strength=strong).importance(draws=100).select()[0]) == "L0.resid_post@opinion"
-    chosen = effects(strength=strong, about={"changed_roles": ["opinion"]}).importance(draws=100).select()
-    assert str(chosen[0]) == "L3.resid_post@query.last" and "opinion, answer left out" in chosen.rule
+    assert (
+        str(effects(strength=strong).importance(draws=100).select()[0]) == "L0.resid_post@opinion"
+    )
+    chosen = (
+        effects(strength=strong, about={"changed_roles": ["opinion"]})
+        .importance(draws=100)
+        .select()
+    )
+    assert (
+        str(chosen[0]) == "L3.resid_post@query.last" and "opinion, answer left out" in chosen.rule
+    )
 
 
 def test_select_says_when_nothing_stands_out():
     chosen = effects(seed=3).importance(draws=200).select()
-    flat = effects(strength={(layer, "template"): 0.5 for layer in range(LAYERS)}).importance(draws=200).select()
+    flat = (
+        effects(strength={(layer, "template"): 0.5 for layer in range(LAYERS)})
+        .importance(draws=200)
+        .select()
+    )
     assert not flat.clear and "not clear" in str(flat)
     assert chosen.aie < 0.05
 
@@ -131,8 +199,17 @@ def test_sites_and_map_survive_the_file(tmp_path):
 
 def test_xarray_and_grid_agree_with_the_table():
     importance = effects(4, strength={(3, "query.last"): 0.3}).importance(draws=50)
-    row = importance.table[(importance.table["layer"] == 3) & (importance.table["role"] == "query.last")].iloc[0]
-    assert float(importance.to_xarray()["aie"].sel(kind="resid_post", layer=3, head=-1, role="query.last")) == row["aie"]
+    row = importance.table[
+        (importance.table["layer"] == 3) & (importance.table["role"] == "query.last")
+    ].iloc[0]
+    assert (
+        float(
+            importance.to_xarray()["aie"].sel(
+                kind="resid_post", layer=3, head=-1, role="query.last"
+            )
+        )
+        == row["aie"]
+    )
     assert importance.grid("resid_post").loc["query.last", 3] == row["aie"]
 
 
@@ -141,7 +218,9 @@ def test_effects_as_an_array_match_the_matrix():
     values, cells = found.matrix("role")
     array = found.to_xarray()
     for column, cell in cells.iterrows():
-        mine = array.sel(kind=cell["kind"], layer=cell["layer"], head=cell["head"], role=cell["role"])
+        mine = array.sel(
+            kind=cell["kind"], layer=cell["layer"], head=cell["head"], role=cell["role"]
+        )
         assert mine.to_numpy() == pytest.approx(values[:, column])
 
 

@@ -9,10 +9,28 @@ from oracles.numpy_transformer import NumpyTransformer
 from oracles.tiny_models import ARCHITECTURES
 from transformer_lens import patching
 
-from mech_absa.pairs import Counterfactual, GaussianNoise, MeanAblation, Resample, ZeroAblation
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.pairs import (
+    Counterfactual,
+    GaussianNoise,
+    MeanAblation,
+    Resample,
+    ZeroAblation,
+)
 
-from .helpers import BLOCK, EXAMPLES, LONG, ONE_TOKEN, Expected, jobs, nothing_skipped, pairs_of, the_job, tiny, tiny32
+from .helpers import (
+    BLOCK,
+    EXAMPLES,
+    LONG,
+    ONE_TOKEN,
+    Expected,
+    jobs,
+    nothing_skipped,
+    pairs_of,
+    the_job,
+    tiny,
+    tiny32,
+)
 
 ENGINES = (loop, wavefront)
 
@@ -23,7 +41,12 @@ def test_transformer_lens_patching_cell_by_cell(arch):
     pairs = pairs_of(model, Counterfactual(), examples=EXAMPLES[:2])
     job = the_job(model, pairs, ("resid_pre", "attn_out", "mlp_out", "head"))
     gold, foil = (torch.tensor([getattr(p, name) for p in pairs]) for name in ("gold", "foil"))
-    found = [torch.stack([job.metric(span, gold, foil) for cell in e.sweep(model, job).patched for span in cell]) for e in ENGINES]
+    found = [
+        torch.stack(
+            [job.metric(span, gold, foil) for cell in e.sweep(model, job).patched for span in cell]
+        )
+        for e in ENGINES
+    ]
     found = [x.reshape(len(job.components), job.n_spans, len(pairs)) for x in found]
     labels = {index: ids[0] for index, ids in job.runs.continuation.labels}
     biggest = 0.0
@@ -47,7 +70,9 @@ def test_transformer_lens_patching_cell_by_cell(arch):
             }
         for c, site in enumerate(job.components):
             for pos in range(pair.length):
-                want = theirs[site.kind][(site.layer, pos) if site.head is None else (site.layer, pos, site.head)]
+                want = theirs[site.kind][
+                    (site.layer, pos) if site.head is None else (site.layer, pos, site.head)
+                ]
                 for ours in found:
                     assert abs(float(ours[c, pos, b] - want)) < 1e-4, (str(site), pos)
                 biggest = max(biggest, abs(float(want - start)))
@@ -60,7 +85,9 @@ def errors(model, job, sources=None):
 
 
 def tolerance(arch: str) -> float:
-    return 1e-7 if arch == "bloom" else 1e-10  # TransformerLens writes Bloom's sqrt(2/pi) with eight digits
+    return (
+        1e-7 if arch == "bloom" else 1e-10
+    )  # TransformerLens writes Bloom's sqrt(2/pi) with eight digits
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -71,11 +98,17 @@ def test_numpy_do_gives_every_cell_of_a_counterfactual(arch):
     assert max(errors(model, job)) < tolerance(arch)
 
 
-@pytest.mark.parametrize(("arch", "direction"), [("gpt2", "noise"), ("gptj", "denoise"), ("gemma2", "noise")])
+@pytest.mark.parametrize(
+    ("arch", "direction"), [("gpt2", "noise"), ("gptj", "denoise"), ("gemma2", "noise")]
+)
 def test_numpy_do_gives_noise_in_windows_with_long_labels(arch, direction):
     model = tiny(arch)
     pairs = pairs_of(model, GaussianNoise(draws=2, span="sentence"), LONG, EXAMPLES[1:3])
-    for window, metric, kinds in ((1, "prob", ("resid_post", "head")), (3, "logprob", BLOCK), (4, "kl", ("attn_out", "mlp_out"))):
+    for window, metric, kinds in (
+        (1, "prob", ("resid_post", "head")),
+        (3, "logprob", BLOCK),
+        (4, "kl", ("attn_out", "mlp_out")),
+    ):
         for job in jobs(model, pairs, kinds, direction, window, metric, by="role"):
             assert max(errors(model, job)) < tolerance(arch), (window, job.runs.continuation.tokens)
 
@@ -89,7 +122,10 @@ def test_numpy_do_gives_queries_keys_and_values(arch):
     assert groups == ({"q": 4, "k": 2, "v": 2} if arch == "llama" else {"q": 4, "k": 4, "v": 4})
     expected, got = Expected(model, job), loop.sweep(model, job)
     assert expected.error(got) < 1e-10
-    assert all(np.abs(expected.patched[[c.kind == k for c in job.components]] - expected.base).max() > 0.01 for k in "qkv")
+    assert all(
+        np.abs(expected.patched[[c.kind == k for c in job.components]] - expected.base).max() > 0.01
+        for k in "qkv"
+    )
 
 
 def acts_of(model, pairs):
@@ -124,7 +160,12 @@ def test_mean_ablation_from_numpy(by):
 
 def test_zero_ablation_from_numpy():
     model = tiny("gemma2")
-    check_ablation(model, pairs_of(model, ZeroAblation()), ("resid_pre", "attn_out", "head"), lambda acts, roles, key: 0 * acts[key])
+    check_ablation(
+        model,
+        pairs_of(model, ZeroAblation()),
+        ("resid_pre", "attn_out", "head"),
+        lambda acts, roles, key: 0 * acts[key],
+    )
 
 
 def test_resampling_from_numpy():
@@ -139,8 +180,12 @@ def test_resampling_from_numpy():
         for i, r in enumerate(roles):
             where = np.flatnonzero(theirs == r)
             if len(where):
-                out[i] = other[key][where[max(0, len(where) - 1 - int((roles[i + 1 :] == r).sum()))]]
-        assert any(r not in theirs for r in roles) == (len(roles) > 12)  # nothing follows the aspect of the short one
+                out[i] = other[key][
+                    where[max(0, len(where) - 1 - int((roles[i + 1 :] == r).sum()))]
+                ]
+        assert any(r not in theirs for r in roles) == (
+            len(roles) > 12
+        )  # nothing follows the aspect of the short one
         return out
 
     check_ablation(model, pairs, ("resid_post", "attn_out", "head"), source)

@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
-from mech_absa.models import Model
-from mech_absa.pairs import Counterfactual, Pair, make_runs
+from mech_absa.model import Model
 from mech_absa.patch import loop, wavefront
+from mech_absa.patch.pairs import Counterfactual, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, components
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.sites import ROLES
@@ -31,18 +31,35 @@ def pairs_of(planted: Planted, n: int = 2) -> list[Pair]:
     tokens = lambda ids: Tokens(ids[None], roles, (ids.shape[0],))  # noqa: E731
     first = min(planted.positions["opinion"], planted.positions["distractor"])
     sample = Example("a planted sentence", "planted", Polarity.POSITIVE, (2, 9))
-    return [Pair(sample, tokens(a), tokens(b), 0, 1, Counterfactual(), first=first) for a, b in zip(clean, corrupted, strict=True)]
+    return [
+        Pair(sample, tokens(a), tokens(b), 0, 1, Counterfactual(), first=first)
+        for a, b in zip(clean, corrupted, strict=True)
+    ]
 
 
 def effects(
-    engine, planted: Planted, kind: str, direction: str = "denoise", window: int = 1, by: str = "token", metric: str = "logit_diff"
+    engine,
+    planted: Planted,
+    kind: str,
+    direction: str = "denoise",
+    window: int = 1,
+    by: str = "token",
+    metric: str = "logit_diff",
 ):
     """Normalised to 0 for the base run and 1 for the other: `[component span pair]`, and the components."""
     model, pairs = Model(planted.model, None, "planted"), pairs_of(planted)
     good, bad = planted.labels
     measure = get_metric(metric)
     runs = make_runs(model, pairs, Continuation((), ((0, (good,)), (1, (bad,)), (2, (3,)))))
-    job = Job(runs, components(model, [kind]), [SPANS[by](p) for p in pairs], measure, model.n_layers, direction, window)
+    job = Job(
+        runs,
+        components(model, [kind]),
+        [SPANS[by](p) for p in pairs],
+        measure,
+        model.n_layers,
+        direction,
+        window,
+    )
     answers = engine.sweep(model, job)
     gold, foil = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
     value = lambda scores: measure(scores, gold, foil)  # noqa: E731
@@ -57,7 +74,11 @@ def as_map(found: np.ndarray, job: Job, truth: np.ndarray) -> np.ndarray:
     out = np.full((found.shape[2], *truth.shape), np.nan)
     for c, site in enumerate(job.components):
         for pos in range(truth.shape[1]):
-            out[(slice(None), site.layer, pos) if site.head is None else (slice(None), site.layer, pos, site.head)] = found[c, pos]
+            out[
+                (slice(None), site.layer, pos)
+                if site.head is None
+                else (slice(None), site.layer, pos, site.head)
+            ] = found[c, pos]
     return out
 
 
@@ -86,7 +107,13 @@ def test_the_map_by_role(engine, absa):
             cells = truth[site.layer] if site.head is None else truth[site.layer, :, site.head]
             expected = [cells[list(span.positions)].max() for span in job.spans[0]]
             assert np.abs(found[c] - np.array(expected)[:, None]).max() < 1e-9, (kind, str(site))
-        assert [span.role for span in job.spans[0]] == ["template", "before", "aspect.last", "opinion", "answer"]
+        assert [span.role for span in job.spans[0]] == [
+            "template",
+            "before",
+            "aspect.last",
+            "opinion",
+            "answer",
+        ]
 
 
 @engines
@@ -108,7 +135,9 @@ def test_a_window_reaches_as_far_as_it_says(engine, absa, window):
 def test_probabilities_saturate_but_normalised_they_tell_the_same(engine, absa):
     for metric in ("prob", "logprob", "prob_label"):
         found, job = effects(engine, absa, "attn_out", metric=metric)
-        assert np.abs(as_map(found, job, absa.truth("attn_out")) - absa.truth("attn_out")).max() < 1e-9
+        assert (
+            np.abs(as_map(found, job, absa.truth("attn_out")) - absa.truth("attn_out")).max() < 1e-9
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))

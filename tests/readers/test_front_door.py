@@ -14,7 +14,16 @@ from mech_absa.readers import load_examples
 from mech_absa.readers.rows import guess_domain
 
 PAPER = '{"sentence": "my tea", "aspect": "tea", "label": "Pos"}\n'
-TSA = json.dumps([{"text": "my tea", "targets": [{"text": "tea", "location": {"begin": 3, "end": 6}, "sentiment": "positive"}]}])
+TSA = json.dumps(
+    [
+        {
+            "text": "my tea",
+            "targets": [
+                {"text": "tea", "location": {"begin": 3, "end": 6}, "sentiment": "positive"}
+            ],
+        }
+    ]
+)
 TERM = '<aspectTerm term="tea" polarity="positive" from="3" to="6"/>'
 XML = f"<sentences><sentence><text>my tea</text><aspectTerms>{TERM}</aspectTerms></sentence></sentences>"
 ONE_OF_EACH = {
@@ -33,7 +42,9 @@ ONE_OF_EACH = {
     + [(n, c) for n in ("x.json", "X.JSON") for c in ("jsonl", "array", "tsa", "xml")],
 )
 def test_the_content_decides_where_the_name_does_not(write, name, content):
-    (e,) = load_examples(write(name, "\ufeff\n" + ONE_OF_EACH[content] if content != "xml" else ONE_OF_EACH[content]))
+    (e,) = load_examples(
+        write(name, "\ufeff\n" + ONE_OF_EACH[content] if content != "xml" else ONE_OF_EACH[content])
+    )
     assert (e.sentence, e.aspect, e.span, e.polarity) == ("my tea", "tea", (3, 6), "positive")
 
 
@@ -64,7 +75,7 @@ def test_domains_are_guessed_from_whole_words(tmp_path):
 
 @pytest.fixture
 def world():
-    from mech_absa.generate import builtin_path
+    from mech_absa.world import builtin_path
 
     if not builtin_path("restaurant/test").is_file():
         pytest.skip("the built-in world has not been written yet")
@@ -72,20 +83,29 @@ def world():
 
 def test_builtin_by_domain_and_split(world):
     one = load_examples("builtin:restaurant/test")
-    assert {e.domain for e in one} == {"restaurant"} and {e.source for e in one} == {"builtin:restaurant/test"}
+    assert {e.domain for e in one} == {"restaurant"} and {e.source for e in one} == {
+        "builtin:restaurant/test"
+    }
     assert all(e.span and e.opinion and e.counterfactuals for e in one)
     assert one.left_out == {} and one.problems == ()
 
 
 def test_builtin_joined(world):
-    part, joined = load_examples("builtin:laptop/test"), load_examples("builtin:restaurant+laptop/test")
-    assert joined.source == "builtin:restaurant+laptop/test" and [e.domain for e in joined[:1]] == ["restaurant"]
-    assert [(e.source, e.line, e.sentence) for e in joined[-len(part) :]] == [(e.source, e.line, e.sentence) for e in part]
+    part, joined = (
+        load_examples("builtin:laptop/test"),
+        load_examples("builtin:restaurant+laptop/test"),
+    )
+    assert joined.source == "builtin:restaurant+laptop/test" and [e.domain for e in joined[:1]] == [
+        "restaurant"
+    ]
+    assert [(e.source, e.line, e.sentence) for e in joined[-len(part) :]] == [
+        (e.source, e.line, e.sentence) for e in part
+    ]
     assert len({e.id for e in joined}) == len(joined) and joined.sha256 != part.sha256
 
 
 def test_a_split_alone_is_that_of_every_domain(tmp_path, monkeypatch):
-    import mech_absa.generate as generate
+    import mech_absa.world as generate
 
     (tmp_path / "x.jsonl").write_text(PAPER)
     monkeypatch.setattr(generate, "builtin_path", lambda name: tmp_path / "x.jsonl")
@@ -94,22 +114,41 @@ def test_a_split_alone_is_that_of_every_domain(tmp_path, monkeypatch):
 
 
 def test_joining_tells_shared_ids_apart_and_adds_the_accounts(tmp_path, monkeypatch):
-    import mech_absa.generate as generate
+    import mech_absa.world as generate
 
     row = {"id": "a", "text": "my tea , tea", "aspect": "tea", "polarity": "positive"}
     for name in ("laptop", "device"):
         bad = json.dumps({**row, "polarity": "conflict"})
-        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n{bad}\n{{\n" + json.dumps({**row, "id": name}))
-    monkeypatch.setattr(generate, "builtin_path", lambda name: tmp_path / f"{name.split('/')[0]}.jsonl")
+        (tmp_path / f"{name}.jsonl").write_text(
+            f"{json.dumps(row)}\n{bad}\n{{\n" + json.dumps({**row, "id": name})
+        )
+    monkeypatch.setattr(
+        generate, "builtin_path", lambda name: tmp_path / f"{name.split('/')[0]}.jsonl"
+    )
     joined = load_examples("builtin:laptop+device/test", skip_bad=True)
-    assert [e.id for e in joined] == ["builtin:laptop/test:a", "laptop", "builtin:device/test:a", "device"]
+    assert [e.id for e in joined] == [
+        "builtin:laptop/test:a",
+        "laptop",
+        "builtin:device/test:a",
+        "device",
+    ]
     assert joined.left_out == {"conflict": 2, "bad line": 2} and joined.ambiguous == 6
-    assert [p.split(" ")[0] for p in joined.problems] == ["builtin:laptop/test:3:", "builtin:device/test:3:"]
+    assert [p.split(" ")[0] for p in joined.problems] == [
+        "builtin:laptop/test:3:",
+        "builtin:device/test:3:",
+    ]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["builtin:", "builtin:hotel/test", "builtin:laptop", "builtin:laptop/dev", "builtin:laptop+laptop/test", "builtin:laptop/test/x"],
+    [
+        "builtin:",
+        "builtin:hotel/test",
+        "builtin:laptop",
+        "builtin:laptop/dev",
+        "builtin:laptop+laptop/test",
+        "builtin:laptop/test/x",
+    ],
 )
 def test_builtin_names_that_are_none(name):
     with pytest.raises(
@@ -125,12 +164,18 @@ def test_builtin_names_that_are_none(name):
 def test_a_missing_file_offers_its_neighbours(write, tmp_path):
     write("laptop_test.json", PAPER)
     missing = str(tmp_path / "laptop_tset.json")
-    with pytest.raises(DataError, match=r"laptop_tset\.json: there is no such file; near it there is laptop_test\.json$"):
+    with pytest.raises(
+        DataError,
+        match=r"laptop_tset\.json: there is no such file; near it there is laptop_test\.json$",
+    ):
         load_examples(missing)
-    with pytest.raises(DataError, match=r"there is no such file; there is no folder .*nowhere either"):
+    with pytest.raises(
+        DataError, match=r"there is no such file; there is no folder .*nowhere either"
+    ):
         load_examples(tmp_path / "nowhere" / "x.json")
     with pytest.raises(
-        DataError, match=r"no-owner/no-name: there is no such file; .*; a data set on the hub is written hf:no-owner/no-name$"
+        DataError,
+        match=r"no-owner/no-name: there is no such file; .*; a data set on the hub is written hf:no-owner/no-name$",
     ):
         load_examples("no-owner/no-name")
     (tmp_path / "void").mkdir()
@@ -150,7 +195,9 @@ def test_an_empty_file_is_named(write, content, suffix):
 @pytest.mark.parametrize("suffix", [".seg", ".csv", ".txt", ".json"])
 def test_bytes_that_are_not_utf8_are_named(write, suffix):
     path = write(f"x{suffix}", b"text,aspect,label\nok,ok,1\ncaf\xe9 $T$,b,c\n")
-    with pytest.raises(DataError, match="3: the byte 0xe9 is not UTF-8; only UTF-8 text is accepted"):
+    with pytest.raises(
+        DataError, match="3: the byte 0xe9 is not UTF-8; only UTF-8 text is accepted"
+    ):
         load_examples(path)
 
 
@@ -177,7 +224,9 @@ def test_options_that_do_not_fit_are_named(write, options, why):
 
 
 def test_a_hub_name_that_says_two_splits():
-    with pytest.raises(ConfigError, match="hf:a/b:train names the split 'train' and split names 'test'; give one"):
+    with pytest.raises(
+        ConfigError, match="hf:a/b:train names the split 'train' and split names 'test'; give one"
+    ):
         load_examples("hf:a/b:train", split="test")
 
 
@@ -185,5 +234,7 @@ def test_reading_needs_neither_torch_nor_datasets(write):
     path = write("x.json", PAPER)
     program = f"import sys; from mech_absa.readers import load_examples; load_examples({path!r})\n"
     program += "print(*sorted({'torch', 'datasets'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""

@@ -26,7 +26,11 @@ def paper(*rows: tuple[str, str, str]) -> str:
 def test_the_papers_rows_by_hand(write):
     path = write(
         "laptop_test.json",
-        paper(("the screen is dim .", "screen", "Neg"), ("great keyboard", "keyboard", "Pos"), ("a hinge", "hinge", "Neu")),
+        paper(
+            ("the screen is dim .", "screen", "Neg"),
+            ("great keyboard", "keyboard", "Pos"),
+            ("a hinge", "hinge", "Neu"),
+        ),
     )
     examples = load_examples(path)
     assert [(e.aspect, e.span, e.polarity, e.line, e.id) for e in examples] == [
@@ -41,21 +45,35 @@ def test_the_papers_rows_by_hand(write):
 
 def test_the_nth_row_takes_the_nth_whole_term(write):
     sentence = "foods : the food was good , but food is not all seafood"
-    examples = load_examples(write("x.json", paper((sentence, "food", "Pos"), (sentence, "food", "Neu"), (sentence, "food", "Neg"))))
+    examples = load_examples(
+        write(
+            "x.json",
+            paper((sentence, "food", "Pos"), (sentence, "food", "Neu"), (sentence, "food", "Neg")),
+        )
+    )
     # "foods" and "seafood" hold the characters, not the term; a third row has no third term to take.
     assert [e.span for e in examples] == [(12, 16), (32, 36), (32, 36)]
     assert examples.ambiguous == 3
 
 
 def test_a_term_in_no_word_of_its_own_is_still_found(write):
-    examples = load_examples(write("x.json", paper(("unreliable macbook", "book", "Neg"), ("这家餐厅的服务很好", "服务", "Pos"))))
+    examples = load_examples(
+        write(
+            "x.json",
+            paper(("unreliable macbook", "book", "Neg"), ("这家餐厅的服务很好", "服务", "Pos")),
+        )
+    )
     assert [e.span for e in examples] == [(14, 18), (5, 7)]
     assert examples.ambiguous == 0
 
 
 def test_the_nth_place_also_where_no_term_is_whole(write):
     rows = [("notebooks and macbooks", "book", p) for p in ("Pos", "Neg", "Neu")]
-    assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [(4, 8), (17, 21), (17, 21)]
+    assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [
+        (4, 8),
+        (17, 21),
+        (17, 21),
+    ]
 
 
 @pytest.mark.parametrize(("sentence", "span"), [
@@ -70,12 +88,24 @@ def test_what_ends_a_word(write, sentence, span):
 
 
 def test_other_sentences_do_not_advance_the_count(write):
-    rows = [("the bar by the bar", "bar", "Pos"), ("another bar , no bar", "bar", "Pos"), ("the bar by the bar", "bar", "Neg")]
-    assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [(4, 7), (8, 11), (15, 18)]
+    rows = [
+        ("the bar by the bar", "bar", "Pos"),
+        ("another bar , no bar", "bar", "Pos"),
+        ("the bar by the bar", "bar", "Neg"),
+    ]
+    assert [e.span for e in load_examples(write("x.json", paper(*rows)))] == [
+        (4, 7),
+        (8, 11),
+        (15, 18),
+    ]
 
 
 def test_conflict_is_left_out_counted_and_keeps_its_place(write):
-    rows = [("food and food", "food", "conflict"), ("food and food", "food", "Pos"), ("a b", "a", "mixed")]
+    rows = [
+        ("food and food", "food", "conflict"),
+        ("food and food", "food", "Pos"),
+        ("a b", "a", "mixed"),
+    ]
     examples = load_examples(write("x.json", paper(*rows)))
     assert [(e.span, e.line) for e in examples] == [((9, 13), 2)]
     assert examples.left_out == {"conflict": 1, "mixed": 1}
@@ -84,14 +114,18 @@ def test_conflict_is_left_out_counted_and_keeps_its_place(write):
 @pytest.mark.parametrize("separator", ["\n", "\r\n", "\n\n \n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_line_ends_blank_lines_and_byte_order_mark(write, separator, mark):
-    rows = paper(("café ☕ 😀 déjà vu", "déjà vu", "Pos"), ("odd\u2028break\x85here", "here", "Neg"))
+    rows = paper(
+        ("café ☕ 😀 déjà vu", "déjà vu", "Pos"), ("odd\u2028break\x85here", "here", "Neg")
+    )
     examples = load_examples(write("x.jsonl", mark + rows.replace("\n", separator).encode()))
     assert [e.span for e in examples] == [(9, 16), (10, 14)]
     assert [e.line for e in examples] == [1, 1 + separator.count("\n")]
 
 
 def test_raw_unicode_line_breaks_stay_inside_a_record(write):
-    path = write("x.jsonl", '{"text": "odd\u2028break \x85here", "aspect": "here", "polarity": "neutral"}\n')
+    path = write(
+        "x.jsonl", '{"text": "odd\u2028break \x85here", "aspect": "here", "polarity": "neutral"}\n'
+    )
     assert load_examples(path)[0].span == (11, 15)
 
 
@@ -104,32 +138,60 @@ OFFSETS = {
 
 def test_the_row_with_offsets_by_hand(write):
     (e,) = load_examples(write("x.jsonl", json.dumps(OFFSETS)))
-    assert (e.span, e.opinion, e.domain, e.id, e.polarity) == ((4, 10), (14, 20), "device", "d7", POS)
+    assert (e.span, e.opinion, e.domain, e.id, e.polarity) == (
+        (4, 10),
+        (14, 20),
+        "device",
+        "d7",
+        POS,
+    )
     (c,) = e.counterfactuals
-    assert (c.sentence, c.aspect, c.span, c.opinion, c.polarity) == ("the screen is dim", "screen", (4, 10), (14, 17), NEG)
+    assert (c.sentence, c.aspect, c.span, c.opinion, c.polarity) == (
+        "the screen is dim",
+        "screen",
+        (4, 10),
+        (14, 17),
+        NEG,
+    )
     assert (c.id, c.domain, c.line) == ("d7~1", "device", 1)
 
 
 def test_offsets_choose_the_place_and_are_not_ambiguous(write):
-    rows = [{"text": "bar bar bar", "aspect": "bar", "from": i, "to": i + 3, "label": "Pos"} for i in (8, 0)]
+    rows = [
+        {"text": "bar bar bar", "aspect": "bar", "from": i, "to": i + 3, "label": "Pos"}
+        for i in (8, 0)
+    ]
     examples = load_examples(write("x.jsonl", "\n".join(map(json.dumps, rows))))
     assert [e.span for e in examples] == [(8, 11), (0, 3)] and examples.ambiguous == 0
 
 
 def test_null_offsets_mean_no_words(write):
-    row = {"text": "the food was cold", "aspect": "food", "from": None, "to": None, "polarity": "negative"}
+    row = {
+        "text": "the food was cold",
+        "aspect": "food",
+        "from": None,
+        "to": None,
+        "polarity": "negative",
+    }
     assert load_examples(write("x.jsonl", json.dumps(row)))[0].span is None
 
 
 def test_an_array_reads_as_lines_do_and_knows_its_lines(write):
     rows = [("the food", "food", "Pos"), ("a table", "table", "Neg")]
     array = "[\n" + ",\n\n".join(paper(r).strip() for r in rows) + "\n]"
-    assert [(e.span, e.line) for e in load_examples(write("x.json", array))] == [((4, 8), 2), ((2, 7), 4)]
+    assert [(e.span, e.line) for e in load_examples(write("x.json", array))] == [
+        ((4, 8), 2),
+        ((2, 7), 4),
+    ]
 
 
 def test_repeated_ids_are_told_apart(write):
     rows = [{**OFFSETS, "counterfactuals": None}] * 3
-    assert [e.id for e in load_examples(write("x.jsonl", "\n".join(map(json.dumps, rows))))] == ["d7", "d7.2", "d7.3"]
+    assert [e.id for e in load_examples(write("x.jsonl", "\n".join(map(json.dumps, rows))))] == [
+        "d7",
+        "d7.2",
+        "d7.3",
+    ]
 
 
 # --- offsets, for any text ----------------------------------------------------------------------------------------------------------------
@@ -148,7 +210,12 @@ def examples_with_repeats(draw):
     sentence = aspect.join(parts)
     opinion = draw(st.none() | st.integers(0, len(sentence) - 1).map(lambda i: (i, len(sentence))))
     return Example(
-        sentence, aspect, draw(st.sampled_from(Polarity)), (start, start + len(aspect)), opinion, draw(st.sampled_from(["", "food"]))
+        sentence,
+        aspect,
+        draw(st.sampled_from(Polarity)),
+        (start, start + len(aspect)),
+        opinion,
+        draw(st.sampled_from(["", "food"])),
     )
 
 
@@ -176,7 +243,9 @@ def test_without_offsets_every_span_gives_its_aspect(tmp_path_factory, items):
     path.write_text(paper(*[(e.sentence, e.aspect, "Pos") for e in items]), encoding="utf-8")
     for e in load_examples(path):
         assert e.span is not None and e.sentence[slice(*e.span)] == e.aspect
-        assert is_whole_term(e.sentence, e.span) or not any(is_whole_term(e.sentence, p) for p in occurrences(e.sentence, e.aspect))
+        assert is_whole_term(e.sentence, e.span) or not any(
+            is_whole_term(e.sentence, p) for p in occurrences(e.sentence, e.aspect)
+        )
 
 
 @settings(deadline=None)  # a slow machine is no wrong answer
@@ -184,7 +253,9 @@ def test_without_offsets_every_span_gives_its_aspect(tmp_path_factory, items):
 def test_occurrences_are_those_found_by_looking_everywhere(aspect, filler):
     sentence = filler + aspect + filler + aspect
     n = len(aspect)
-    assert occurrences(sentence, aspect) == [(i, i + n) for i in range(len(sentence)) if sentence[i : i + n] == aspect]
+    assert occurrences(sentence, aspect) == [
+        (i, i + n) for i in range(len(sentence)) if sentence[i : i + n] == aspect
+    ]
 
 
 def test_counterfactuals_ids_and_missing_spans_read_back(tmp_path):
@@ -195,13 +266,17 @@ def test_counterfactuals_ids_and_missing_spans_read_back(tmp_path):
     ]
     again = load_examples(write_jsonl(items, tmp_path / "x.jsonl"))
     assert [(e.id, e.span) for e in again] == [("a", (3, 7)), ("b", None)]
-    assert [(c.sentence, c.span, c.polarity, c.id) for c in again[0].counterfactuals] == [("no food", (3, 7), NEG, "a~1")]
+    assert [(c.sentence, c.span, c.polarity, c.id) for c in again[0].counterfactuals] == [
+        ("no food", (3, 7), NEG, "a~1")
+    ]
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("before")
-    broken = Example("my food", "food", POS, (3, 7), counterfactuals=(Example("slow", "service", NEG),))
+    broken = Example(
+        "my food", "food", POS, (3, 7), counterfactuals=(Example("slow", "service", NEG),)
+    )
     with pytest.raises(DataError, match=r"'slow' has no span"):
         write_jsonl([broken], path)
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["x.jsonl"]
@@ -266,7 +341,8 @@ def test_a_bad_line_is_named(write, line, came, accepted):
 def test_nothing_but_bad_lines_is_an_error_even_when_skipping(write):
     path = write("x.jsonl", "{\n{\n")
     with pytest.raises(
-        DataError, match=r"no example could be read \(2 bad line\); at least one is needed; the first: .*x.jsonl:1: broken JSON"
+        DataError,
+        match=r"no example could be read \(2 bad line\); at least one is needed; the first: .*x.jsonl:1: broken JSON",
     ):
         load_examples(path, skip_bad=True)
 
@@ -283,7 +359,9 @@ def test_nothing_but_conflict_is_an_error(write):
     ("[]", None, "no example could be read (there are no records)"),
 ])  # fmt: skip
 def test_a_broken_array_is_named(write, text, line, why):
-    path = write("x.json", text.replace('{"a": 1}', '{"sentence": "a", "aspect": "a", "label": "Pos"}'))
+    path = write(
+        "x.json", text.replace('{"a": 1}', '{"sentence": "a", "aspect": "a", "label": "Pos"}')
+    )
     with pytest.raises(DataError) as caught:
         load_examples(path, skip_bad=True)
     assert why in str(caught.value) and caught.value.line == line and caught.value.source == path
@@ -299,15 +377,25 @@ def test_text_that_is_not_utf8_is_named(write):
 
 
 def test_numbers_are_believed_where_a_minus_one_is_among_them(write):
-    rows = "".join(json.dumps({"sentence": "a", "aspect": "a", "label": n}) + "\n" for n in (1, 0, -1, "1"))
+    rows = "".join(
+        json.dumps({"sentence": "a", "aspect": "a", "label": n}) + "\n" for n in (1, 0, -1, "1")
+    )
     assert [e.polarity for e in load_examples(write("x.jsonl", rows))] == [POS, NEU, NEG, POS]
 
 
 def test_numbers_that_could_mean_anything_are_refused_and_can_be_explained(write):
-    path = write("x.jsonl", "".join(json.dumps({"sentence": "a", "aspect": "a", "label": n}) + "\n" for n in (0, 1)))
-    with pytest.raises(DataError, match=r"bare numbers \(0 or 1\) and none is -1, .*labels=\{'0': 'negative'"):
+    path = write(
+        "x.jsonl",
+        "".join(json.dumps({"sentence": "a", "aspect": "a", "label": n}) + "\n" for n in (0, 1)),
+    )
+    with pytest.raises(
+        DataError, match=r"bare numbers \(0 or 1\) and none is -1, .*labels=\{'0': 'negative'"
+    ):
         load_examples(path)
-    assert [e.polarity for e in load_examples(path, labels={"0": "negative", "1": "neutral"})] == [NEG, NEU]
+    assert [e.polarity for e in load_examples(path, labels={"0": "negative", "1": "neutral"})] == [
+        NEG,
+        NEU,
+    ]
 
 
 # --- the real files -----------------------------------------------------------------------------------------------------------------------
@@ -327,7 +415,11 @@ def test_counts_of_the_papers_files(shared, name):
     path = shared / "data" / "me_absc" / f"{name}.json"
     examples = load_examples(path)
     assert examples.counts() == {"positive": positive, "negative": negative, "neutral": neutral}
-    assert len(examples) == positive + negative + neutral == len(path.read_text(encoding="utf-8").splitlines())
+    assert (
+        len(examples)
+        == positive + negative + neutral
+        == len(path.read_text(encoding="utf-8").splitlines())
+    )
     assert len({e.id for e in examples}) == len(examples) and examples[6].id == f"{name}:7"
     assert {e.domain for e in examples} == {name.split("_")[0].replace("rest", "restaurant")}
     assert all(e.span is not None and is_whole_term(e.sentence, e.span) for e in examples)
@@ -336,7 +428,9 @@ def test_counts_of_the_papers_files(shared, name):
 
 
 def test_the_leak_of_the_papers_restaurant_split(shared):
-    train, test = (load_examples(shared / "data" / "me_absc" / f"rest_{s}.json") for s in ("train", "test"))
+    train, test = (
+        load_examples(shared / "data" / "me_absc" / f"rest_{s}.json") for s in ("train", "test")
+    )
     assert len(train) == 4287
     found = leakage(train, test)
     assert (len(found.rows), found.same_label, found.total) == (532, 530, 2252)

@@ -27,7 +27,10 @@ def test_by_hand(write, end):
 
 def test_the_mark_chooses_among_repeated_aspects(write):
     examples = load_examples(write("x.seg", "food , $T$ , food\nfood\n1\n$T$ and $T$\nfood\n-1\n"))
-    assert [(e.sentence, e.span) for e in examples] == [("food , food , food", (7, 11)), ("food and food", (0, 4))]
+    assert [(e.sentence, e.span) for e in examples] == [
+        ("food , food , food", (7, 11)),
+        ("food and food", (0, 4)),
+    ]
     assert examples.ambiguous == 1
 
 
@@ -39,18 +42,35 @@ plain = st.text(alphabet="ab é日😀'-\u2028", max_size=8)
 
 
 @settings(deadline=None)  # a slow machine is no wrong answer
-@given(st.lists(st.tuples(plain, plain.map(str.strip).filter(bool), plain, st.sampled_from([-1, 0, 1])), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(plain, plain.map(str.strip).filter(bool), plain, st.sampled_from([-1, 0, 1])),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_offsets_of_any_text_come_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("seg") / "x.seg"
-    path.write_text("".join(f"{before}$T${after}\n{aspect}\n{label}\n" for before, aspect, after, label in rows), encoding="utf-8")
+    path.write_text(
+        "".join(
+            f"{before}$T${after}\n{aspect}\n{label}\n" for before, aspect, after, label in rows
+        ),
+        encoding="utf-8",
+    )
     for e, (before, aspect, after, label) in zip(load_examples(path), rows, strict=True):
-        assert e.sentence == before + aspect + after and e.span == (len(before), len(before + aspect))
+        assert e.sentence == before + aspect + after and e.span == (
+            len(before),
+            len(before + aspect),
+        )
         assert e.polarity is {-1: NEG, 0: NEU, 1: POS}[label]
 
 
 GOOD = "nice $T$\nfood\n1\n"
 BAD = [
-    ("bad $T$\nfood\n", "the record that begins here has 2 of the three lines; it is a sentence with $T$, the aspect, and -1, 0 or 1"),
+    (
+        "bad $T$\nfood\n",
+        "the record that begins here has 2 of the three lines; it is a sentence with $T$, the aspect, and -1, 0 or 1",
+    ),
     ("bad $T$\nfood\n1\nstray\n", "the record that begins here has 4 of the three lines"),
     ("bad $T$\nfood\n2\n", "unknown label '2'; accepted: positive/pos/1"),
 ]
@@ -67,5 +87,7 @@ def test_a_bad_record_is_named_and_the_next_one_found(write, record, why):
 
 
 def test_a_file_without_marks_is_named(write):
-    with pytest.raises(DataError, match=r"x\.seg:1: 'nice food' has no \$T\$; a record is a sentence with \$T\$"):
+    with pytest.raises(
+        DataError, match=r"x\.seg:1: 'nice food' has no \$T\$; a record is a sentence with \$T\$"
+    ):
         load_examples(write("x.seg", "nice food\nfood\n1\n"))

@@ -72,7 +72,9 @@ def test_2014_by_hand(write):
 
 def test_2016_by_hand(write):
     examples = load_examples(write("x.xml", Y2016))
-    assert [(e.aspect, e.span, e.polarity, e.line, e.id) for e in examples] == [("pizza", (4, 9), NEG, 8, "x:1.1")]
+    assert [(e.aspect, e.span, e.polarity, e.line, e.id) for e in examples] == [
+        ("pizza", (4, 9), NEG, 8, "x:1.1")
+    ]
     assert examples.left_out == {"no aspect term": 2, "sentence without aspects": 1}
 
 
@@ -93,16 +95,31 @@ def test_blanks_that_xml_changes_in_attributes_only(write):
 
 
 def test_other_encodings_that_xml_declares(write):
-    text = Y2014.replace("UTF-8", "iso-8859-1").replace("d&amp;cor", "décor").replace('from="28" to="33"', 'from="28" to="33"')
+    text = (
+        Y2014.replace("UTF-8", "iso-8859-1")
+        .replace("d&amp;cor", "décor")
+        .replace('from="28" to="33"', 'from="28" to="33"')
+    )
     assert load_examples(write("x.xml", text.encode("latin-1")))[0].aspect == "décor"
-    assert load_examples(write("y.xml", Y2014.replace("UTF-8", "UTF-16").encode("utf-16")), format="semeval")[0].aspect == "d&cor"
+    assert (
+        load_examples(
+            write("y.xml", Y2014.replace("UTF-8", "UTF-16").encode("utf-16")), format="semeval"
+        )[0].aspect
+        == "d&cor"
+    )
 
 
 printable = st.text(alphabet=st.characters(blacklist_categories=["Cs", "Cc", "Cn"]), max_size=8)
 
 
 @settings(deadline=None)  # a slow machine is no wrong answer
-@given(before=printable, aspect=printable.filter(str.strip), between=printable, label=st.sampled_from(Polarity), second=st.booleans())
+@given(
+    before=printable,
+    aspect=printable.filter(str.strip),
+    between=printable,
+    label=st.sampled_from(Polarity),
+    second=st.booleans(),
+)
 def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, between, label, second):
     sentence = before + aspect + between + aspect
     start = len(before + aspect + between) if second else len(before)
@@ -113,7 +130,12 @@ def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, between
         encoding="utf-8",
     )
     (e,) = load_examples(path)
-    assert (e.sentence, e.aspect, e.span, e.polarity) == (sentence, aspect, (start, start + len(aspect)), label)
+    assert (e.sentence, e.aspect, e.span, e.polarity) == (
+        sentence,
+        aspect,
+        (start, start + len(aspect)),
+        label,
+    )
 
 
 TERM = '<aspectTerm term="food" polarity="neutral" from="4" to="8"/>'
@@ -121,10 +143,19 @@ BAD = [
     (TERM.replace('"8"', '"80"'), "aspect offsets 4..80 do not fit a sentence of 9 characters"),
     (TERM.replace('"4"', '"3"'), "offsets 3..8 give ' food', but the aspect is 'food'"),
     (TERM.replace('"4"', '"-4"'), "aspect offsets -4..8 do not fit"),
-    (TERM.replace('"4"', '"four"'), "the field 'from' holds 'four'; a whole number of characters is accepted"),
+    (
+        TERM.replace('"4"', '"four"'),
+        "the field 'from' holds 'four'; a whole number of characters is accepted",
+    ),
     (TERM.replace("neutral", "fine"), "unknown label 'fine'; accepted: positive/pos/1"),
-    (TERM.replace("term=", "name="), "<aspectTerm> has no attribute 'term'; there are: name, polarity, from, to"),
-    ('<Opinion target="NULL" polarity="neutral"/>', "<Opinion> has no attribute 'category'; there are: target, polarity"),
+    (
+        TERM.replace("term=", "name="),
+        "<aspectTerm> has no attribute 'term'; there are: name, polarity, from, to",
+    ),
+    (
+        '<Opinion target="NULL" polarity="neutral"/>',
+        "<Opinion> has no attribute 'category'; there are: target, polarity",
+    ),
     ('<Opinion target="NULL" category="A#B" polarity="fine"/>', "unknown label 'fine'"),
 ]
 
@@ -132,17 +163,25 @@ BAD = [
 @pytest.mark.parametrize(("element", "why"), BAD, ids=[why for _, why in BAD])
 def test_a_bad_element_is_named(write, element, why):
     path = write(
-        "x.xml", f"<sentences>\n<sentence><text>the food.</text>\n<aspectTerms>\n{element}\n{TERM}</aspectTerms></sentence></sentences>"
+        "x.xml",
+        f"<sentences>\n<sentence><text>the food.</text>\n<aspectTerms>\n{element}\n{TERM}</aspectTerms></sentence></sentences>",
     )
     with pytest.raises(DataError) as caught:
         load_examples(path)
     assert str(caught.value).startswith(f"{path}:4: {why}")
     skipped = load_examples(path, skip_bad=True)
-    assert (len(skipped), skipped.problems, skipped.left_out) == (1, (str(caught.value),), {"bad line": 1})
+    assert (len(skipped), skipped.problems, skipped.left_out) == (
+        1,
+        (str(caught.value),),
+        {"bad line": 1},
+    )
 
 
 def test_a_sentence_without_text_is_named(write):
-    path = write("x.xml", f"<sentences>\n<sentence>\n<aspectTerms>{TERM}</aspectTerms></sentence></sentences>")
+    path = write(
+        "x.xml",
+        f"<sentences>\n<sentence>\n<aspectTerms>{TERM}</aspectTerms></sentence></sentences>",
+    )
     with pytest.raises(DataError, match=r"x\.xml:3: the sentence has no <text>"):
         load_examples(path)
 
@@ -181,14 +220,17 @@ def test_a_file_that_is_no_sound_xml_is_refused_whole(write, text, line, why, sk
 
 
 @pytest.mark.parametrize(
-    ("name", "positive", "negative", "neutral"), [("train", 3380, 2764, 5042), ("val", 403, 325, 604), ("test", 400, 329, 607)]
+    ("name", "positive", "negative", "neutral"),
+    [("train", 3380, 2764, 5042), ("val", 403, 325, 604), ("test", 400, 329, 607)],
 )
 def test_counts_of_mams(shared, name, positive, negative, neutral):
     examples = load_examples(shared / "data" / "mams" / f"{name}.xml")
     assert examples.counts() == {"positive": positive, "negative": negative, "neutral": neutral}
     assert examples.left_out == {} and {e.domain for e in examples} == {"restaurant"}
     assert len({e.id for e in examples}) == len(examples)
-    assert len(mixed_polarity(examples)) == len(examples)  # what MAMS was made for: every sentence holds several polarities
+    assert len(mixed_polarity(examples)) == len(
+        examples
+    )  # what MAMS was made for: every sentence holds several polarities
 
 
 def test_rows_of_mams_exactly(shared):
@@ -210,6 +252,10 @@ def test_every_row_of_mams_stands_on_its_line(shared):
     for e in examples:
         start, end = e.span
         written = lines[e.line - 1]
-        assert f'from="{start}"' in written and f'to="{end}"' in written and f'polarity="{e.polarity.value}"' in written
+        assert (
+            f'from="{start}"' in written
+            and f'to="{end}"' in written
+            and f'polarity="{e.polarity.value}"' in written
+        )
         assert quoteattr(e.aspect) in written
     assert Counter(e.line for e in examples).most_common(1)[0][1] == 1

@@ -44,28 +44,43 @@ def test_the_delimiter_is_told_from_the_header(write, delimiter):
 
 
 def test_null_targets_in_a_table(write):
-    path = write("x.csv", "text,target,category,polarity\nslow,NULL,SERVICE#GENERAL,negative\na NULL tea,NULL,FOOD#QUALITY,neutral\n")
+    path = write(
+        "x.csv",
+        "text,target,category,polarity\nslow,NULL,SERVICE#GENERAL,negative\na NULL tea,NULL,FOOD#QUALITY,neutral\n",
+    )
     dropped = load_examples(path)
     assert [e.span for e in dropped] == [(2, 6)] and dropped.left_out == {"no aspect term": 1}
-    assert [(e.aspect, e.span) for e in load_examples(path, null_targets="category")] == [("service", None), ("NULL", (2, 6))]
+    assert [(e.aspect, e.span) for e in load_examples(path, null_targets="category")] == [
+        ("service", None),
+        ("NULL", (2, 6)),
+    ]
 
 
 def test_tsv_that_was_never_quoted(write):
-    examples = load_examples(write("x.tsv", 'text\taspect\tlabel\n"typical" food , 5" wide\tfood\tneg\n'))
+    examples = load_examples(
+        write("x.tsv", 'text\taspect\tlabel\n"typical" food , 5" wide\tfood\tneg\n')
+    )
     assert (examples[0].sentence, examples[0].span) == ('"typical" food , 5" wide', (10, 14))
 
 
 def test_columns_by_name(write):
     path = write("x.csv", "Comment,What,Sent,text,key\nmy tea,tea,pos,unused,k1\n")
-    (e,) = load_examples(path, columns={"sentence": "Comment", "aspect": "What", "polarity": "Sent", "id": "key"})
+    (e,) = load_examples(
+        path, columns={"sentence": "Comment", "aspect": "What", "polarity": "Sent", "id": "key"}
+    )
     assert (e.sentence, e.aspect, e.polarity, e.id) == ("my tea", "tea", POS, "k1")
     with pytest.raises(
-        DataError, match=r"x\.csv:1: the field 'Words', named as the sentence, is missing; there are: Comment, What, Sent, text, key"
+        DataError,
+        match=r"x\.csv:1: the field 'Words', named as the sentence, is missing; there are: Comment, What, Sent, text, key",
     ):
         load_examples(path, columns={"sentence": "Words"})
     with pytest.raises(DataError, match=r"x\.csv:1: the field 'no', named as the id, is missing"):
-        load_examples(path, columns={"sentence": "Comment", "aspect": "What", "polarity": "Sent", "id": "no"})
-    with pytest.raises(ConfigError, match="columns names a field 'sentense'; accepted: sentence, aspect"):
+        load_examples(
+            path, columns={"sentence": "Comment", "aspect": "What", "polarity": "Sent", "id": "no"}
+        )
+    with pytest.raises(
+        ConfigError, match="columns names a field 'sentense'; accepted: sentence, aspect"
+    ):
         load_examples(path, columns={"sentense": "Comment"})
 
 
@@ -74,7 +89,11 @@ cells = st.text(alphabet="ab,;\"'\t\n é日😀\u2028|", max_size=8)
 
 @settings(deadline=None)  # a slow machine is no wrong answer
 @given(
-    st.lists(st.tuples(cells, cells.filter(str.strip), cells, st.sampled_from(Polarity)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(cells, cells.filter(str.strip), cells, st.sampled_from(Polarity)),
+        min_size=1,
+        max_size=4,
+    ),
     st.sampled_from([",", "\t"]),
 )
 def test_offsets_of_any_text_come_back(tmp_path_factory, rows, delimiter):
@@ -83,9 +102,16 @@ def test_offsets_of_any_text_come_back(tmp_path_factory, rows, delimiter):
         out = csv.writer(f, delimiter=delimiter)
         out.writerow(["text", "aspect", "from", "to", "polarity"])
         for before, aspect, after, p in rows:
-            out.writerow([before + aspect + after, aspect, len(before), len(before + aspect), p.value])
+            out.writerow(
+                [before + aspect + after, aspect, len(before), len(before + aspect), p.value]
+            )
     for e, (before, aspect, after, p) in zip(load_examples(path), rows, strict=True):
-        assert (e.sentence, e.aspect, e.span, e.polarity) == (before + aspect + after, aspect, (len(before), len(before + aspect)), p)
+        assert (e.sentence, e.aspect, e.span, e.polarity) == (
+            before + aspect + after,
+            aspect,
+            (len(before), len(before + aspect)),
+            p,
+        )
 
 
 HEADER = "sentence,aspect,label\nmy tea,tea,pos\n"
@@ -124,5 +150,7 @@ def test_a_table_that_is_none_is_refused_whole(write, text, line, why, skip_bad)
 
 
 def test_line_ends_inside_a_cell_are_kept_for_offsets_count_them(write):
-    (e,) = load_examples(write("x.csv", 'text,aspect,from,to,label\r\n"two\r\nlines",lines,5,10,pos\r\n'))
+    (e,) = load_examples(
+        write("x.csv", 'text,aspect,from,to,label\r\n"two\r\nlines",lines,5,10,pos\r\n')
+    )
     assert e.sentence == "two\r\nlines"

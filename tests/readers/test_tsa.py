@@ -16,7 +16,13 @@ POS, NEG = Polarity.POSITIVE, Polarity.NEGATIVE
 
 
 def record(text: str, *targets: tuple[str, int, int, str]) -> dict:
-    return {"text": text, "targets": [{"text": t, "location": {"begin": a, "end": b}, "sentiment": s} for t, a, b, s in targets]}
+    return {
+        "text": text,
+        "targets": [
+            {"text": t, "location": {"begin": a, "end": b}, "sentiment": s}
+            for t, a, b, s in targets
+        ],
+    }
 
 
 ROWS = [
@@ -37,8 +43,14 @@ def test_by_hand(write):
 
 def test_the_same_one_record_a_line(write):
     examples = load_examples(write("x.jsonl", "\n".join(map(json.dumps, ROWS))), format="tsa")
-    assert [(e.span, e.line, e.id) for e in examples] == [((12, 16), 1, "x:1.1"), ((5, 8), 3, "x:3.1")]
-    assert [e.id for e in load_examples(write("y.json", "\n".join(map(json.dumps, ROWS))))] == ["y:1.1", "y:3.1"]
+    assert [(e.span, e.line, e.id) for e in examples] == [
+        ((12, 16), 1, "x:1.1"),
+        ((5, 8), 3, "x:3.1"),
+    ]
+    assert [e.id for e in load_examples(write("y.json", "\n".join(map(json.dumps, ROWS))))] == [
+        "y:1.1",
+        "y:3.1",
+    ]
 
 
 words = st.text(alphabet="ab é日😀\u2028\n", min_size=1, max_size=6).filter(str.strip)
@@ -51,7 +63,10 @@ def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, polarit
     text = "".join(b + aspect for b in before)
     ends = [sum(len(b + aspect) for b in before[: n + 1]) for n in range(len(before))]
     path = tmp_path_factory.mktemp("tsa") / "x.json"
-    path.write_text(json.dumps([record(text, *((aspect, e - len(aspect), e, polarity.value) for e in ends))]), encoding="utf-8")
+    path.write_text(
+        json.dumps([record(text, *((aspect, e - len(aspect), e, polarity.value) for e in ends))]),
+        encoding="utf-8",
+    )
     examples = load_examples(path)
     assert [e.span for e in examples] == [(e - len(aspect), e) for e in ends]
     assert {(e.sentence, e.aspect, e.polarity) for e in examples} == {(text, aspect, polarity)}
@@ -59,14 +74,23 @@ def test_offsets_of_any_text_come_back(tmp_path_factory, before, aspect, polarit
 
 GOOD = record("my tea", ("tea", 3, 6, "positive"))
 BAD = [
-    (record("my tea", ("tea", 2, 6, "positive")), "offsets 2..6 give ' tea', but the aspect is 'tea'"),
-    (record("my tea", ("tea", 3, 60, "positive")), "aspect offsets 3..60 do not fit a sentence of 6 characters"),
+    (
+        record("my tea", ("tea", 2, 6, "positive")),
+        "offsets 2..6 give ' tea', but the aspect is 'tea'",
+    ),
+    (
+        record("my tea", ("tea", 3, 60, "positive")),
+        "aspect offsets 3..60 do not fit a sentence of 6 characters",
+    ),
     (record("my tea", ("tea", 3, 6, "fine")), "unknown label 'fine'; accepted: positive/pos/1"),
     ({"text": "my tea", "targets": "tea"}, "'targets' holds 'tea'; a list of objects is accepted"),
     ({"text": "my tea", "targets": ["tea"]}, "a target is 'tea'; a JSON object is accepted"),
     ({"targets": []}, "the record has no field 'text'; there are: targets"),
     ({"text": "my tea"}, "the record has no field 'targets'; there are: text"),
-    ({"text": "my tea", "targets": [{"text": "tea", "location": {"begin": 3}}]}, "a location has no field 'end'; there are: begin"),
+    (
+        {"text": "my tea", "targets": [{"text": "tea", "location": {"begin": 3}}]},
+        "a location has no field 'end'; there are: begin",
+    ),
     (7, "7 came; a JSON object with the fields of an example is accepted"),
 ]
 
@@ -81,7 +105,9 @@ def test_a_bad_record_is_named(write, bad, why):
     assert ([e.id for e in skipped], skipped.problems) == (["x:1.1", "x:3.1"], (str(caught.value),))
 
 
-@pytest.mark.parametrize(("name", "positive", "negative", "bare"), [("train", 873, 339, 90), ("dev", 241, 70, 21)])
+@pytest.mark.parametrize(
+    ("name", "positive", "negative", "bare"), [("train", 873, 339, 90), ("dev", 241, 70, 21)]
+)
 def test_counts_of_the_real_files(shared, name, positive, negative, bare):
     path = shared / "data" / "tsa_md" / f"TSA-MD.{name}.json"
     examples = load_examples(path)
@@ -90,4 +116,7 @@ def test_counts_of_the_real_files(shared, name, positive, negative, bare):
     assert len({e.id for e in examples}) == len(examples)
     lines = path.read_text(encoding="utf-8").split("\n")
     for e in examples:  # the record's brace, and its text beneath it
-        assert lines[e.line - 1] == "  {" and json.loads("{" + lines[e.line].strip().rstrip(",") + "}")["text"] == e.sentence
+        assert (
+            lines[e.line - 1] == "  {"
+            and json.loads("{" + lines[e.line].strip().rstrip(",") + "}")["text"] == e.sentence
+        )

@@ -26,9 +26,15 @@ ABOUT = {
 def prompt(aspect: str, sentence: list[str]) -> tuple[list[str], list[str]]:
     """Tokens and roles of the question about one word of a sentence."""
     at = sentence.index(aspect)
-    middle = [(" " + w, "before" if i < at else "aspect.last" if i == at else "after") for i, w in enumerate(sentence)]
+    middle = [
+        (" " + w, "before" if i < at else "aspect.last" if i == at else "after")
+        for i, w in enumerate(sentence)
+    ]
     head = [(w, "template") for w in ("Given", " the", " sentence", ":", " '")]
-    tail = [(w, "template") for w in ("',", " what", " is", " the", " sentiment", " of", " the", " aspect")]
+    tail = [
+        (w, "template")
+        for w in ("',", " what", " is", " the", " sentiment", " of", " the", " aspect")
+    ]
     items = [*head, *middle, *tail, (" " + aspect, "query.last"), (" ?", "answer")]
     return [t for t, _ in items], [r for _, r in items]
 
@@ -60,12 +66,29 @@ def made_effects(
         for kind in kinds:
             for head in range(heads) if kind == "head" else [-1]:
                 depth = np.arange(layers) / max(1, layers - 1)
-                size = {"resid_post": 1.0, "attn_out": 0.4, "mlp_out": 0.3, "head": 0.2}.get(kind, 0.2)
+                size = {"resid_post": 1.0, "attn_out": 0.4, "mlp_out": 0.3, "head": 0.2}.get(
+                    kind, 0.2
+                )
                 for place in places:
                     role = roles[place] if by == "token" else place
-                    bump = np.exp(-(((depth - centre[role]) / 0.18) ** 2)) if role in centre else np.zeros(layers)
+                    bump = (
+                        np.exp(-(((depth - centre[role]) / 0.18) ** 2))
+                        if role in centre
+                        else np.zeros(layers)
+                    )
                     effect = (clean - corrupted) * size * bump + rng.normal(0, 0.01, layers)
-                    frames.append((f"made:{i}", kind, head, place if by == "token" else -1, role, clean, corrupted, effect))
+                    frames.append(
+                        (
+                            f"made:{i}",
+                            kind,
+                            head,
+                            place if by == "token" else -1,
+                            role,
+                            clean,
+                            corrupted,
+                            effect,
+                        )
+                    )
         share = np.array([clean, (1 - clean) * 0.7, (1 - clean) * 0.3])
         broken = np.array([corrupted, (1 - corrupted) * 0.8, (1 - corrupted) * 0.2])
         sentence = " ".join(words)
@@ -97,16 +120,20 @@ def importance_of(effects: Effects) -> pd.DataFrame:
     values, cells = effects.matrix("role")
     n = (~np.isnan(values)).sum(0)
     mean, error = np.nanmean(values, axis=0), np.nanstd(values, axis=0) / np.sqrt(np.maximum(n, 1))
-    return cells.assign(aie=mean, ci_low=mean - 2 * error, ci_high=mean + 2 * error, p=0.01, p_adjusted=0.04, n=n)
+    return cells.assign(
+        aie=mean, ci_low=mean - 2 * error, ci_high=mean + 2 * error, p=0.01, p_adjusted=0.04, n=n
+    )
 
 
-def trace_folder(folder: Path, effects: Effects, sites: tuple[str, ...] = ("L5.resid_post@query.last", "L6.resid_post@query.last")) -> Path:
+def trace_folder(
+    folder: Path,
+    effects: Effects,
+    sites: tuple[str, ...] = ("L5.resid_post@query.last", "L6.resid_post@query.last"),
+) -> Path:
     """What the patch command leaves."""
     effects.save(folder)
     importance_of(effects).to_csv(folder / "importance.csv", index=False)
-    rule = (
-        "the 2 neighbouring layers and the role with the largest mean resid_post effect whose interval lies above that of the control role"
-    )
+    rule = "the 2 neighbouring layers and the role with the largest mean resid_post effect whose interval lies above that of the control role"
     write_json(
         folder / "sites.json",
         {
@@ -129,8 +156,20 @@ def trace_folder(folder: Path, effects: Effects, sites: tuple[str, ...] = ("L5.r
         "left_out": {"conflict": 2},
         "ambiguous": 1,
     }
-    record: dict[str, Any] = {"model": {"name": "made-up-12l", "sha256": "cd" * 32, "parameters": 1234567}, "data": data, "device": "cpu"}
-    return _record(folder, "patch", record | {"pairs": {k: effects.about[k] for k in keys}, "self_checks": effects.about["self_checks"]})
+    record: dict[str, Any] = {
+        "model": {"name": "made-up-12l", "sha256": "cd" * 32, "parameters": 1234567},
+        "data": data,
+        "device": "cpu",
+    }
+    return _record(
+        folder,
+        "patch",
+        record
+        | {
+            "pairs": {k: effects.about[k] for k in keys},
+            "self_checks": effects.about["self_checks"],
+        },
+    )
 
 
 def train_folder(folder: Path, seed: int = 0) -> Path:
@@ -156,7 +195,10 @@ def train_folder(folder: Path, seed: int = 0) -> Path:
     history.to_csv(folder / "history.csv", index=False)
     places = [("lora", f"L{i}.W_O", {"rank": 4, "alpha": 8.0}, 3e-4) for i in (5, 6)]
     places += [("loreft", f"L{i}.resid_post@query.last", {"rank": 4}, 1e-5) for i in (5, 6)]
-    parts = [{"family": f, "place": p, "options": o, "lr": lr, "weight_decay": 0.0} for f, p, o, lr in places]
+    parts = [
+        {"family": f, "place": p, "options": o, "lr": lr, "weight_decay": 0.0}
+        for f, p, o, lr in places
+    ]
     write_json(
         folder / "edit.json",
         {
@@ -165,7 +207,14 @@ def train_folder(folder: Path, seed: int = 0) -> Path:
             "record": {"seed": seed, "steps": 60, "best_step": 50, "stopped": ""},
         },
     )  # fmt: skip
-    preset = {"name": "paper", "parts": parts, "epochs": 1, "batch_size": 8, "schedule": "linear", "loss": "labels"}
+    preset = {
+        "name": "paper",
+        "parts": parts,
+        "epochs": 1,
+        "batch_size": 8,
+        "schedule": "linear",
+        "loss": "labels",
+    }
     record = {"model": {"name": "made-up-12l", "parameters": 1234567}, "data": [{"source": "train.jsonl", "examples": 480, "classes": {"positive": 300}}],
               "validation_data": [], "preset": preset, "warnings": ["no neutral example among the 480 to train on"], "peak_memory_bytes": 5 << 28}  # fmt: skip
     return _record(folder, "train", record)
@@ -183,8 +232,22 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
             p = np.full(3, 0.1)
             p[labels.index(said[i])] = 0.8
             sentence = text if text and not i else f"The pasta number {i} was what one hopes for."
-            rows.append((system, "test.jsonl", f"t:{i}", sentence, "pasta", gold[i], said[i], bool(said[i] == gold[i]), *np.log(p)))
-        confusion = [[int(((gold == g) & (said == a)).sum()) for a in (*labels, "none")] for g in labels]
+            rows.append(
+                (
+                    system,
+                    "test.jsonl",
+                    f"t:{i}",
+                    sentence,
+                    "pasta",
+                    gold[i],
+                    said[i],
+                    bool(said[i] == gold[i]),
+                    *np.log(p),
+                )
+            )
+        confusion = [
+            [int(((gold == g) & (said == a)).sum()) for a in (*labels, "none")] for g in labels
+        ]
         accuracy = float((gold == said).mean())
         numbers: dict[str, Any] = {
             "n": n, "sentences": n, "accuracy": accuracy, "accuracy_low": accuracy - 0.1, "accuracy_high": min(1.0, accuracy + 0.1), 
@@ -193,10 +256,35 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
         }  # fmt: skip
         for c in labels:
             numbers |= {f"f1_{c}": 0.8, f"support_{c}": int((gold == c).sum())}
-        scores.append({"system": system, "data": "test.jsonl", "subset": "all", "leaked": 3 if system == "paper" else None} | numbers)
-        kept.append({"system": system, "data": "test.jsonl", "leaked": None, "all": numbers | {"confusion": confusion}})
+        scores.append(
+            {
+                "system": system,
+                "data": "test.jsonl",
+                "subset": "all",
+                "leaked": 3 if system == "paper" else None,
+            }
+            | numbers
+        )
+        kept.append(
+            {
+                "system": system,
+                "data": "test.jsonl",
+                "leaked": None,
+                "all": numbers | {"confusion": confusion},
+            }
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    columns = ["system", "data", "id", "sentence", "aspect", "gold", "predicted", "correct", *(f"logprob_{c}" for c in labels)]
+    columns = [
+        "system",
+        "data",
+        "id",
+        "sentence",
+        "aspect",
+        "gold",
+        "predicted",
+        "correct",
+        *(f"logprob_{c}" for c in labels),
+    ]
     pd.DataFrame(rows, columns=columns).to_parquet(folder / "predictions.parquet", index=False)
     pd.DataFrame(scores).to_csv(folder / "scores.csv", index=False)
     against = {"first": "paper", "second": "base", "data": "test.jsonl", "n": n, "difference": 0.3, "difference_low": -0.1, "difference_high": 0.5,
@@ -213,7 +301,12 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
                 "text": {"kl": 0.012, "top1": 0.98},
                 "reliability": {"value": 0.3, "low": 0.1, "high": 0.5},
                 "summary": [
-                    {"measure": "unrelated text: KL", "base": "-", "edited": "0.0120 nats", "note": "top-1 the same at 98.0 % of 878"}
+                    {
+                        "measure": "unrelated text: KL",
+                        "base": "-",
+                        "edited": "0.0120 nats",
+                        "note": "top-1 the same at 98.0 % of 878",
+                    }
                 ],
             }
         },
@@ -221,7 +314,12 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
     return _record(
         folder,
         "evaluate",
-        {"model": {"name": "made-up-12l"}, "data": [{"source": "test.jsonl", "examples": n}], "train": [], "scores": kept},
+        {
+            "model": {"name": "made-up-12l"},
+            "data": [{"source": "test.jsonl", "examples": n}],
+            "train": [],
+            "scores": kept,
+        },
     )
 
 
@@ -237,7 +335,9 @@ def matrix_folder(folder: Path, seed: int = 0) -> Path:
         for train in trains:
             for s in (0, 1) if train else (0,):
                 for test in ("lapt&op", "rest"):
-                    accuracy = 2 * int(rng.integers(25, 48)) / 100  # means of two are whole percents
+                    accuracy = (
+                        2 * int(rng.integers(25, 48)) / 100
+                    )  # means of two are whole percents
                     rows.append(
                         {"method": method, "train": train, "test": test, "in_domain": train == test, "seed": s, "n": 100, "accuracy": accuracy,
                          "macro_f1": accuracy - 0.1, "majority": 0.6, "trainable": size, "share": size / 1e6, "seconds": 3.5, "stopped": "",

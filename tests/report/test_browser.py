@@ -18,8 +18,17 @@ from typing import NamedTuple
 import pytest
 from made_runs import NASTY
 
-BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if b), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed, so pages cannot be opened")
+BROWSER = next(
+    (
+        b
+        for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+        if b
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium is installed, so pages cannot be opened"
+)
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-extensions", "--proxy-server=127.0.0.1:9", "--enable-logging=stderr", "--v=0",
@@ -65,9 +74,13 @@ def answer(opened: Opened):
 
 def test_the_watch_sees_what_a_bad_page_does(tmp_path):
     page = tmp_path / "bad.html"
-    page.write_text("<!doctype html><title>x</title><img src='http://127.0.0.1:9/x.png'><script>nothing.at.all()</script>")
+    page.write_text(
+        "<!doctype html><title>x</title><img src='http://127.0.0.1:9/x.png'><script>nothing.at.all()</script>"
+    )
     opened = open_page(page, tmp_path)
-    assert opened.requests == ["http://127.0.0.1:9/x.png"] * len(opened.requests) and opened.requests
+    assert (
+        opened.requests == ["http://127.0.0.1:9/x.png"] * len(opened.requests) and opened.requests
+    )
     assert any("nothing is not defined" in line for line in opened.console)
 
 
@@ -80,7 +93,9 @@ def test_a_page_opens_cleanly(pages, kind, tmp_path):
     assert 'data-theme="dark"' in opened.dom
     assert "<title>owned" not in opened.dom
     body = re.sub(r"<script.*?</script>", "", opened.dom, flags=re.S)
-    assert body.count('class="grid"') == {"trace": 4, "train": 0, "evaluate": 0, "matrix": 0}.get(kind, 8)
+    assert body.count('class="grid"') == {"trace": 4, "train": 0, "evaluate": 0, "matrix": 0}.get(
+        kind, 8
+    )
     if kind in ("trace", "evaluate"):
         assert NASTY in unescape(body) and NASTY not in body, "shown, as text"
 
@@ -103,7 +118,11 @@ def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
     """
     opened = open_page(with_script(pages["trace"], tmp_path, script), tmp_path)
     got = answer(opened)
-    assert got["at"] == "0,5" and got["tip"].startswith("L5.resid_post@template") and "AIE" in got["tip"]
+    assert (
+        got["at"] == "0,5"
+        and got["tip"].startswith("L5.resid_post@template")
+        and "AIE" in got["tip"]
+    )
     assert got["stops"] == 1, "one tab stop a map"
     assert got["found"] == "1 of 6" and got["shown"]
     assert got["turned"] and not opened.console

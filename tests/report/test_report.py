@@ -14,16 +14,37 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import NASTY, evaluate_folder, importance_of, made_effects, trace_folder, train_folder
+from made_runs import (
+    NASTY,
+    evaluate_folder,
+    importance_of,
+    made_effects,
+    trace_folder,
+    train_folder,
+)
 
+from mech_absa.commands.report import cli
 from mech_absa.errors import DataError
 from mech_absa.report import leave_report, write_report
-from mech_absa.report.__main__ import cli
 from mech_absa.report.charts import Line, line_chart, ticks
 from mech_absa.report.maps import NOTHING, quantised, spaced
 from mech_absa.report.page import embedded
 
-VOID = {"meta", "link", "br", "img", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
+VOID = {
+    "meta",
+    "link",
+    "br",
+    "img",
+    "input",
+    "hr",
+    "area",
+    "base",
+    "col",
+    "embed",
+    "source",
+    "track",
+    "wbr",
+}
 CLOSED_BY_OTHERS = {"circle", "line", "polyline", "polygon", "path", "rect"}
 KINDS = ("trace", "train", "evaluate", "matrix", "comparison")
 
@@ -112,12 +133,19 @@ def test_embedded_data_survives_and_cannot_end_its_element(text):
 
 
 def test_numbers_that_are_none_become_null():
-    assert json.loads(str(embedded([float("nan"), float("inf"), 1.5, np.float64(2).item()]))) == [None, None, 1.5, 2.0]
+    assert json.loads(str(embedded([float("nan"), float("inf"), 1.5, np.float64(2).item()]))) == [
+        None,
+        None,
+        1.5,
+        2.0,
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_folder_gives_the_same_bytes(pages, runs, kind, tmp_path):
-    again = write_report(list(runs.values()) if kind == "comparison" else runs[kind], tmp_path / "again.html")
+    again = write_report(
+        list(runs.values()) if kind == "comparison" else runs[kind], tmp_path / "again.html"
+    )
     assert again.read_bytes() == pages[kind].read_bytes()
 
 
@@ -149,10 +177,16 @@ def test_the_averages_are_those_of_the_table(pages, runs):
     for kind in average["kinds"]:
         for layer, head, place, aie, low, high, _p, n, chosen in kind["cells"]:
             found[kind["kind"], layer, head, kind["places"][place]] = (aie, low, high, n)
-            assert bool(chosen) == (kind["kind"] == "resid_post" and layer == 5 and kind["places"][place] == "query.last")
+            assert bool(chosen) == (
+                kind["kind"] == "resid_post"
+                and layer == 5
+                and kind["places"][place] == "query.last"
+            )
     assert len(found) == len(table)
     for row in table.itertuples():
-        assert found[row.kind, row.layer, row.head, row.role] == pytest.approx((row.aie, row.ci_low, row.ci_high, row.n), rel=1e-3)
+        assert found[row.kind, row.layer, row.head, row.role] == pytest.approx(
+            (row.aie, row.ci_low, row.ci_high, row.n), rel=1e-3
+        )
 
 
 def decoded(entry, width):
@@ -171,18 +205,32 @@ def test_single_examples_are_those_of_the_effects(pages):
     for k, kind in enumerate(data["kinds"]):
         mine = rows[rows["kind"] == kind]
         # Of several heads the page shows the one with the largest effect.
-        mine = mine.loc[mine.groupby(["position", "layer"])["effect"].apply(lambda x: x.abs().idxmax())]
+        mine = mine.loc[
+            mine.groupby(["position", "layer"])["effect"].apply(lambda x: x.abs().idxmax())
+        ]
         exact = mine.pivot(index="position", columns="layer", values="effect").to_numpy()
         drawn = decoded(one["m"][k], 6)
         assert np.abs(drawn - exact).max() <= np.abs(exact).max() / 254 * 1.001
     best = rows.loc[rows["effect"].idxmax()]
-    assert one["b"][1] == best["layer"] and one["b"][3] == best["position"] and one["b"][5] == pytest.approx(best["patched"], rel=1e-3)
+    assert (
+        one["b"][1] == best["layer"]
+        and one["b"][3] == best["position"]
+        and one["b"][5] == pytest.approx(best["patched"], rel=1e-3)
+    )
     pair = effects.pairs.iloc[2]
-    assert one["pc"] == pytest.approx(pair["p_clean"], rel=1e-3) and one["px"] == pytest.approx(pair["p_corrupted"], rel=1e-3)
+    assert one["pc"] == pytest.approx(pair["p_clean"], rel=1e-3) and one["px"] == pytest.approx(
+        pair["p_corrupted"], rel=1e-3
+    )
     assert [data["words"][t].strip() for t in one["t"]] == [t.strip() for t in pair["tokens"]]
 
 
-@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32) | st.just(float("nan")), min_size=3, max_size=3), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.floats(-1e6, 1e6, width=32) | st.just(float("nan")), min_size=3, max_size=3),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_quantised_maps_keep_their_shape_and_size(rows):
     values = np.array(rows, dtype=float)
     back = decoded(quantised(values), 3)
@@ -193,9 +241,14 @@ def test_quantised_maps_keep_their_shape_and_size(rows):
 
 
 def test_blanks_come_back_from_the_prompt():
-    assert "".join(spaced(["Gi", "ven", "the", "food", ".", "'"], "Given the food. '")) == "Given the food. '"
+    assert (
+        "".join(spaced(["Gi", "ven", "the", "food", ".", "'"], "Given the food. '"))
+        == "Given the food. '"
+    )
     assert spaced([" a", " ", "b"], " a  b") == [" a", " ", " b"]
-    assert spaced(["<s>", "a", "\ufffd", "b"], "a é b") == ["<s>", "a", "\ufffd", "b"], "what is not found stays as it is"
+    assert spaced(["<s>", "a", "\ufffd", "b"], "a é b") == ["<s>", "a", "\ufffd", "b"], (
+        "what is not found stays as it is"
+    )
 
 
 def test_wrong_answers_are_kept_first(tmp_path, monkeypatch):
@@ -206,8 +259,14 @@ def test_wrong_answers_are_kept_first(tmp_path, monkeypatch):
     table = run.tables["predictions.parquet"]
     wrong = int((~table["correct"]).sum())
     kept, total = module.predictions(run, most=wrong + 1)
-    assert total == 60 and len(kept["rows"]) == wrong + 1 and sum(1 - r[6] for r in kept["rows"]) == wrong
-    assert [r[4] for r in kept["rows"] if not r[6]] == table.loc[~table["correct"], "gold"].tolist(), "in the order of the file"
+    assert (
+        total == 60
+        and len(kept["rows"]) == wrong + 1
+        and sum(1 - r[6] for r in kept["rows"]) == wrong
+    )
+    assert [r[4] for r in kept["rows"] if not r[6]] == table.loc[
+        ~table["correct"], "gold"
+    ].tolist(), "in the order of the file"
 
 
 def test_scores_and_confusions_are_printed(pages, runs):
@@ -219,9 +278,17 @@ def test_scores_and_confusions_are_printed(pages, runs):
     for row in record["scores"][0]["all"]["confusion"]:
         assert " ".join(map(str, row)) in said
     assert "3 of 40 rows of test.jsonl stand in the training data of paper" in said
-    assert "text · kl 0.012" in said and "unrelated text: KL - 0.0120 nats top-1 the same at 98.0 % of 878" in said
-    assert "paper base test.jsonl 40 +30.0 [−10.0, +50.0] 0.001 +25.0 [+20.0, +30.0] 14 : 2 0.0042" in said
-    assert "2 edits test.jsonl 2 90.0 ± 5.0 [40.0, 100.0] 80.0 ± 10.0 [10.0, 100.0]" in said, "shares end at 100"
+    assert (
+        "text · kl 0.012" in said
+        and "unrelated text: KL - 0.0120 nats top-1 the same at 98.0 % of 878" in said
+    )
+    assert (
+        "paper base test.jsonl 40 +30.0 [−10.0, +50.0] 0.001 +25.0 [+20.0, +30.0] 14 : 2 0.0042"
+        in said
+    )
+    assert "2 edits test.jsonl 2 90.0 ± 5.0 [40.0, 100.0] 80.0 ± 10.0 [10.0, 100.0]" in said, (
+        "shares end at 100"
+    )
 
 
 def test_the_matrix_is_that_of_the_table(pages, runs):
@@ -235,7 +302,9 @@ def test_the_matrix_is_that_of_the_table(pages, runs):
         where = text.index(f'title="{html.escape(told)}"')
         assert f">{sum(seeds) / len(seeds):.1f}<small>{spread}</small>" in text[where : where + 400]
     assert text.count('class="n own"') == 4, "the same domain in both, for each of two methods"
-    assert text.count('style="--v:0.000') == 1 == text.count('style="--v:1.000'), "one scale for all maps"
+    assert text.count('style="--v:0.000') == 1 == text.count('style="--v:1.000'), (
+        "one scale for all maps"
+    )
     short = pd.read_csv(runs["matrix"] / "summary.csv")
     for row in short.itertuples():
         assert f"{row.method} {row.trainable:,}" in said and f"{100 * row.accuracy_in:.1f}" in said
@@ -269,7 +338,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [train_folder(tmp_path / seed / "edit") for seed in ("seed0", "seed1")]
     page = write_report(folders)
     assert page == folders[0] / "comparison.html"
-    assert "seed0/edit" in page.read_text(encoding="utf-8") and "seed1/edit" in page.read_text(encoding="utf-8")
+    assert "seed0/edit" in page.read_text(encoding="utf-8") and "seed1/edit" in page.read_text(
+        encoding="utf-8"
+    )
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------------------
@@ -282,7 +353,9 @@ def thousand(folder: Path, layers: int) -> Path:
     for i in range(100):
         frames.append(few.frame.assign(example_id=few.frame["example_id"] + f":{i}"))
         pairs.append(few.pairs.assign(example_id=few.pairs["example_id"] + f":{i}"))
-    whole = type(few)(pd.concat(frames, ignore_index=True), pd.concat(pairs, ignore_index=True), few.about)
+    whole = type(few)(
+        pd.concat(frames, ignore_index=True), pd.concat(pairs, ignore_index=True), few.about
+    )
     whole.save(folder)
     importance_of(made_effects(4, layers)).to_csv(folder / "importance.csv", index=False)
     return folder
@@ -292,7 +365,9 @@ def test_a_thousand_examples_stay_small(tmp_path):
     page = write_report(thousand(tmp_path / "t", 12))
     assert page.stat().st_size < 15 << 20
     _, parsed, data = read(page)
-    assert len(data["runs"][0]["examples"]["list"]) == 1000 and "drawn at random" not in "".join(parsed.said)
+    assert len(data["runs"][0]["examples"]["list"]) == 1000 and "drawn at random" not in "".join(
+        parsed.said
+    )
 
 
 def test_too_many_examples_are_sampled_and_the_page_says_so(tmp_path, monkeypatch):
@@ -302,8 +377,15 @@ def test_too_many_examples_are_sampled_and_the_page_says_so(tmp_path, monkeypatc
     folder = trace_folder(tmp_path / "t", made_effects(12, 12))
     _, page, data = read(write_report(folder))
     kept = len(data["runs"][0]["examples"]["list"])
-    assert 1 <= kept < 12 and f"{kept} of 12 pairs are in this page, drawn at random" in "".join(page.said)
-    assert sum(len(base64.b64decode(m[1])) for e in data["runs"][0]["examples"]["list"] for m in e["m"]) <= 10_000
+    assert 1 <= kept < 12 and f"{kept} of 12 pairs are in this page, drawn at random" in "".join(
+        page.said
+    )
+    assert (
+        sum(
+            len(base64.b64decode(m[1])) for e in data["runs"][0]["examples"]["list"] for m in e["m"]
+        )
+        <= 10_000
+    )
 
 
 # ---- what can be missing --------------------------------------------------------------------------------------------------------
@@ -362,6 +444,12 @@ def test_ticks_stay_in_range(low, width, n):
 
 
 def test_a_chart_says_its_numbers():
-    svg = str(line_chart([Line("<r>", [0, 1, 2], [0.0, None, 1.0], [-0.5, None, 0.5], [0.5, None, 1.5])], "layer", "AIE"))
+    svg = str(
+        line_chart(
+            [Line("<r>", [0, 1, 2], [0.0, None, 1.0], [-0.5, None, 0.5], [0.5, None, 1.5])],
+            "layer",
+            "AIE",
+        )
+    )
     assert "&lt;r&gt;, layer 2: 1 [0.5, 1.5]" in svg and svg.count("<circle") == 2
     assert not str(line_chart([Line("x", [0], [None])], "layer", "AIE"))

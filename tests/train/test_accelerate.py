@@ -16,8 +16,8 @@ from oracles.tiny_models import tiny_folder
 from test_fit import WORDING
 from test_train_commands import TEMPLATE, write
 
+from mech_absa.commands.train import cli
 from mech_absa.edits import load_edit
-from mech_absa.train.__main__ import cli
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,14 @@ def flags(tmp_path) -> list[str]:
 
 def launch(flags: list[str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*LAUNCH, *flags, "--out", str(out), *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*LAUNCH, *flags, "--out", str(out), *more],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_two_processes_train_the_edit_of_one(flags, tmp_path):
@@ -46,9 +53,14 @@ def test_two_processes_train_the_edit_of_one(flags, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written to") == 1 and done.stdout.count("Edit(") == 1
     record = json.loads((two / "run.json").read_text())
-    assert record["edit"]["processes"] == 2 and {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
+    assert record["edit"]["processes"] == 2 and {p.name for p in two.iterdir()} == {
+        p.name for p in one.iterdir()
+    }
     a, b = load_edit(one), load_edit(two)
-    moved = [float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    moved = [
+        float((x - y).detach().abs().max())
+        for x, y in zip(a.parameters(), b.parameters(), strict=True)
+    ]
     assert max(moved) < 2e-4 < 0.02 < max(float(x.detach().abs().max()) for x in a.parameters())
     for i in b:
         if i.family == "loreft":
@@ -60,10 +72,18 @@ def test_two_killed_processes_resume_together(flags, tmp_path):
     assert launch(flags, whole, "--quiet").returncode == 0
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = subprocess.Popen(
-        [*LAUNCH, *flags, "--out", str(cut), "--quiet"], cwd=ROOT, env=env, start_new_session=True, stderr=subprocess.DEVNULL
+        [*LAUNCH, *flags, "--out", str(cut), "--quiet"],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
-    while not (cut / ".run" / "state.safetensors").exists() and running.poll() is None and time.time() < deadline:
+    while (
+        not (cut / ".run" / "state.safetensors").exists()
+        and running.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()

@@ -15,13 +15,13 @@ from oracles.tiny_models import tiny_folder
 from test_fit import WORDING
 from test_train_commands import TEMPLATE, write
 
+from mech_absa.commands.evaluate import cli as evaluate
+from mech_absa.commands.matrix import cli as matrix
+from mech_absa.commands.train import cli as train
 from mech_absa.edits import Edit, Part, save_edit
-from mech_absa.evaluate.__main__ import main as evaluate
 from mech_absa.evaluate.caveats import caveats
-from mech_absa.models import load_model
+from mech_absa.model import load_model
 from mech_absa.readers import load_examples
-from mech_absa.train.__main__ import cli as train
-from mech_absa.train.matrix.__main__ import cli as matrix
 
 MODEL = str(tiny_folder("llama"))
 
@@ -49,7 +49,11 @@ def refuse(files, tmp_path, capsys):
     }  # fmt: skip
 
     def runner(command, *flags: str, without: str = "") -> str:
-        given = {"--model": [MODEL], "--template": [TEMPLATE], "--out": [str(tmp_path / "out")]} | usual[command]
+        given = {
+            "--model": [MODEL],
+            "--template": [TEMPLATE],
+            "--out": [str(tmp_path / "out")],
+        } | usual[command]
         given.pop(without, None)
         name = ""
         for word in flags:
@@ -57,7 +61,11 @@ def refuse(files, tmp_path, capsys):
                 given[name := word] = []
             else:
                 given[name].append(word)
-        words = [w.format(**files) if w.startswith("{") and w != TEMPLATE else w for k, v in given.items() for w in (k, *v)]
+        words = [
+            w.format(**files) if w.startswith("{") and w != TEMPLATE else w
+            for k, v in given.items()
+            for w in (k, *v)
+        ]
         assert command(words) == 2
         said = capsys.readouterr().err.strip()
         assert said.startswith("mech_absa.") and "\n" not in said and "Traceback" not in said
@@ -77,7 +85,10 @@ def refuse(files, tmp_path, capsys):
         (("--clip", "-1"), "clip is -1.0; accepted: 0 or more"),
         (("--clip", "nan"), "clip is nan"),
         (("--patience", "-1"), "patience is -1"),
-        (("--patience", "2", "--validation", "0"), "--patience 2 waits for a gain on validation examples"),
+        (
+            ("--patience", "2", "--validation", "0"),
+            "--patience 2 waits for a gain on validation examples",
+        ),
         (("--batch-size", "0"), "batch_size is 0; accepted: 1 or more"),
         (("--lr-weight", "nan"), "the learning rate of lora is nan; accepted: 0 or more"),
         (("--limit", "0"), "limit is 0"),
@@ -137,7 +148,10 @@ def test_a_sites_file_that_does_not_fit(refuse, tmp_path, command, content, word
         (("--template", "what of it?"), "has 0 fields {sentence}"),
         (("--labels", "good", "good", "bad"), "tokenise alike"),
         (("--labels", "good"), "--labels gives 1 words"),
-        (("--positions", "opinion"), "L1.resid_post@opinion was asked for; none of the 6 training prompts of toys has a token there"),
+        (
+            ("--positions", "opinion"),
+            "L1.resid_post@opinion was asked for; none of the 6 training prompts of toys has a token there",
+        ),
         (("--positions", "99"), "@99 was asked for"),
         (("--positions", "verb"), "unknown role 'verb'"),
         (("--cache-gib", "-1"), "--cache-gib is -1.0"),
@@ -150,7 +164,9 @@ def test_the_matrix_refuses_before_it_trains(refuse, flags, words):
     assert words in refuse(matrix, *flags)
 
 
-def test_a_review_too_long_for_the_model_is_refused_before_the_first_training(refuse, files, tmp_path):
+def test_a_review_too_long_for_the_model_is_refused_before_the_first_training(
+    refuse, files, tmp_path
+):
     write(tmp_path / "b_test.jsonl", [("the food " * 900, "food", "positive")])
     assert "tokens" in refuse(matrix)
 
@@ -161,7 +177,17 @@ def test_a_folder_in_use_is_refused_by_all(files, tmp_path, capsys):
     common = ["--model", MODEL, "--template", TEMPLATE, "--out", str(tmp_path / "out")]
     for command, flags in (
         (train, ["--data", files["toys_train"], "--layers", "1"]),
-        (matrix, ["--train", files["toys_train"], "--test", files["toys_test"], "--methods", "zero_shot"]),
+        (
+            matrix,
+            [
+                "--train",
+                files["toys_train"],
+                "--test",
+                files["toys_test"],
+                "--methods",
+                "zero_shot",
+            ],
+        ),
         (evaluate, ["--data", files["toys_test"]]),
     ):
         assert command([*common, *flags]) == 2
@@ -189,16 +215,23 @@ def test_evaluate_refuses_an_edit_of_another_base_and_a_damaged_one(refuse, tmp_
     other = load_model(tiny_folder("mistral"))
     save_edit(Edit.fresh(other, [Part("lora", "L1.W_O")]), tmp_path / "other")
     said = refuse(evaluate, "--edit", str(tmp_path / "other"))
-    assert f"made for {other.name} (weights {other.sha256[:12]})" in said and "load the model it was made for" in said
+    assert (
+        f"made for {other.name} (weights {other.sha256[:12]})" in said
+        and "load the model it was made for" in said
+    )
     save_edit(Edit.fresh(load_model(MODEL), [Part("lora", "L1.W_O")]), tmp_path / "hurt")
     weights = tmp_path / "hurt" / "edit.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert f"{weights} is damaged: its hash is not the one that edit.json names" in refuse(evaluate, "--edit", str(tmp_path / "hurt"))
+    assert f"{weights} is damaged: its hash is not the one that edit.json names" in refuse(
+        evaluate, "--edit", str(tmp_path / "hurt")
+    )
 
 
 def test_evaluate_refuses_predictions_that_do_not_fit(refuse, files, tmp_path):
     examples = load_examples(files["toys_test"])
-    table = pd.DataFrame({"id": [e.id for e in examples], "label": [e.polarity.value for e in examples]})
+    table = pd.DataFrame(
+        {"id": [e.id for e in examples], "label": [e.polarity.value for e in examples]}
+    )
     for change, words in (
         (table.iloc[1:], "have no prediction"),
         (table.assign(label="splendid"), "splendid"),
@@ -216,14 +249,24 @@ def test_caveats_by_hand(files):
     toys, plain, other = (load_examples(files[n]) for n in ("toys_train", "plain", "toys_test"))
     assert caveats(toys, [load_examples(files["b_train"])])[-1].startswith("3 of 5 rows of")
     missing, neutral, leak = caveats(plain, [other])
-    assert missing.startswith("no neutral example among the 6 to train on (3 positive, 3 negative, 0 neutral)")
-    assert neutral.startswith("1 of 4 rows of") and neutral.endswith("are neutral, and no training example is")
+    assert missing.startswith(
+        "no neutral example among the 6 to train on (3 positive, 3 negative, 0 neutral)"
+    )
+    assert neutral.startswith("1 of 4 rows of") and neutral.endswith(
+        "are neutral, and no training example is"
+    )
     assert leak.startswith("3 of 4 rows of") and "(75.0 %; 3 with the same label)" in leak
     (same,) = caveats(toys, [toys], "toys")
     assert same.startswith("toys: all 6 rows of") and "100.0 %" in same
     (empty,) = caveats(None, [plain])
-    assert empty.startswith("no neutral example among the 6 of") and "macro-F1 is over the other classes" in empty
-    assert caveats(toys, [load_examples(files["b_test"])])[0].startswith("all 4 rows of") and caveats(None, [toys]) == []
+    assert (
+        empty.startswith("no neutral example among the 6 of")
+        and "macro-F1 is over the other classes" in empty
+    )
+    assert (
+        caveats(toys, [load_examples(files["b_test"])])[0].startswith("all 4 rows of")
+        and caveats(None, [toys]) == []
+    )
 
 
 def warnings_of(folder, capsys) -> list[str]:
@@ -237,7 +280,23 @@ def warnings_of(folder, capsys) -> list[str]:
 
 def test_every_command_warns_in_three_places(files, tmp_path, capsys):
     common = ["--model", MODEL, "--template", TEMPLATE, "--out", str(tmp_path / "run")]
-    assert train([*common, "--data", files["plain"], "--layers", "1", "--epochs", "1", "--test", files["plain"], files["toys_test"]]) == 0
+    assert (
+        train(
+            [
+                *common,
+                "--data",
+                files["plain"],
+                "--layers",
+                "1",
+                "--epochs",
+                "1",
+                "--test",
+                files["plain"],
+                files["toys_test"],
+            ]
+        )
+        == 0
+    )
     said = " ".join(warnings_of(tmp_path / "run", capsys))
     assert (
         "no neutral example among the 6 to train on" in said
@@ -246,12 +305,34 @@ def test_every_command_warns_in_three_places(files, tmp_path, capsys):
     )
     # The evaluation finds the training file by the record beside the edit, and by --train-data.
     common[-1] = str(tmp_path / "scores")
-    assert evaluate([*common, "--edit", str(tmp_path / "run"), "--data", files["plain"], "--draws", "20"]) == 0
+    assert (
+        evaluate(
+            [*common, "--edit", str(tmp_path / "run"), "--data", files["plain"], "--draws", "20"]
+        )
+        == 0
+    )
     said = " ".join(warnings_of(tmp_path / "scores", capsys))
-    assert "was trained on this very file" in said and "(6 rows)" in said and "macro-F1 is over the other classes" in said
+    assert (
+        "was trained on this very file" in said
+        and "(6 rows)" in said
+        and "macro-F1 is over the other classes" in said
+    )
     shutil.rmtree(tmp_path / "scores")
     assert (
-        evaluate([*common, "--edit", str(tmp_path / "run"), "--data", files["plain"], "--train-data", files["plain"], "--draws", "20"]) == 0
+        evaluate(
+            [
+                *common,
+                "--edit",
+                str(tmp_path / "run"),
+                "--data",
+                files["plain"],
+                "--train-data",
+                files["plain"],
+                "--draws",
+                "20",
+            ]
+        )
+        == 0
     )
     said = " ".join(warnings_of(tmp_path / "scores", capsys))
     assert "all 6 rows of" in said and "very file" not in said

@@ -13,12 +13,14 @@ from test_fit import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part
-from mech_absa.models import Model, load_model
+from mech_absa.model import Model, load_model
 from mech_absa.train import PrefixCache, Preset, fit
 from mech_absa.train.fit import Task
 
 PARTS = tuple(
-    Part("lora", f"L{layer}.{m}", {"rank": 16, "alpha": 32.0}, 1e-2) for layer in (1, 2) for m in ("W_Q", "W_V", "W_O", "W_in", "W_out")
+    Part("lora", f"L{layer}.{m}", {"rank": 16, "alpha": 32.0}, 1e-2)
+    for layer in (1, 2)
+    for m in ("W_Q", "W_V", "W_O", "W_in", "W_out")
 )
 
 
@@ -35,10 +37,14 @@ def sayable(scale: float) -> Model:
 def floor(model: Model, task: Task) -> float:
     """The least text loss over all states that could reach the final norm, a mean over the eight examples."""
     ids = sorted({i for answer in task.answers for i in answer})
-    x = torch.randn(len(ids), model.d_model, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(
+        len(ids), model.d_model, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     optimiser = torch.optim.Adam([x], lr=0.1)
     for _ in range(400):
-        loss = torch.nn.functional.cross_entropy(model.finish(x, None, "vocabulary"), torch.tensor(ids), reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            model.finish(x, None, "vocabulary"), torch.tensor(ids), reduction="none"
+        )
         optimiser.zero_grad()
         loss.sum().backward()
         optimiser.step()
@@ -47,13 +53,22 @@ def floor(model: Model, task: Task) -> float:
     return sum(sum(least[i] for i in answer) / len(answer) for answer in answers) / len(answers)
 
 
-@pytest.mark.parametrize("scale, reached", [(1.0, None), (4.0, 1e-3)], ids=["as it is", "able to say every token"])
+@pytest.mark.parametrize(
+    "scale, reached", [(1.0, None), (4.0, 1e-3)], ids=["as it is", "able to say every token"]
+)
 def test_eight_examples_by_heart_over_the_whole_vocabulary(scale, reached):
     model = sayable(scale)
     least = floor(model, Task(model, "text", TEMPLATE, None, PrefixCache(model)))
-    edit = fit(model, EIGHT, Preset("heart", PARTS, epochs=80, batch_size=8, loss="text", schedule="cosine"), template=TEMPLATE)
+    edit = fit(
+        model,
+        EIGHT,
+        Preset("heart", PARTS, epochs=80, batch_size=8, loss="text", schedule="cosine"),
+        template=TEMPLATE,
+    )
     last = edit.history[-1]["loss"]
-    assert least - 1e-3 <= last <= least + 0.01, "no edit goes below the floor, and this one comes to it"
+    assert least - 1e-3 <= last <= least + 0.01, (
+        "no edit goes below the floor, and this one comes to it"
+    )
     if reached is None:
         assert least > 0.1, "360 random columns in 32 dimensions overlap"
     else:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from mech_absa.edits import LLAMA_2_7B, Edit, Part, count
 from mech_absa.errors import ConfigError, RunFolderError
 from mech_absa.examples import Example, Polarity
-from mech_absa.hooks import capture, live_hooks
 from mech_absa.metrics import METRICS
-from mech_absa.models import Model, load_model, weights_hash
+from mech_absa.model import Model, load_model, weights_hash
+from mech_absa.model.hooks import capture, live_hooks
 from mech_absa.prompts import PromptTemplate, Tokens, Verbalizer
 from mech_absa.scoring import gold_indices, label_scores, question
 from mech_absa.sites import ROLES, Site
@@ -34,8 +34,14 @@ WORDING = [
     ("the staff", "staff", "neutral"),
     ("excellent battery life", "battery life", "positive"),
 ]
-EIGHT = [Example(s, a, Polarity(p), (s.index(a), s.index(a) + len(a)), id=str(i)) for i, (s, a, p) in enumerate(WORDING)]
-BOTH = (Part("lora", "L1.W_O", {"rank": 4, "dropout": 0.1}, 1e-2), Part("loreft", "L1.resid_post@query.last", {"rank": 4}, 1e-2))
+EIGHT = [
+    Example(s, a, Polarity(p), (s.index(a), s.index(a) + len(a)), id=str(i))
+    for i, (s, a, p) in enumerate(WORDING)
+]
+BOTH = (
+    Part("lora", "L1.W_O", {"rank": 4, "dropout": 0.1}, 1e-2),
+    Part("loreft", "L1.resid_post@query.last", {"rank": 4}, 1e-2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,9 @@ def test_the_halves_of_the_paper_and_its_rates():
     halves = [[p for p in made.parts if p.family == family] for family in ("lora", "loreft")]
     assert [count(half, LLAMA_2_7B) for half in halves] == [196_608, 196_632]
     assert [{p.lr for p in half} for half in halves] == [{3e-4}, {1e-5}]
-    assert {p.place for p in halves[1]} == {f"L{layer}.resid_post@query.last" for layer in range(10, 16)}
+    assert {p.place for p in halves[1]} == {
+        f"L{layer}.resid_post@query.last" for layer in range(10, 16)
+    }
     code = presets.authors_code("L10.resid_post@query.last")
     assert {p.lr for p in code.parts} == {2e-5} and code.parts[0].options == {
         "rank": 4,
@@ -89,13 +97,20 @@ def test_the_halves_of_the_paper_and_its_rates():
 def test_eight_examples_can_be_learnt_by_heart(llama, loss, bound, steps):
     """Over the vocabulary the frozen unembedding sets a floor of about 0.1: in 32 dimensions its 360 random columns overlap."""
     parts = tuple(
-        Part("lora", f"L{layer}.{m}", {"rank": 16, "alpha": 32.0}, 1e-2) for layer in (1, 2) for m in ("W_Q", "W_V", "W_O", "W_in", "W_out")
+        Part("lora", f"L{layer}.{m}", {"rank": 16, "alpha": 32.0}, 1e-2)
+        for layer in (1, 2)
+        for m in ("W_Q", "W_V", "W_O", "W_in", "W_out")
     )
     before = weights_hash(llama.hooked)
-    edit = train(llama, Preset("heart", parts, epochs=steps, batch_size=8, loss=loss, schedule="cosine"))
+    edit = train(
+        llama, Preset("heart", parts, epochs=steps, batch_size=8, loss=loss, schedule="cosine")
+    )
     assert edit.history[-1]["loss"] < bound < 2 < edit.history[0]["loss"]
     scores = label_scores(
-        llama, [question(llama, e, TEMPLATE) for e in EIGHT], Verbalizer().continuations(llama.tokenizer, TEMPLATE), edit=edit
+        llama,
+        [question(llama, e, TEMPLATE) for e in EIGHT],
+        Verbalizer().continuations(llama.tokenizer, TEMPLATE),
+        edit=edit,
     )
     assert scores.argmax(1).tolist() == gold_indices(EIGHT, Verbalizer()).tolist()
     assert weights_hash(llama.hooked) == before and not live_hooks(llama.hooked)
@@ -116,7 +131,11 @@ class Bench:
         tokens = Tokens(clean, self.roles.expand(len(clean), -1), (clean.shape[1],) * len(clean))
         with edit.applied(self.model, tokens), torch.no_grad():
             logits = self.model.forward(tokens.ids)[:, -1]
-        return float((logits[:, WORDS.index("negative")] > logits[:, WORDS.index("positive")]).double().mean())
+        return float(
+            (logits[:, WORDS.index("negative")] > logits[:, WORDS.index("positive")])
+            .double()
+            .mean()
+        )
 
     def train(self, layer: int, steps: int) -> Edit:
         """The smallest change of the state at the token that turns `positive` into `negative`: a rank-1 edit, and a charge on its change."""
@@ -132,7 +151,9 @@ class Bench:
         for _ in range(steps):
             with edit.applied(self.model, tokens):
                 answer = self.model.forward(tokens.ids)[:, -1]
-            loss = torch.nn.functional.cross_entropy(answer, torch.full((16,), WORDS.index("negative")))
+            loss = torch.nn.functional.cross_entropy(
+                answer, torch.full((16,), WORDS.index("negative"))
+            )
             loss = loss + 0.5 * (reft(h) - h).pow(2).sum(-1).mean()
             optimiser.zero_grad()
             loss.backward()
@@ -167,7 +188,9 @@ def test_the_loss_is_the_answers_alone(llama):
     hf = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
     edit = Edit.fresh(llama, [Part("lora", "L1.W_O")])  # changes nothing yet
     eos = llama.tokenizer.eos_token_id
-    text, labels = (Task(llama, kind, TEMPLATE, None, PrefixCache(llama)) for kind in ("text", "labels"))
+    text, labels = (
+        Task(llama, kind, TEMPLATE, None, PrefixCache(llama)) for kind in ("text", "labels")
+    )
     want_text, want_labels = [], []
     for e in EIGHT[:3]:
         q = text.questions([e])[0]
@@ -176,15 +199,25 @@ def test_the_loss_is_the_answers_alone(llama):
             logp = hf(ids[None]).logits[0].log_softmax(-1)
         n = q.prompt.lengths[0]
         assert q.answer[-1] == eos
-        want_text.append(-sum(float(logp[n - 1 + j, t]) for j, t in enumerate(q.answer)) / len(q.answer))
+        want_text.append(
+            -sum(float(logp[n - 1 + j, t]) for j, t in enumerate(q.answer)) / len(q.answer)
+        )
         scores = label_scores(llama, [q.prompt], labels.continuations).double()
-        want_labels.append(-float(METRICS["logprob"](scores.log_softmax(-1), torch.tensor([q.gold]))))
-    assert text.loss(edit, text.questions(EIGHT[:3])).item() == pytest.approx(sum(want_text), rel=1e-4)
-    assert labels.loss(edit, labels.questions(EIGHT[:3])).item() == pytest.approx(sum(want_labels), rel=1e-4)
+        want_labels.append(
+            -float(METRICS["logprob"](scores.log_softmax(-1), torch.tensor([q.gold])))
+        )
+    assert text.loss(edit, text.questions(EIGHT[:3])).item() == pytest.approx(
+        sum(want_text), rel=1e-4
+    )
+    assert labels.loss(edit, labels.questions(EIGHT[:3])).item() == pytest.approx(
+        sum(want_labels), rel=1e-4
+    )
 
 
 def test_accumulated_steps_are_those_of_the_large_batch(llama):
-    preset = Preset("p", tuple(Part(p.family, p.place, {"rank": 4}, p.lr) for p in BOTH), epochs=1, batch_size=8)
+    preset = Preset(
+        "p", tuple(Part(p.family, p.place, {"rank": 4}, p.lr) for p in BOTH), epochs=1, batch_size=8
+    )
     large = train(llama, preset)
     small = train(llama, preset.but(batch_size=2, accumulate=4))
     assert large.record["steps"] == small.record["steps"] == 1
@@ -246,7 +279,11 @@ def test_below_the_first_edited_layer_nothing_runs_twice(llama):
     a = train(llama, preset, cache=cache)
     assert cache.computed == 2 * tokens  # two blocks, every prompt once
     train(llama, preset, cache=cache, seed=1)
-    train(llama, Preset("q", (Part("loreft", "L2.resid_post@query.last", {}, 1e-2),), batch_size=4), cache=cache)
+    train(
+        llama,
+        Preset("q", (Part("loreft", "L2.resid_post@query.last", {}, 1e-2),), batch_size=4),
+        cache=cache,
+    )
     assert cache.computed == 2 * tokens
     train(llama, Preset("r", (Part("lora", "L1.W_O", {}, 1e-2),), batch_size=4), cache=cache)
     assert cache.computed == 3 * tokens
@@ -267,7 +304,9 @@ def test_a_kept_stream_is_the_models_own(llama):
         llama.forward(batch.ids)
     kept = cache.get(2, batch)
     for i, n in enumerate(batch.lengths):
-        torch.testing.assert_close(kept[i, :n], seen[Site(2, "resid_pre")][i, :n], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            kept[i, :n], seen[Site(2, "resid_pre")][i, :n], atol=1e-5, rtol=1e-5
+        )
         assert not kept[i, n:].any()
 
 
@@ -277,40 +316,63 @@ def test_a_kept_stream_is_the_models_own(llama):
 def test_every_example_once_an_epoch_and_like_lengths_together():
     lengths = [(7 * i) % 50 for i in range(203)]
     a, b = batches(lengths, 4, 0, 0), batches(lengths, 4, 0, 1)
-    assert sorted(i for batch in a for i in batch) == list(range(203)) == sorted(i for batch in b for i in batch)
+    assert (
+        sorted(i for batch in a for i in batch)
+        == list(range(203))
+        == sorted(i for batch in b for i in batch)
+    )
     assert a == batches(lengths, 4, 0, 0) != b and {len(batch) for batch in a} <= {4, 3}
     spread = lambda made: sum(max(lengths[i] for i in x) - min(lengths[i] for i in x) for x in made)  # noqa: E731
     assert spread(a) < 0.2 * spread([list(range(i, min(i + 4, 203))) for i in range(0, 203, 4)])
 
 
 def test_schedules_at_their_known_points():
-    of = lambda name, step, warmup=0.0: schedule(Preset("p", BOTH, schedule=name, warmup=warmup), step, 100)  # noqa: E731
+    of = lambda name, step, warmup=0.0: schedule(
+        Preset("p", BOTH, schedule=name, warmup=warmup), step, 100
+    )
     assert [of("linear", s) for s in (0, 50, 75)] == [1.0, 0.5, 0.25]
-    assert [of("cosine", s) for s in (0, 50)] == pytest.approx([1.0, 0.5]) and of("cosine", 99) < 0.001
+    assert [of("cosine", s) for s in (0, 50)] == pytest.approx([1.0, 0.5]) and of(
+        "cosine", 99
+    ) < 0.001
     assert of("constant", 99) == 1.0
-    assert [of("linear", s, 0.1) for s in (0, 4, 9, 10, 55)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5])
+    assert [of("linear", s, 0.1) for s in (0, 4, 9, 10, 55)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0, 0.5]
+    )
 
 
 def test_the_best_epoch_is_kept_and_patience_ends(llama):
     """With rates far too high the first epoch is the best one: it is what is returned, and training stops two epochs later."""
     preset = Preset(
-        "wild", (Part("lora", "L2.W_out", {"rank": 8}, 0.5),), epochs=12, batch_size=4, schedule="constant", clip=0.0, patience=2
+        "wild",
+        (Part("lora", "L2.W_out", {"rank": 8}, 0.5),),
+        epochs=12,
+        batch_size=4,
+        schedule="constant",
+        clip=0.0,
+        patience=2,
     )
     edit = train(llama, preset, EIGHT[:6], validation=EIGHT[6:])
     rows = [r for r in edit.history if "validation_loss" in r]
     losses = [r["validation_loss"] for r in rows]
     best = losses.index(min(losses))
     assert len(rows) == best + 3 < 12 and "no gain" in edit.record["stopped"]
-    assert edit.record["best_validation_loss"] == min(losses) and edit.record["best_step"] == rows[best]["step"]
+    assert (
+        edit.record["best_validation_loss"] == min(losses)
+        and edit.record["best_step"] == rows[best]["step"]
+    )
     task = Task(llama, "labels", TEMPLATE, None, PrefixCache(llama))
-    assert task.quality(edit, task.questions(EIGHT[6:]), 8)[0] == pytest.approx(min(losses), rel=1e-4)
+    assert task.quality(edit, task.questions(EIGHT[6:]), 8)[0] == pytest.approx(
+        min(losses), rel=1e-4
+    )
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(llama):
     parts = tuple(
         Part("red", f"L{layer}.resid_post", {}, 1e37) for layer in range(3)
     )  # 1e37 times 1e37 is infinite, and that over itself is nothing
-    edit = train(llama, Preset("broken", parts, epochs=9, batch_size=8, clip=0.0, schedule="constant"))
+    edit = train(
+        llama, Preset("broken", parts, epochs=9, batch_size=8, clip=0.0, schedule="constant")
+    )
     assert "the loss was" in edit.record["stopped"] and edit.record["steps"] < 9
     assert all(bool(torch.isfinite(p).all()) for p in edit.parameters())
     assert all(math.isfinite(row["loss"]) for row in edit.history)
@@ -329,7 +391,12 @@ def test_bfloat16_trains_a_float32_edit():
     "examples, preset, options, words",
     [
         ([], Preset("p", BOTH), {}, "no examples to train on"),
-        (EIGHT, Preset("p", (Part("loreft", "L1.resid_post@opinion"),)), {}, "none of the 8 training prompts has a token at opinion"),
+        (
+            EIGHT,
+            Preset("p", (Part("loreft", "L1.resid_post@opinion"),)),
+            {},
+            "none of the 8 training prompts has a token at opinion",
+        ),
         (EIGHT, Preset("p", (Part("loreft", "L1.resid_post@300"),)), {}, "has a token at 300"),
         (EIGHT, Preset("p", BOTH), {"validation": 1.5}, "between 0 and 1"),
     ],
@@ -354,8 +421,15 @@ def test_presets_refuse_what_they_cannot_mean(changes, words):
 
 
 def test_positions_and_files_name_sites(tmp_path: Path):
-    assert presets.read_sites("L1.attn_out@query.last L2.head3") == [Site(1, "attn_out", None, "query.last"), Site(2, "head", 3)]
+    assert presets.read_sites("L1.attn_out@query.last L2.head3") == [
+        Site(1, "attn_out", None, "query.last"),
+        Site(2, "head", 3),
+    ]
     (tmp_path / "sites.json").write_text('{"sites": ["L4.resid_post@answer"], "rule": "x"}')
     assert presets.read_sites(tmp_path / "sites.json") == [Site(4, "resid_post", None, "answer")]
     made = presets.bundled(["L1.mlp_out@-1", "L1.attn_out"], "both")
-    assert [p.place for p in made.parts] == ["L1.W_O", "L1.resid_post@-1", "L1.resid_post@query.last"]
+    assert [p.place for p in made.parts] == [
+        "L1.W_O",
+        "L1.resid_post@-1",
+        "L1.resid_post@query.last",
+    ]

@@ -12,30 +12,37 @@ import torch
 from oracles.tiny_models import tiny_folder
 from test_fit import WORDING
 
+from mech_absa.commands.matrix import cli as matrix_cli
+from mech_absa.commands.patch import cli as patch_cli
+from mech_absa.commands.train import cli
 from mech_absa.edits import Edit, Part, load_edit
 from mech_absa.errors import ConfigError
-from mech_absa.models import load_model
-from mech_absa.patch.__main__ import cli as patch_cli
+from mech_absa.model import load_model
 from mech_absa.patch.importance import load_sites, traced_in
 from mech_absa.report import page
 from mech_absa.sites import Site
 from mech_absa.train import matrix
-from mech_absa.train.__main__ import cli
 from mech_absa.train.matrix import Method, domain_name, summary
-from mech_absa.train.matrix.__main__ import cli as matrix_cli
 
 TEMPLATE = "{sentence} aspect {aspect} :"
-fitting = importlib.import_module("mech_absa.train.fit")  # the package's own name for it is the function
+fitting = importlib.import_module(
+    "mech_absa.train.fit"
+)  # the package's own name for it is the function
 
 
 def write(path, rows) -> str:
-    path.write_text("".join(json.dumps({"sentence": s, "aspect": a, "label": p}) + "\n" for s, a, p in rows))
+    path.write_text(
+        "".join(json.dumps({"sentence": s, "aspect": a, "label": p}) + "\n" for s, a, p in rows)
+    )
     return str(path)
 
 
 @pytest.fixture
 def data(tmp_path):
-    return {"train": write(tmp_path / "toys_train.jsonl", WORDING[:6]), "test": write(tmp_path / "toys_test.jsonl", WORDING[4:])}
+    return {
+        "train": write(tmp_path / "toys_train.jsonl", WORDING[:6]),
+        "test": write(tmp_path / "toys_test.jsonl", WORDING[4:]),
+    }
 
 
 def run(data, *flags, out) -> int:
@@ -48,21 +55,43 @@ def run(data, *flags, out) -> int:
         "--out": str(out),
     }
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
-    return cli([word for flag, value in given.items() if value for word in (flag, value)] + ["--quiet"])
+    return cli(
+        [word for flag, value in given.items() if value for word in (flag, value)] + ["--quiet"]
+    )
 
 
 def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 0
-    assert {p.name for p in out.iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "report.html", "run.json"}
+    assert (
+        run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 0
+    )
+    assert {p.name for p in out.iterdir()} == {
+        "edit.json",
+        "edit.safetensors",
+        "history.csv",
+        "report.html",
+        "run.json",
+    }
     model = load_model(tiny_folder("llama"))
     edit = load_edit(out, model)
     record, history = json.loads((out / "run.json").read_text()), pd.read_csv(out / "history.csv")
-    assert edit.layers == (1,) and record["edit"]["parameters"] == edit.n_parameters == 4 * 64 + 4 * 64 + 4
-    assert record["model"]["sha256"] == model.sha256 and record["config"]["layers"] == "1" and record["data"][0]["classes"]["negative"] == 3
+    assert (
+        edit.layers == (1,)
+        and record["edit"]["parameters"] == edit.n_parameters == 4 * 64 + 4 * 64 + 4
+    )
+    assert (
+        record["model"]["sha256"] == model.sha256
+        and record["config"]["layers"] == "1"
+        and record["data"][0]["classes"]["negative"] == 3
+    )
     assert len(history) == record["edit"]["steps"] and history["loss"].notna().all()
-    assert any("2 of 4 rows" in w and "toys_test" in w and "2 with the same label" in w for w in record["warnings"])
-    assert run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 2
+    assert any(
+        "2 of 4 rows" in w and "toys_test" in w and "2 with the same label" in w
+        for w in record["warnings"]
+    )
+    assert (
+        run(data, "--test", data["test"], "--batch-size", "2", "--validation", "0.2", out=out) == 2
+    )
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -101,7 +130,9 @@ def test_sites_of_the_base_of_the_adapted_and_of_another_model(data, tmp_path, c
     assert adapted.sha256 != model.sha256
     sites, out = tmp_path / "sites.json", tmp_path / "run"
 
-    def attempt(about: dict | None, *flags: str, where: str = "L1.resid_post@query.last") -> tuple[int, str]:
+    def attempt(
+        about: dict | None, *flags: str, where: str = "L1.resid_post@query.last"
+    ) -> tuple[int, str]:
         shutil.rmtree(out, ignore_errors=True)
         sites.write_text(json.dumps({"sites": [where]} | ({"model": about} if about else {})))
         code = run(data, "--layers", "", "--sites", str(sites), *flags, out=out)
@@ -113,14 +144,27 @@ def test_sites_of_the_base_of_the_adapted_and_of_another_model(data, tmp_path, c
     assert attempt(None)[0] == 0, "an older file does not say"
     other = load_model(tiny_folder("mistral"))
     code, said = attempt(traced_in(other))
-    assert code == 2 and "\n" not in said and str(sites) in said and "--any-sites" in said and not out.exists()
-    assert f"found in {other.name} (weights {other.sha256[:12]}, 3 layers)" in said and model.sha256[:12] in said
+    assert (
+        code == 2
+        and "\n" not in said
+        and str(sites) in said
+        and "--any-sites" in said
+        and not out.exists()
+    )
+    assert (
+        f"found in {other.name} (weights {other.sha256[:12]}, 3 layers)" in said
+        and model.sha256[:12] in said
+    )
     # Adapted alone, the base unknown: of the same name and sizes, but with other weights.
     code, said = attempt(traced_in(adapted))
     assert code == 2 and adapted.sha256[:12] in said
     # Another dtype has another hash: name and sizes decide, and the run says so.
     assert attempt(traced_in(load_model(tiny_folder("llama"), dtype="bfloat16")))[0] == 0
-    (note,) = [w for w in json.loads((out / "run.json").read_text())["warnings"] if "cannot be compared" in w]
+    (note,) = [
+        w
+        for w in json.loads((out / "run.json").read_text())["warnings"]
+        if "cannot be compared" in w
+    ]
     assert "bfloat16" in note
     code, said = attempt(traced_in(model), where="L7.resid_post@query.last")
     assert code == 2 and str(sites) in said and "3 layers" in said
@@ -129,14 +173,35 @@ def test_sites_of_the_base_of_the_adapted_and_of_another_model(data, tmp_path, c
 def test_sites_of_another_model_where_they_are_asked_for(data, tmp_path, capsys):
     sites = tmp_path / "sites.json"
     sites.write_text(
-        json.dumps({"sites": ["L2.resid_post@query.last"], "model": {"name": "elsewhere", "sha256": "0" * 64, "n_layers": 32}})
+        json.dumps(
+            {
+                "sites": ["L2.resid_post@query.last"],
+                "model": {"name": "elsewhere", "sha256": "0" * 64, "n_layers": 32},
+            }
+        )
     )
-    words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE, "--epochs", "1", "--sites", str(sites)]
+    words = [
+        "--data",
+        data["train"],
+        "--model",
+        str(tiny_folder("llama")),
+        "--template",
+        TEMPLATE,
+        "--epochs",
+        "1",
+        "--sites",
+        str(sites),
+    ]
     assert cli([*words, "--any-sites", "--out", str(tmp_path / "run"), "--no-report"]) == 0
     assert "found in elsewhere (weights 000000000000, 32 layers)" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["config"]["any_sites"] is True and any("elsewhere" in w and "all the same" in w for w in record["warnings"])
-    assert load_edit(tmp_path / "run").layers == (2,) and not (tmp_path / "run" / "report.html").exists()
+    assert record["config"]["any_sites"] is True and any(
+        "elsewhere" in w and "all the same" in w for w in record["warnings"]
+    )
+    assert (
+        load_edit(tmp_path / "run").layers == (2,)
+        and not (tmp_path / "run" / "report.html").exists()
+    )
 
 
 def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
@@ -178,8 +243,16 @@ def test_a_report_that_fails_loses_no_run(data, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(page, "write_report", broken)
     assert run(data, out=tmp_path / "run") == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"edit.json", "edit.safetensors", "history.csv", "run.json"}
-    assert "report.html could not be written (MemoryError: no room); all other files are there" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "edit.json",
+        "edit.safetensors",
+        "history.csv",
+        "run.json",
+    }
+    assert (
+        "report.html could not be written (MemoryError: no room); all other files are there"
+        in capsys.readouterr().err
+    )
 
 
 def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path, capsys):
@@ -187,7 +260,21 @@ def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path
     common = ["--template", TEMPLATE, "--quiet", "--no-report"]
     base = ["--model", str(tiny_folder("llama")), *common]
     assert (
-        cli([*base, "--data", data["train"], "--layers", "1", "--preset", "lora_o", "--epochs", "1", "--out", str(tmp_path / "adapter")])
+        cli(
+            [
+                *base,
+                "--data",
+                data["train"],
+                "--layers",
+                "1",
+                "--preset",
+                "lora_o",
+                "--epochs",
+                "1",
+                "--out",
+                str(tmp_path / "adapter"),
+            ]
+        )
         == 0
     )
     traced = [
@@ -203,25 +290,63 @@ def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path
         "role",
         "--no-figures",
     ]
-    assert patch_cli([*base, *traced, "--sites", "resid_post", "--out", str(tmp_path / "trace")]) == 0
-    said, model = json.loads((tmp_path / "trace" / "sites.json").read_text())["model"], load_model(tiny_folder("llama"))
-    assert said == traced_in(load_edit(tmp_path / "adapter", model).merged(model), model, str(tmp_path / "adapter"))
+    assert (
+        patch_cli([*base, *traced, "--sites", "resid_post", "--out", str(tmp_path / "trace")]) == 0
+    )
+    said, model = (
+        json.loads((tmp_path / "trace" / "sites.json").read_text())["model"],
+        load_model(tiny_folder("llama")),
+    )
+    assert said == traced_in(
+        load_edit(tmp_path / "adapter", model).merged(model), model, str(tmp_path / "adapter")
+    )
     assert said["base_sha256"] == model.sha256 != said["sha256"]
     sites = ["--sites", str(tmp_path / "trace" / "sites.json")]
-    assert cli([*base, "--data", data["train"], *sites, "--epochs", "1", "--out", str(tmp_path / "edit")]) == 0
+    assert (
+        cli(
+            [
+                *base,
+                "--data",
+                data["train"],
+                *sites,
+                "--epochs",
+                "1",
+                "--out",
+                str(tmp_path / "edit"),
+            ]
+        )
+        == 0
+    )
     assert [str(s.layer) for s in load_sites(tmp_path / "trace" / "sites.json")] == [
         str(layer) for layer in load_edit(tmp_path / "edit").layers
     ]
-    grid = ["--train", data["train"], "--test", data["test"], "--methods", "both@sites", "--seeds", "0", "--epochs", "1", *sites]
+    grid = [
+        "--train",
+        data["train"],
+        "--test",
+        data["test"],
+        "--methods",
+        "both@sites",
+        "--seeds",
+        "0",
+        "--epochs",
+        "1",
+        *sites,
+    ]
     assert matrix_cli([*base, *grid, "--out", str(tmp_path / "matrix")]) == 0
     capsys.readouterr()
     other = ["--model", str(tiny_folder("mistral")), *common]
     assert matrix_cli([*other, *grid, "--out", str(tmp_path / "elsewhere")]) == 2
     assert (
-        "these sites were found in" in (err := capsys.readouterr().err) and err.count("\n") == 1 and not (tmp_path / "elsewhere").exists()
+        "these sites were found in" in (err := capsys.readouterr().err)
+        and err.count("\n") == 1
+        and not (tmp_path / "elsewhere").exists()
     )
     assert matrix_cli([*other, *grid, "--any-sites", "--out", str(tmp_path / "elsewhere")]) == 0
-    assert any("all the same" in w for w in json.loads((tmp_path / "elsewhere" / "run.json").read_text())["warnings"])
+    assert any(
+        "all the same" in w
+        for w in json.loads((tmp_path / "elsewhere" / "run.json").read_text())["warnings"]
+    )
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):
@@ -254,7 +379,9 @@ def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch)
         str(tmp_path / "cut"),
     ]
     assert cli([*again, "--quiet", "--resume"]) == 0
-    assert (tmp_path / "cut" / "edit.safetensors").read_bytes() == (tmp_path / "whole" / "edit.safetensors").read_bytes()
+    assert (tmp_path / "cut" / "edit.safetensors").read_bytes() == (
+        tmp_path / "whole" / "edit.safetensors"
+    ).read_bytes()
     assert not (tmp_path / "cut" / ".run").exists()
 
 
@@ -264,7 +391,12 @@ def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch)
 def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypatch):
     files = {
         f"{d}_{s}": write(tmp_path / f"{d}_{s}.jsonl", rows)
-        for d, s, rows in [("a", "train", WORDING[:5]), ("a", "test", WORDING[5:]), ("b", "train", WORDING[3:]), ("b", "test", WORDING[:4])]
+        for d, s, rows in [
+            ("a", "train", WORDING[:5]),
+            ("a", "test", WORDING[5:]),
+            ("b", "train", WORDING[3:]),
+            ("b", "test", WORDING[:4]),
+        ]
     }
     trained, real = [], matrix.fit
 
@@ -285,9 +417,13 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     assert matrix_cli([*command, "--resume"]) == 0
     assert len(trained) == 4 + 8 - 3  # eight trainings in all, three of which were finished
     table = pd.read_csv(tmp_path / "run" / "matrix.csv", keep_default_na=False)
-    assert len(table) == 2 + 2 * 2 * 2 * 2  # zero-shot on two tests; method x seed x training domain x test
+    assert (
+        len(table) == 2 + 2 * 2 * 2 * 2
+    )  # zero-shot on two tests; method x seed x training domain x test
     of = table[table["method"] == "both@2"]
-    assert set(zip(of["train"], of["test"], of["seed"], strict=True)) == {(x, y, s) for x in "ab" for y in "ab" for s in (0, 1)}
+    assert set(zip(of["train"], of["test"], of["seed"], strict=True)) == {
+        (x, y, s) for x in "ab" for y in "ab" for s in (0, 1)
+    }
     assert (
         (of["in_domain"] == (of["train"] == of["test"])).all()
         and (of["trainable"] == 516).all()
@@ -297,9 +433,9 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     assert leaked == {("a", "a"): 0, ("a", "b"): 4, ("b", "a"): 3, ("b", "b"): 1}
     short = pd.read_csv(tmp_path / "run" / "summary.csv").set_index("method")
     hand = of[of["in_domain"]].groupby("seed")["accuracy"].mean()
-    assert short.loc["both@2", "accuracy_in"] == pytest.approx(hand.mean()) and short.loc["both@2", "accuracy_in_sd"] == pytest.approx(
-        hand.std()
-    )
+    assert short.loc["both@2", "accuracy_in"] == pytest.approx(hand.mean()) and short.loc[
+        "both@2", "accuracy_in_sd"
+    ] == pytest.approx(hand.std())
     assert short.loc["zero_shot", "trainable"] == 0
 
 
@@ -308,24 +444,53 @@ def test_the_summary_by_hand():
         "method": "m", "train": train, "test": test, "in_domain": train == test, "seed": seed, "accuracy": acc, "macro_f1": acc / 2,
         "trainable": 7, "share": 0.1, "seconds": 2.0, "peak_memory_bytes": 2**20,
     }  # fmt: skip
-    first = [row("x", "x", 0, 0.8), row("x", "y", 0, 0.4), row("y", "y", 0, 0.6), row("y", "x", 0, 0.2)]
-    second = [row("x", "x", 1, 1.0), row("x", "y", 1, 0.5), row("y", "y", 1, 0.8), row("y", "x", 1, 0.3)]
+    first = [
+        row("x", "x", 0, 0.8),
+        row("x", "y", 0, 0.4),
+        row("y", "y", 0, 0.6),
+        row("y", "x", 0, 0.2),
+    ]
+    second = [
+        row("x", "x", 1, 1.0),
+        row("x", "y", 1, 0.5),
+        row("y", "y", 1, 0.8),
+        row("y", "x", 1, 0.3),
+    ]
     (got,) = summary(first + second).to_dict("records")
-    assert got["accuracy_in"] == pytest.approx(0.8) and got["accuracy_in_sd"] == pytest.approx(2**0.5 / 10)
-    assert got["accuracy_out"] == pytest.approx(0.35) and got["macro_f1_out"] == pytest.approx(0.175) and got["seeds"] == 2
+    assert got["accuracy_in"] == pytest.approx(0.8) and got["accuracy_in_sd"] == pytest.approx(
+        2**0.5 / 10
+    )
+    assert (
+        got["accuracy_out"] == pytest.approx(0.35)
+        and got["macro_f1_out"] == pytest.approx(0.175)
+        and got["seeds"] == 2
+    )
 
 
 def test_places_of_a_method():
     given = [Site(2, "resid_post", None, "aspect.last"), Site(3, "resid_post", None, "aspect.last")]
-    layers = lambda where, sites=given, seed=0: [s.layer for s in Method("both", where).sites(sites, ["query.last"], 8, seed)]  # noqa: E731
-    assert layers("sites") == [2, 3] and layers("first") == [0, 1] and layers("last") == [6, 7] and layers("middle") == [3, 4]
-    assert layers("all") == list(range(8)) and layers("4-5") == [4, 5] and layers("last", []) == [5, 6, 7]
+    layers = lambda where, sites=given, seed=0: [
+        s.layer for s in Method("both", where).sites(sites, ["query.last"], 8, seed)
+    ]
+    assert (
+        layers("sites") == [2, 3]
+        and layers("first") == [0, 1]
+        and layers("last") == [6, 7]
+        and layers("middle") == [3, 4]
+    )
+    assert (
+        layers("all") == list(range(8))
+        and layers("4-5") == [4, 5]
+        and layers("last", []) == [5, 6, 7]
+    )
     assert (
         len(layers("random")) == 2
         and layers("random") == layers("random")
         and len({tuple(layers("random", given, s)) for s in range(20)}) > 5
     )
-    assert {s.at for s in Method("both", "last").sites(given, ["query.last"], 8, 0)} == {"aspect.last"}
+    assert {s.at for s in Method("both", "last").sites(given, ["query.last"], 8, 0)} == {
+        "aspect.last"
+    }
     with pytest.raises(ConfigError, match="none were given"):
         layers("sites", [])
 

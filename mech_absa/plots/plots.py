@@ -39,13 +39,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from .errors import ConfigError, DataError, choices
-from .records import atomic
-from .sites import HEAD_KINDS, ROLES, Site, parse_layers
+from ..errors import ConfigError, DataError, choices
+from ..records import atomic
+from ..sites import HEAD_KINDS, ROLES, Site, parse_layers
 
 if TYPE_CHECKING:
-    from .patch.effects import Effects
-    from .patch.importance import ImportanceMap
+    from ..patch.effects import Effects
+    from ..patch.importance import ImportanceMap
 
 SEPARATOR = "  ·  "
 COLUMN, PAGE = 3.3, 7.0
@@ -56,14 +56,29 @@ OKABE_ITO = {
     "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilion": "#D55E00", "purple": "#CC79A7", "sky": "#56B4E9",
     "yellow": "#F0E442", "black": "#000000",
 }  # fmt: skip
-CYCLE = tuple(OKABE_ITO[c] for c in ("blue", "vermilion", "green", "purple", "orange", "sky", "black"))
+CYCLE = tuple(
+    OKABE_ITO[c] for c in ("blue", "vermilion", "green", "purple", "orange", "sky", "black")
+)
 MARKERS = "osD^vPX"
 
 DIVERGING = LinearSegmentedColormap.from_list(
-    "effect", ["#0a3b70", "#2f79b5", "#8ec1de", "#dfecf3", "#ffffff", "#fbe3d4", "#f0a582", "#c94741", "#6d0220"]
+    "effect",
+    [
+        "#0a3b70",
+        "#2f79b5",
+        "#8ec1de",
+        "#dfecf3",
+        "#ffffff",
+        "#fbe3d4",
+        "#f0a582",
+        "#c94741",
+        "#6d0220",
+    ],
 ).with_extremes(bad=MISSING)
 """Blue - white - red, white at the centre."""
-SEQUENTIAL = LinearSegmentedColormap.from_list("score", ["#f3f7fb", "#b9d3e8", "#6ba3cd", "#2166ac", "#0a3b70"]).with_extremes(bad=MISSING)
+SEQUENTIAL = LinearSegmentedColormap.from_list(
+    "score", ["#f3f7fb", "#b9d3e8", "#6ba3cd", "#2166ac", "#0a3b70"]
+).with_extremes(bad=MISSING)
 """Light to dark blue, for scores."""
 
 STYLE: dict[str, Any] = {
@@ -125,7 +140,10 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 200) -> list[Path]:
     stem = stem.with_suffix("") if stem.suffix in (".png", ".pdf") else stem
     written = []
     with style():
-        for ending, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "ModDate": None})):
+        for ending, metadata in (
+            (".png", {"Software": None}),
+            (".pdf", {"CreationDate": None, "ModDate": None}),
+        ):
             target = stem.parent / (stem.name + ending)
             with atomic(target) as temporary:
                 figure.savefig(temporary, dpi=dpi, metadata=metadata)
@@ -183,7 +201,10 @@ def facts(about: Mapping[str, Any], n: int | None = None) -> str:
         f"windows of {window} layers" if window > 1 else "",
         method_words(about),
     ]
-    return SEPARATOR.join(p for p in parts if p) + f"\n{corruption_words(about)}{SEPARATOR}{direction_words(about)}"
+    return (
+        SEPARATOR.join(p for p in parts if p)
+        + f"\n{corruption_words(about)}{SEPARATOR}{direction_words(about)}"
+    )
 
 
 def effect_label(about: Mapping[str, Any], average: bool = True) -> str:
@@ -245,9 +266,26 @@ def _headline(figure: Figure, title: str, below: str = "") -> None:
     if engine is not None:
         engine.set(rect=(0, 0, 1, height / total))  # type: ignore[call-arg]
     look: dict[str, Any] = {"ha": "left", "va": "top"}
-    figure.text(0.09 / width, 1 - 0.06 / total, title, fontsize=9, fontweight="bold", color=INK, linespacing=1.25, **look)
+    figure.text(
+        0.09 / width,
+        1 - 0.06 / total,
+        title,
+        fontsize=9,
+        fontweight="bold",
+        color=INK,
+        linespacing=1.25,
+        **look,
+    )
     if below:
-        figure.text(0.09 / width, 1 - (0.06 + 0.165 * above) / total, below, fontsize=6.5, color=SOFT, linespacing=1.35, **look)
+        figure.text(
+            0.09 / width,
+            1 - (0.06 + 0.165 * above) / total,
+            below,
+            fontsize=6.5,
+            color=SOFT,
+            linespacing=1.35,
+            **look,
+        )
 
 
 def _scale(values: Iterable[np.ndarray]) -> float:
@@ -256,7 +294,9 @@ def _scale(values: Iterable[np.ndarray]) -> float:
     return max(ends, default=0.0) or 1.0
 
 
-def _mesh(ax: Axes, values: np.ndarray, columns: Sequence[Any], rows: Sequence[Any], limit: float) -> Any:
+def _mesh(
+    ax: Axes, values: np.ndarray, columns: Sequence[Any], rows: Sequence[Any], limit: float
+) -> Any:
     """A matrix, row 0 on top, with a thin grid between cells, so that a cell of 0 is seen to be there."""
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(values),
@@ -279,7 +319,9 @@ def _dots(ax: Axes, where: np.ndarray, size: float = 2.2) -> None:
     """A small dot in every cell of a mask."""
     y, x = np.nonzero(where)
     if len(x):
-        ax.scatter(x + 0.5, y + 0.5, s=size, c=SOFT, alpha=0.75, linewidths=0, zorder=3, gid="uncertain")
+        ax.scatter(
+            x + 0.5, y + 0.5, s=size, c=SOFT, alpha=0.75, linewidths=0, zorder=3, gid="uncertain"
+        )
 
 
 def _outline(ax: Axes, where: np.ndarray) -> None:
@@ -287,7 +329,19 @@ def _outline(ax: Axes, where: np.ndarray) -> None:
     for y, row in enumerate(where):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
         for a, b in zip(edges[::2], edges[1::2], strict=True):
-            ax.add_patch(Rectangle((a, y), b - a, 1, fill=False, edgecolor=INK, linewidth=1.3, zorder=4, clip_on=False, gid="selected"))
+            ax.add_patch(
+                Rectangle(
+                    (a, y),
+                    b - a,
+                    1,
+                    fill=False,
+                    edgecolor=INK,
+                    linewidth=1.3,
+                    zorder=4,
+                    clip_on=False,
+                    gid="selected",
+                )
+            )
 
 
 def _bar(figure: Figure, mesh: Any, axes: Any, label: str) -> None:
@@ -306,7 +360,9 @@ def _by(table: pd.DataFrame) -> str:
     return "role" if "role" in table else "position"
 
 
-def _grid(table: pd.DataFrame, rows: Sequence[Any], layers: Sequence[int], column: str) -> np.ndarray:
+def _grid(
+    table: pd.DataFrame, rows: Sequence[Any], layers: Sequence[int], column: str
+) -> np.ndarray:
     wide = table.pivot_table(index=_by(table), columns="layer", values=column, aggfunc="mean")
     return wide.reindex(index=rows, columns=layers).to_numpy(dtype=float)
 
@@ -323,7 +379,12 @@ def uncertain(low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return (low <= 0) & (high >= 0)
 
 
-def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, *, kinds: Sequence[str] | None = None) -> Figure:
+def heatmap(
+    importance: ImportanceMap,
+    selection: Iterable[Site] | None = None,
+    *,
+    kinds: Sequence[str] | None = None,
+) -> Figure:
     """Role (or token position) x layer, one panel a kind, all on one scale about 0.
 
     Args:
@@ -339,7 +400,9 @@ def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, 
     kinds = present if kinds is None else list(kinds)
     if not kinds or (unknown := [k for k in kinds if k not in present]):
         asked = unknown[0] if kinds else "none"
-        raise ConfigError(f"a heat map of kind {asked!r} was asked for; the map has {choices(present) if present else 'only heads'}")
+        raise ConfigError(
+            f"a heat map of kind {asked!r} was asked for; the map has {choices(present) if present else 'only heads'}"
+        )
     table = table[table["kind"].isin(kinds)]
     rows, layers = _rows_of(table), sorted(int(layer) for layer in table["layer"].unique())
     grids = {k: _grid(table[table["kind"] == k], rows, layers, "aie") for k in kinds}
@@ -348,16 +411,31 @@ def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, 
     n = len(kinds)
     width = PAGE if n > 1 or len(layers) > 12 else COLUMN + 0.7
     with style():
-        figure, axes = _figure(width, 0.9 + 0.165 * max(len(rows), 5), ncols=n, sharey=True, squeeze=False)
+        figure, axes = _figure(
+            width, 0.9 + 0.165 * max(len(rows), 5), ncols=n, sharey=True, squeeze=False
+        )
         for ax, kind in zip(axes[0], kinds, strict=True):
             cells = table[table["kind"] == kind]
             mesh = _mesh(ax, grids[kind], layers, rows, limit)
             _dots(
                 ax,
-                uncertain(_grid(cells, rows, layers, "ci_low"), _grid(cells, rows, layers, "ci_high")),
+                uncertain(
+                    _grid(cells, rows, layers, "ci_low"), _grid(cells, rows, layers, "ci_high")
+                ),
                 2.2 if len(layers) <= 24 else 1.2,
             )
-            _outline(ax, np.array([[any(s.kind == kind and s.layer == j and s.at == r for s in chosen) for j in layers] for r in rows]))
+            _outline(
+                ax,
+                np.array(
+                    [
+                        [
+                            any(s.kind == kind and s.layer == j and s.at == r for s in chosen)
+                            for j in layers
+                        ]
+                        for r in rows
+                    ]
+                ),
+            )
             ax.set_title(f"{kind}\n{KIND_WORDS.get(kind, '')}", fontsize=7.5, linespacing=1.3)
             ax.set_xlabel("layer")
         axes[0, 0].set_ylabel("role of the token" if _by(table) == "role" else "token position")
@@ -379,12 +457,28 @@ def heatmap(importance: ImportanceMap, selection: Iterable[Site] | None = None, 
             keys.append(Patch(fill=False, edgecolor=INK, linewidth=1.1, label="selected sites"))
         if any(np.isnan(g).any() for g in grids.values()):
             keys.append(Patch(facecolor=MISSING, edgecolor="none", label="not measured"))
-        figure.legend(handles=keys, loc="outside lower left", ncols=len(keys), handlelength=1.4, columnspacing=1.6, borderaxespad=0.3)
-        _headline(figure, "Where a state carries the answer: average indirect effect (AIE)", facts(importance.about))
+        figure.legend(
+            handles=keys,
+            loc="outside lower left",
+            ncols=len(keys),
+            handlelength=1.4,
+            columnspacing=1.6,
+            borderaxespad=0.3,
+        )
+        _headline(
+            figure,
+            "Where a state carries the answer: average indirect effect (AIE)",
+            facts(importance.about),
+        )
     return figure
 
 
-def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, highlight: int | Sequence[str] = 5) -> Figure:
+def lines(
+    importance: ImportanceMap,
+    *,
+    kinds: Sequence[str] | None = None,
+    highlight: int | Sequence[str] = 5,
+) -> Figure:
     """AIE over layers, one line a role with its interval, one panel a kind.
 
     Args:
@@ -402,13 +496,24 @@ def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, high
         raise ConfigError("the map has no kind with one state a layer; heads(map) draws heads")
     roles, layers = _rows_of(table), sorted(int(layer) for layer in table["layer"].unique())
     if isinstance(highlight, int):
-        peak = table.assign(size=table["aie"].abs()).groupby("role", observed=True)["size"].max().reindex(roles)
+        peak = (
+            table.assign(size=table["aie"].abs())
+            .groupby("role", observed=True)["size"]
+            .max()
+            .reindex(roles)
+        )
         peak = peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable")
         bright = [r for r in roles if r in set(peak.index[:highlight])]
     else:
         bright = [r for r in roles if r in set(highlight)]
     with style():
-        figure, axes = _figure(PAGE if len(kinds) > 1 else COLUMN + 0.7, 1.95, ncols=len(kinds), sharey=True, squeeze=False)
+        figure, axes = _figure(
+            PAGE if len(kinds) > 1 else COLUMN + 0.7,
+            1.95,
+            ncols=len(kinds),
+            sharey=True,
+            squeeze=False,
+        )
         for ax, kind in zip(axes[0], kinds, strict=True):
             ax.axhline(0, color=SOFT, linewidth=0.6, zorder=1)
             for role in [*(r for r in roles if r not in bright), *bright]:
@@ -419,31 +524,65 @@ def lines(importance: ImportanceMap, *, kinds: Sequence[str] | None = None, high
                     continue
                 colour, dash = ROLE_STYLES.get(role, (INK, "-"))
                 ax.fill_between(
-                    x, rows["ci_low"].to_numpy(float), rows["ci_high"].to_numpy(float), color=colour, alpha=0.16, linewidth=0, zorder=3
+                    x,
+                    rows["ci_low"].to_numpy(float),
+                    rows["ci_high"].to_numpy(float),
+                    color=colour,
+                    alpha=0.16,
+                    linewidth=0,
+                    zorder=3,
                 )
-                ax.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=2.2 if len(layers) <= 24 else 0, zorder=4, label=role)
+                ax.plot(
+                    x,
+                    y,
+                    color=colour,
+                    linestyle=dash,
+                    marker="o",
+                    markersize=2.2 if len(layers) <= 24 else 0,
+                    zorder=4,
+                    label=role,
+                )
             ax.set_title(f"{kind}\n{KIND_WORDS.get(kind, '')}", fontsize=7.5, linespacing=1.3)
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.margins(x=0.02)
         axes[0, 0].set_ylabel(effect_label(importance.about))
         keys: list[Any] = [
-            Line2D([], [], color=ROLE_STYLES.get(r, (INK, "-"))[0], linestyle=ROLE_STYLES.get(r, (INK, "-"))[1], label=r) for r in bright
+            Line2D(
+                [],
+                [],
+                color=ROLE_STYLES.get(r, (INK, "-"))[0],
+                linestyle=ROLE_STYLES.get(r, (INK, "-"))[1],
+                label=r,
+            )
+            for r in bright
         ]
         if len(bright) < len(roles):
             keys.append(Line2D([], [], color=FAINT, linewidth=0.9, label="other roles"))
         keys.append(
             Patch(
-                facecolor=SOFT, alpha=0.25, linewidth=0, label=f"{importance.about.get('level', 0.95):.0%} interval (bootstrap by sentence)"
+                facecolor=SOFT,
+                alpha=0.25,
+                linewidth=0,
+                label=f"{importance.about.get('level', 0.95):.0%} interval (bootstrap by sentence)",
             )
         )
         columns = len(keys) if len(kinds) > 1 else 3
-        figure.legend(handles=keys, loc="outside lower left", ncols=columns, handlelength=1.9, columnspacing=1.3, borderaxespad=0.3)
+        figure.legend(
+            handles=keys,
+            loc="outside lower left",
+            ncols=columns,
+            handlelength=1.9,
+            columnspacing=1.3,
+            borderaxespad=0.3,
+        )
         _headline(figure, "Average indirect effect (AIE) over the layers", facts(importance.about))
     return figure
 
 
-def heads(importance: ImportanceMap, *, kind: str | None = None, roles: Sequence[str] | int = 3) -> Figure:
+def heads(
+    importance: ImportanceMap, *, kind: str | None = None, roles: Sequence[str] | int = 3
+) -> Figure:
     """Head x layer, one panel a role, all on one scale about 0.
 
     Args:
@@ -454,12 +593,19 @@ def heads(importance: ImportanceMap, *, kind: str | None = None, roles: Sequence
     table = importance.table
     present = [k for k in table["kind"].unique() if k in HEAD_KINDS]
     if not present or kind not in (None, *present):
-        raise ConfigError(f"heads of kind {kind or 'head'!r} were asked for; the map has {choices(table['kind'].unique())}")
+        raise ConfigError(
+            f"heads of kind {kind or 'head'!r} were asked for; the map has {choices(table['kind'].unique())}"
+        )
     kind = kind or present[0]
     table = table[table["kind"] == kind]
     by, everywhere = _by(table), _rows_of(table)
     if isinstance(roles, int):
-        peak = table.assign(size=table["aie"].abs()).groupby(by, observed=True)["size"].max().reindex(everywhere)
+        peak = (
+            table.assign(size=table["aie"].abs())
+            .groupby(by, observed=True)["size"]
+            .max()
+            .reindex(everywhere)
+        )
         best = set(peak.sort_values(ascending=False, kind="stable").index[:roles])
         places: list[Any] = [r for r in everywhere if r in best]
     else:
@@ -469,33 +615,61 @@ def heads(importance: ImportanceMap, *, kind: str | None = None, roles: Sequence
             f"heads at {choices(roles) if not isinstance(roles, int) else roles} were asked for; the map has {choices(everywhere)}"
         )
     table = table[table[by].isin(places)]
-    layers, numbers = sorted(int(layer) for layer in table["layer"].unique()), sorted(table["head"].unique())
+    layers, numbers = (
+        sorted(int(layer) for layer in table["layer"].unique()),
+        sorted(table["head"].unique()),
+    )
 
     def grid(place: Any, column: str) -> np.ndarray:
-        wide = table[table[by] == place].pivot_table(index="head", columns="layer", values=column, aggfunc="mean")
+        wide = table[table[by] == place].pivot_table(
+            index="head", columns="layer", values=column, aggfunc="mean"
+        )
         return wide.reindex(index=numbers, columns=layers).to_numpy(dtype=float)
 
     limit = _scale(grid(p, "aie") for p in places)
     with style():
         figure, axes = _figure(
-            PAGE if len(places) > 1 else COLUMN + 0.7, 0.85 + 0.15 * max(len(numbers), 6), ncols=len(places), sharey=True, squeeze=False
+            PAGE if len(places) > 1 else COLUMN + 0.7,
+            0.85 + 0.15 * max(len(numbers), 6),
+            ncols=len(places),
+            sharey=True,
+            squeeze=False,
         )
         for ax, place in zip(axes[0], places, strict=True):
             mesh = _mesh(ax, grid(place, "aie"), layers, numbers, limit)
-            _dots(ax, uncertain(grid(place, "ci_low"), grid(place, "ci_high")), 2.2 if len(layers) <= 24 else 1.2)
+            _dots(
+                ax,
+                uncertain(grid(place, "ci_low"), grid(place, "ci_high")),
+                2.2 if len(layers) <= 24 else 1.2,
+            )
             ax.set_title(f"at {place}", fontsize=7.5)
             ax.set_xlabel("layer")
         axes[0, 0].set_ylabel("head")
         _bar(figure, mesh, list(axes[0]), effect_label(importance.about))
-        dot = Line2D([], [], marker="o", color="none", markerfacecolor=SOFT, markeredgewidth=0, markersize=2.2)
+        dot = Line2D(
+            [],
+            [],
+            marker="o",
+            color="none",
+            markerfacecolor=SOFT,
+            markeredgewidth=0,
+            markersize=2.2,
+        )
         dot.set_label(f"{importance.about.get('level', 0.95):.0%} interval covers 0")
         figure.legend(handles=[dot], loc="outside lower left", handlelength=1.4, borderaxespad=0.3)
-        _headline(figure, f"Which heads carry the answer: AIE of {KIND_WORDS[kind]}", facts(importance.about))
+        _headline(
+            figure,
+            f"Which heads carry the answer: AIE of {KIND_WORDS[kind]}",
+            facts(importance.about),
+        )
     return figure
 
 
 def save_trace_figures(
-    importance: ImportanceMap, folder: str | Path, selection: Iterable[Site] | None = None, effects: Effects | None = None
+    importance: ImportanceMap,
+    folder: str | Path,
+    selection: Iterable[Site] | None = None,
+    effects: Effects | None = None,
 ) -> list[Path]:
     """The figures of a trace as PNG and PDF: `heatmap`, `lines`, `heads` where the map has heads, `example` where effects are given.
 
@@ -515,7 +689,9 @@ def save_trace_figures(
         if "role" in importance.table:
             written += save(lines(importance), folder / "lines")
     for kind in (k for k in found if k in HEAD_KINDS):
-        written += save(heads(importance, kind=kind), folder / ("heads" if kind == "head" else f"heads-{kind}"))
+        written += save(
+            heads(importance, kind=kind), folder / ("heads" if kind == "head" else f"heads-{kind}")
+        )
     if effects is not None and any(k not in HEAD_KINDS for k in found):
         written += save(example_map(effects), folder / "example")
     return written
@@ -541,13 +717,23 @@ def example_map(effects: Effects, example_id: str | None = None, kind: str | Non
     kind = kind or (present[0] if present else None)
     rows = rows[rows["kind"] == kind]
     if rows.empty or kind in HEAD_KINDS:
-        raise DataError(f"example {example_id!r} has no map of kind {kind!r}; it was traced at {choices(effects.frame['kind'].unique())}")
+        raise DataError(
+            f"example {example_id!r} has no map of kind {kind!r}; it was traced at {choices(effects.frame['kind'].unique())}"
+        )
     meta = pairs.loc[example_id]
     tokens, roles = list(meta["tokens"]), list(meta["roles"])
     layers = sorted(rows["layer"].unique())
     single = bool((rows["position"] >= 0).any())
-    wide = rows.pivot_table(index="position" if single else "role", columns="layer", values="effect", aggfunc="mean", observed=True)
-    values = wide.reindex(index=range(len(tokens)) if single else roles, columns=layers).to_numpy(dtype=float)
+    wide = rows.pivot_table(
+        index="position" if single else "role",
+        columns="layer",
+        values="effect",
+        aggfunc="mean",
+        observed=True,
+    )
+    values = wide.reindex(index=range(len(tokens)) if single else roles, columns=layers).to_numpy(
+        dtype=float
+    )
     with style():
         width = COLUMN + 0.7 if len(layers) <= 16 else PAGE * 0.75
         figure, ax = _figure(width, 0.6 + 0.135 * len(tokens))
@@ -555,11 +741,17 @@ def example_map(effects: Effects, example_id: str | None = None, kind: str | Non
         for label, role in zip(ax.get_yticklabels(), roles, strict=True):
             colour = ROLE_STYLES.get(role, (INK, "-"))[0]
             label.set_color(SOFT if role == "template" else colour)
-            label.set_fontweight("bold" if role.startswith(("aspect", "query", "opinion")) else "normal")
+            label.set_fontweight(
+                "bold" if role.startswith(("aspect", "query", "opinion")) else "normal"
+            )
         ax.set_xlabel("layer")
         ax.set_ylabel("token (colour: role)")
         _bar(figure, mesh, [ax], effect_label(effects.about, average=False))
-        seen = [r for r in ("before", "aspect.last", "opinion", "after", "query.last", "answer") if r in roles]
+        seen = [
+            r
+            for r in ("before", "aspect.last", "opinion", "after", "query.last", "answer")
+            if r in roles
+        ]
         keys = [
             Line2D(
                 [],
@@ -608,7 +800,11 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
 
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
     """The rows of every value of a column, in the order they first appear; one unnamed group where there is no such column."""
-    return [(str(k), g) for k, g in table.groupby(column, sort=False)] if column in table else [("", table)]
+    return (
+        [(str(k), g) for k, g in table.groupby(column, sort=False)]
+        if column in table
+        else [("", table)]
+    )
 
 
 def _ends(rows: pd.DataFrame, value: str) -> np.ndarray | None:
@@ -617,7 +813,9 @@ def _ends(rows: pd.DataFrame, value: str) -> np.ndarray | None:
     if low not in rows or high not in rows:
         return None
     y = rows[value].to_numpy(float)
-    return np.nan_to_num(np.clip(np.stack([y - rows[low].to_numpy(float), rows[high].to_numpy(float) - y]), 0, None))
+    return np.nan_to_num(
+        np.clip(np.stack([y - rows[low].to_numpy(float), rows[high].to_numpy(float) - y]), 0, None)
+    )
 
 
 def _curve(
@@ -633,12 +831,37 @@ def _curve(
 ) -> None:
     """A line with its interval, interrupted before the points `breaks`."""
     y, ends = rows[value].to_numpy(float) * factor, _ends(rows, value)
-    look: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "label": label or None, "marker": MARKERS[i % len(MARKERS)]}
+    look: dict[str, Any] = {
+        "color": CYCLE[i % len(CYCLE)],
+        "label": label or None,
+        "marker": MARKERS[i % len(MARKERS)],
+    }
     if ends is not None and band:
-        ax.fill_between(x, y - ends[0] * factor, y + ends[1] * factor, color=look["color"], alpha=0.16, linewidth=0)
+        ax.fill_between(
+            x,
+            y - ends[0] * factor,
+            y + ends[1] * factor,
+            color=look["color"],
+            alpha=0.16,
+            linewidth=0,
+        )
     elif ends is not None:
-        ax.errorbar(x, y, yerr=ends * factor, fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=1.5, alpha=0.8)
-    ax.plot(np.insert(x, breaks, np.nan), np.insert(y, breaks, np.nan), linestyle=("-", "--", "-.", ":")[i // len(CYCLE) % 4], **look)
+        ax.errorbar(
+            x,
+            y,
+            yerr=ends * factor,
+            fmt="none",
+            ecolor=look["color"],
+            elinewidth=0.8,
+            capsize=1.5,
+            alpha=0.8,
+        )
+    ax.plot(
+        np.insert(x, breaks, np.nan),
+        np.insert(y, breaks, np.nan),
+        linestyle=("-", "--", "-.", ":")[i // len(CYCLE) % 4],
+        **look,
+    )
 
 
 def _finish(figure: Figure, ax: Axes, own: bool, title: str, note: str, ncols: int = 3) -> Figure:
@@ -646,7 +869,13 @@ def _finish(figure: Figure, ax: Axes, own: bool, title: str, note: str, ncols: i
     names = ax.get_legend_handles_labels()[1]
     if own:
         if names:
-            figure.legend(loc="outside lower left", ncols=min(ncols, len(names)), borderaxespad=0.3, columnspacing=1.2, handlelength=1.8)
+            figure.legend(
+                loc="outside lower left",
+                ncols=min(ncols, len(names)),
+                borderaxespad=0.3,
+                columnspacing=1.2,
+                handlelength=1.8,
+            )
         _headline(figure, title, note)
     else:
         ax.set_title(title)
@@ -656,7 +885,12 @@ def _finish(figure: Figure, ax: Axes, own: bool, title: str, note: str, ncols: i
 
 
 def layer_ranges(
-    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Which layers to edit", note: str = ""
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Which layers to edit",
+    note: str = "",
 ) -> Figure:
     """Score against the edited range of layers, a line a data set or method (Li et al. 2025, Figure 4).
 
@@ -673,9 +907,21 @@ def layer_ranges(
         figure, on = _single(ax, COLUMN + 0.5, 2.2)
         names = [str(x) for x in dict.fromkeys(table["layers"])]
         for i, (name, rows) in enumerate(_groups(table, "data" if "data" in table else "method")):
-            widths = [len(parse_layers(str(x), 10**6)) if re.fullmatch(r"[\d,-]+", str(x)) else str(x) for x in rows["layers"]]
+            widths = [
+                len(parse_layers(str(x), 10**6)) if re.fullmatch(r"[\d,-]+", str(x)) else str(x)
+                for x in rows["layers"]
+            ]
             breaks = [j for j in range(1, len(widths)) if widths[j] != widths[j - 1]]
-            _curve(on, np.array([names.index(str(x)) for x in rows["layers"]], float), rows, metric, i, name, 100.0, breaks=breaks)
+            _curve(
+                on,
+                np.array([names.index(str(x)) for x in rows["layers"]], float),
+                rows,
+                metric,
+                i,
+                name,
+                100.0,
+                breaks=breaks,
+            )
         on.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
         on.set_xlabel("edited layers")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
@@ -683,7 +929,12 @@ def layer_ranges(
 
 
 def position_bars(
-    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Which token to edit", note: str = ""
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Which token to edit",
+    note: str = "",
 ) -> Figure:
     """Score by the position that is edited, a group of bars a data set (Li et al. 2025, Figure 5).
 
@@ -697,10 +948,17 @@ def position_bars(
         groups = _groups(table, "data")
         names = [str(x) for x in dict.fromkeys(table["position"])]
         width = 0.8 / len(names)
-        lowest = 100 * float(np.nanmin(table[f"{metric}_low"] if f"{metric}_low" in table else table[metric]))
+        lowest = 100 * float(
+            np.nanmin(table[f"{metric}_low"] if f"{metric}_low" in table else table[metric])
+        )
         floor = max(0.0, 10 * math.floor((lowest - 5) / 10))
         for j, name in enumerate(names):
-            rows = pd.concat([g[g["position"].astype(str) == name].head(1).assign(_x=i) for i, (_, g) in enumerate(groups)])
+            rows = pd.concat(
+                [
+                    g[g["position"].astype(str) == name].head(1).assign(_x=i)
+                    for i, (_, g) in enumerate(groups)
+                ]
+            )
             y, ends = 100 * rows[metric].to_numpy(float), _ends(rows, metric)
             x = rows["_x"].to_numpy(float) + (j - (len(names) - 1) / 2) * width
             on.bar(
@@ -762,7 +1020,14 @@ def parameters(
             on,
             ax is None,
             title,
-            "\n".join(x for x in (note, "bars: sd over seeds; faint points: single seeds" if seeds > 1 else "") if x),
+            "\n".join(
+                x
+                for x in (
+                    note,
+                    "bars: sd over seeds; faint points: single seeds" if seeds > 1 else "",
+                )
+                if x
+            ),
         )
 
 
@@ -781,7 +1046,12 @@ def _label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> 
 
 
 def domains(
-    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Trained here, tested there", note: str = ""
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Trained here, tested there",
+    note: str = "",
 ) -> Figure:
     """Score for every pair of training and test domain, the number in its cell; in-domain cells are framed.
 
@@ -794,10 +1064,12 @@ def domains(
         rows, tested = list(dict.fromkeys(table["train"])), list(dict.fromkeys(table["test"]))
         columns = [r for r in rows if r in tested] + [c for c in tested if c not in rows]
         figure, on = _single(ax, COLUMN + 0.2, 0.7 + 0.42 * len(rows))
-        values = 100 * table.pivot_table(index="train", columns="test", values=metric, aggfunc="mean").reindex(
-            index=rows, columns=columns
-        ).to_numpy(float)
-        mesh = on.pcolormesh(np.ma.masked_invalid(values), cmap=SEQUENTIAL, edgecolors="white", linewidth=1)
+        values = 100 * table.pivot_table(
+            index="train", columns="test", values=metric, aggfunc="mean"
+        ).reindex(index=rows, columns=columns).to_numpy(float)
+        mesh = on.pcolormesh(
+            np.ma.masked_invalid(values), cmap=SEQUENTIAL, edgecolors="white", linewidth=1
+        )
         on.set_ylim(len(rows), 0)
         on.spines[:].set_visible(False)
         on.tick_params(length=0)
@@ -806,7 +1078,15 @@ def domains(
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for i, j in np.ndindex(values.shape):
             text = "–" if np.isnan(values[i, j]) else f"{values[i, j]:.1f}"
-            on.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color="white" if values[i, j] > middle else INK)
+            on.text(
+                j + 0.5,
+                i + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if values[i, j] > middle else INK,
+            )
         _outline(on, np.array([[r == c for c in columns] for r in rows]))
         on.set_xlabel("tested on")
         on.set_ylabel("trained on")
@@ -834,12 +1114,25 @@ def differences(
         on.axvline(0, color=SOFT, linewidth=0.7)
         y = np.arange(len(table))
         x = 100 * table["difference"].to_numpy(float)
-        ends = np.clip(np.stack([x - 100 * table["low"].to_numpy(float), 100 * table["high"].to_numpy(float) - x]), 0, None)
+        ends = np.clip(
+            np.stack(
+                [x - 100 * table["low"].to_numpy(float), 100 * table["high"].to_numpy(float) - x]
+            ),
+            0,
+            None,
+        )
         on.errorbar(x, y, xerr=ends, fmt="none", ecolor=CYCLE[0], elinewidth=1.0, capsize=2)
         clear = (table["p"] < 0.05).to_numpy() if "p" in table else np.ones(len(table), bool)
         for mask, fill, label in ((clear, CYCLE[0], "p < 0.05"), (~clear, "white", "p ≥ 0.05")):
             on.scatter(
-                x[mask], y[mask], s=16, facecolor=fill, edgecolor=CYCLE[0], linewidth=0.9, zorder=3, label=label if "p" in table else None
+                x[mask],
+                y[mask],
+                s=16,
+                facecolor=fill,
+                edgecolor=CYCLE[0],
+                linewidth=0.9,
+                zorder=3,
+                label=label if "p" in table else None,
             )
         on.set_yticks(y, [str(n) for n in table["name"]])
         on.set_ylim(len(table) - 0.5, -0.5)
@@ -864,27 +1157,53 @@ def effects_and_edits(
             many layers the place has), which is told by the marker. A method of fewer than 3 places gets no rho.
         metric: the column drawn.
     """
-    from .stats import spearman_interval
+    from ..stats import spearman_interval
 
     _need(table, "aie", metric)
     with style():
         figure, on = _single(ax, COLUMN + 0.5, 2.9)
         sizes = sorted(table["size"].unique()) if "size" in table else []
         for i, (name, rows) in enumerate(_groups(table, "method")):
-            colour, x, y, ends = CYCLE[i % len(CYCLE)], rows["aie"].to_numpy(float), 100 * rows[metric].to_numpy(float), _ends(rows, metric)
+            colour, x, y, ends = (
+                CYCLE[i % len(CYCLE)],
+                rows["aie"].to_numpy(float),
+                100 * rows[metric].to_numpy(float),
+                _ends(rows, metric),
+            )
             label = name
             if len(rows) > 2:
                 rho = spearman_interval(x, y)
                 label = f"{name}  ρ = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]".strip()
             if ends is not None:
-                on.errorbar(x, y, yerr=100 * ends, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.6)
-            markers = rows["size"].map({n: MARKERS[j % len(MARKERS)] for j, n in enumerate(sizes)}) if sizes else pd.Series("o", rows.index)
+                on.errorbar(
+                    x, y, yerr=100 * ends, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.6
+                )
+            markers = (
+                rows["size"].map({n: MARKERS[j % len(MARKERS)] for j, n in enumerate(sizes)})
+                if sizes
+                else pd.Series("o", rows.index)
+            )
             for marker in markers.unique():
-                on.scatter(x[markers == marker], y[markers == marker], s=14, color=colour, marker=marker, linewidths=0, alpha=0.9)
+                on.scatter(
+                    x[markers == marker],
+                    y[markers == marker],
+                    s=14,
+                    color=colour,
+                    marker=marker,
+                    linewidths=0,
+                    alpha=0.9,
+                )
             on.plot([], [], color=colour, marker="o", linestyle="", label=label)
         if len(sizes) > 1:
             for j, n in enumerate(sizes):
-                on.plot([], [], color=SOFT, marker=MARKERS[j % len(MARKERS)], linestyle="", label="1 layer" if n == 1 else f"{n} layers")
+                on.plot(
+                    [],
+                    [],
+                    color=SOFT,
+                    marker=MARKERS[j % len(MARKERS)],
+                    linestyle="",
+                    label="1 layer" if n == 1 else f"{n} layers",
+                )
         on.set_xlabel("AIE of the place")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)\nof editing it")
         return _finish(figure, on, ax is None, title, note, 1)
@@ -893,7 +1212,13 @@ def effects_and_edits(
 # ---- how true: checks of the method -------------------------------------------------------------------------------------------
 
 
-def faithfulness(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "Faithfulness of the ranking", note: str = "") -> Figure:
+def faithfulness(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    title: str = "Faithfulness of the ranking",
+    note: str = "",
+) -> Figure:
     """Share of the model's behaviour that a circuit of the best-ranked components keeps, against its size; a line a ranking.
 
     Args:
@@ -906,7 +1231,9 @@ def faithfulness(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "F
         on.axhline(0, color=SOFT, linewidth=0.6)
         for i, (name, rows) in enumerate(_groups(table, "method")):
             rows = rows.sort_values("share")
-            _curve(on, 100 * rows["share"].to_numpy(float), rows, "faithfulness", i, name, band=True)
+            _curve(
+                on, 100 * rows["share"].to_numpy(float), rows, "faithfulness", i, name, band=True
+            )
         if float(table["share"][table["share"] > 0].min()) < 0.02:
             on.set_xscale("symlog", linthresh=100 * float(table["share"][table["share"] > 0].min()))
             on.xaxis.set_major_formatter("{x:g}")
@@ -916,7 +1243,12 @@ def faithfulness(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "F
 
 
 def pruning(
-    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Least important removed first", note: str = ""
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Least important removed first",
+    note: str = "",
 ) -> Figure:
     """Score against the share of components removed, a line a ranking.
 
@@ -928,16 +1260,29 @@ def pruning(
         figure, on = _single(ax, COLUMN + 0.3, 2.2)
         for i, (name, rows) in enumerate(_groups(table, "method")):
             rows = rows.sort_values("removed")
-            _curve(on, 100 * rows["removed"].to_numpy(float), rows, metric, i, name, 100.0, band=True)
+            _curve(
+                on, 100 * rows["removed"].to_numpy(float), rows, metric, i, name, 100.0, band=True
+            )
         if "majority" in table:
-            on.axhline(100 * float(table["majority"].iloc[0]), color=SOFT, linewidth=0.8, linestyle=":", label="most frequent class")
+            on.axhline(
+                100 * float(table["majority"].iloc[0]),
+                color=SOFT,
+                linewidth=0.8,
+                linestyle=":",
+                label="most frequent class",
+            )
         on.set_xlabel("components removed (%)")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
         return _finish(figure, on, ax is None, title, note)
 
 
 def ranks(
-    table: pd.DataFrame, ax: Axes | None = None, *, metric: str = "accuracy", title: str = "Rank of the edit", note: str = ""
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str = "Rank of the edit",
+    note: str = "",
 ) -> Figure:
     """Score against the rank of an edit (axis in powers of two), a line a method, class or group.
 
@@ -951,7 +1296,9 @@ def ranks(
             rows = rows.sort_values("rank")
             _curve(on, rows["rank"].to_numpy(float), rows, metric, i, name, 100.0)
         on.set_xscale("log", base=2)
-        on.set_xticks(sorted(table["rank"].unique()), [str(r) for r in sorted(table["rank"].unique())])
+        on.set_xticks(
+            sorted(table["rank"].unique()), [str(r) for r in sorted(table["rank"].unique())]
+        )
         on.set_xlabel("rank")
         on.set_ylabel(f"{metric.replace('_', ' ')} (%)")
         return _finish(figure, on, ax is None, title, note)
@@ -973,16 +1320,31 @@ def agreement(
         rho: an `Estimate` (value, low, high) to print; computed where it is not given.
         note: default the facts of the exact map.
     """
-    from .stats import spearman_interval
+    from ..stats import spearman_interval
 
-    both = exact.table.merge(estimate.table, on=["kind", "layer", "head", _by(exact.table)], suffixes=("_exact", "_estimate"))
+    both = exact.table.merge(
+        estimate.table,
+        on=["kind", "layer", "head", _by(exact.table)],
+        suffixes=("_exact", "_estimate"),
+    )
     both = both.dropna(subset=["aie_exact", "aie_estimate"])
     if len(both) < 3:
-        raise ConfigError(f"the two maps share {len(both)} cells; at least 3 are needed to compare them")
-    rho = spearman_interval(both["aie_exact"].to_numpy(), both["aie_estimate"].to_numpy()) if rho is None else rho
+        raise ConfigError(
+            f"the two maps share {len(both)} cells; at least 3 are needed to compare them"
+        )
+    rho = (
+        spearman_interval(both["aie_exact"].to_numpy(), both["aie_estimate"].to_numpy())
+        if rho is None
+        else rho
+    )
     with style():
         figure, on = _single(ax, COLUMN + 0.3, 2.7)
-        ends = np.array([both[["aie_exact", "aie_estimate"]].min().min(), both[["aie_exact", "aie_estimate"]].max().max()])
+        ends = np.array(
+            [
+                both[["aie_exact", "aie_estimate"]].min().min(),
+                both[["aie_exact", "aie_estimate"]].max().max(),
+            ]
+        )
         on.plot(ends, ends, color=SOFT, linewidth=0.7, linestyle=":", label="equal")
         for i, (kind, rows) in enumerate(both.groupby("kind", sort=False)):
             on.scatter(

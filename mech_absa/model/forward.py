@@ -25,16 +25,18 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .axes import Resid
-from .errors import HookError
+from ..axes import Resid
+from ..errors import HookError
+from . import ACTIVATIONS, Model, heads_of, linear, norm_of
 from .hooks import hooked_at
-from .models import ACTIVATIONS, Model, heads_of, linear, norm_of
 
 Point = tuple[nn.Module, Callable[[Tensor], Tensor | None]]
 """A module and what is done to its output; None leaves it as it is."""
 
 
-def advance(model: Model, x: Resid, start: int = 0, stop: int | None = None, points: Sequence[Point] = ()) -> Resid:
+def advance(
+    model: Model, x: Resid, start: int = 0, stop: int | None = None, points: Sequence[Point] = ()
+) -> Resid:
     """The residual stream after blocks `start` to `stop` - 1, whole.
 
     Args:
@@ -59,7 +61,11 @@ def advance(model: Model, x: Resid, start: int = 0, stop: int | None = None, poi
 
 
 def last(
-    model: Model, x: Resid, reads: Int[Tensor, "batch read"], start: int = 0, points: Sequence[Point] = ()
+    model: Model,
+    x: Resid,
+    reads: Int[Tensor, "batch read"],
+    start: int = 0,
+    points: Sequence[Point] = (),
 ) -> Float[Tensor, "batch read d_model"]:
     """The residual stream after the last block, at the positions that are read.
 
@@ -72,7 +78,11 @@ def last(
         HookError: a point lies outside these blocks.
     """
     final = model.n_layers - 1
-    lean = start <= final and _lean(model, start, model.n_layers, points) and _fused(model, final, x.shape[1])
+    lean = (
+        start <= final
+        and _lean(model, start, model.n_layers, points)
+        and _fused(model, final, x.shape[1])
+    )
     if not lean or any(id(module) in _modules(model, final) for module, _ in points):
         return rows_of(advance(model, x, start, None, points), reads)
     x = advance(model, x, start, final, points).to(model.block_device(final))
@@ -103,7 +113,9 @@ class _Taps:
 
 def _all_acted(planned: int, acted: int) -> None:
     if planned != acted:
-        raise HookError(f"{planned} interventions were planned and {acted} acted; all must lie in the blocks that run, once each")
+        raise HookError(
+            f"{planned} interventions were planned and {acted} acted; all must lie in the blocks that run, once each"
+        )
 
 
 def _modules(model: Model, layer: int) -> dict[int, nn.Module]:
@@ -113,13 +125,19 @@ def _modules(model: Model, layer: int) -> dict[int, nn.Module]:
     found += [block.ln2, block.mlp, block.hook_mlp_out, block.hook_resid_post]
     found += [getattr(block.attn, name) for name in ("hook_q", "hook_k", "hook_v", "hook_z")]
     found += [block.hook_resid_mid] if not model.parallel else []
-    found += [getattr(block.mlp, name) for name in ("hook_pre", "hook_pre_linear", "hook_post") if hasattr(block.mlp, name)]
+    found += [
+        getattr(block.mlp, name)
+        for name in ("hook_pre", "hook_pre_linear", "hook_post")
+        if hasattr(block.mlp, name)
+    ]
     return {id(m): m for m in found}
 
 
 def _lean(model: Model, start: int, stop: int, points: Sequence[Point]) -> bool:
     """Whether the pieces can stand for the hooked forward pass."""
-    if model.refusal is not None or any(not _known(model.hooked.blocks[layer]) for layer in range(start, stop)):
+    if model.refusal is not None or any(
+        not _known(model.hooked.blocks[layer]) for layer in range(start, stop)
+    ):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules):
         return False
@@ -131,14 +149,20 @@ def _lean(model: Model, start: int, stop: int, points: Sequence[Point]) -> bool:
 
 def _known(block: Any) -> bool:
     mlp = block.mlp
-    return block.attn.q_norm is None and type(mlp).__name__ in ("MLP", "GatedMLP") and mlp.cfg.act_fn in ACTIVATIONS
+    return (
+        block.attn.q_norm is None
+        and type(mlp).__name__ in ("MLP", "GatedMLP")
+        and mlp.cfg.act_fn in ACTIVATIONS
+    )
 
 
 def _fused(model: Model, layer: int, length: int) -> bool:
     """Whether the attention of a layer is softmax(q k / scale) v under a causal mask, and nothing else."""
     cfg, attn = model.cfg, model.hooked.blocks[layer].attn
     windowed = attn.attn_type == "local" and length > cfg.window_size
-    return not windowed and cfg.attn_scores_soft_cap <= 0 and cfg.positional_embedding_type != "alibi"
+    return (
+        not windowed and cfg.attn_scores_soft_cap <= 0 and cfg.positional_embedding_type != "alibi"
+    )
 
 
 def _attention(
@@ -156,18 +180,29 @@ def _attention(
     if (group := q.shape[2] // k.shape[2]) > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     z = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=scale
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
     )
     return z.transpose(1, 2)
 
 
-def _project(model: Model, layer: int, z: Float[Tensor, "*token head d_head"]) -> Float[Tensor, "*token d_model"]:
+def _project(
+    model: Model, layer: int, z: Float[Tensor, "*token head d_head"]
+) -> Float[Tensor, "*token d_model"]:
     """sum_h z_h W_O[h] + b_O."""
     attn = model.hooked.blocks[layer].attn
-    return linear(z.flatten(-2), rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), attn.b_O)
+    return linear(
+        z.flatten(-2), rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), attn.b_O
+    )
 
 
-def _mlp(mlp: Any, h: Float[Tensor, "*token d_model"], tap: Callable[[nn.Module, Tensor], Tensor]) -> Float[Tensor, "*token d_model"]:
+def _mlp(
+    mlp: Any, h: Float[Tensor, "*token d_model"], tap: Callable[[nn.Module, Tensor], Tensor]
+) -> Float[Tensor, "*token d_model"]:
     act = ACTIVATIONS[mlp.cfg.act_fn][2]
     if type(mlp).__name__ == "MLP":
         hidden = act(tap(mlp.hook_pre, linear(h, mlp.W_in.T, mlp.b_in)))
@@ -185,18 +220,30 @@ def _block(model: Model, layer: int, x: Resid, tap: _Taps) -> Resid:
     h = tap(block.ln1, norm_of(block.ln1, x))
     q, k, v = (
         tap(point, heads_of(h, W, b))
-        for point, (W, b) in zip((attn.hook_q, attn.hook_k, attn.hook_v), model.qkv_weights(layer), strict=True)
+        for point, (W, b) in zip(
+            (attn.hook_q, attn.hook_k, attn.hook_v), model.qkv_weights(layer), strict=True
+        )
     )
-    z = tap(attn.hook_z, _attention(model, layer, model.rotate(layer, q, positions), model.rotate(layer, k, positions), v))
+    z = tap(
+        attn.hook_z,
+        _attention(
+            model, layer, model.rotate(layer, q, positions), model.rotate(layer, k, positions), v
+        ),
+    )
     a = tap(attn, _project(model, layer, z))
     a = tap(block.hook_attn_out, norm_of(block.ln1_post, a) if both_sides else a)
     mid = x + a if model.parallel else tap(block.hook_resid_mid, x + a)
-    m = tap(block.mlp, _mlp(block.mlp, tap(block.ln2, norm_of(block.ln2, x if model.parallel else mid)), tap))
+    m = tap(
+        block.mlp,
+        _mlp(block.mlp, tap(block.ln2, norm_of(block.ln2, x if model.parallel else mid)), tap),
+    )
     m = tap(block.hook_mlp_out, norm_of(block.ln2_post, m) if both_sides else m)
     return tap(block.hook_resid_post, mid + m)
 
 
-def _last_block(model: Model, layer: int, x: Resid, reads: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d_model"]:
+def _last_block(
+    model: Model, layer: int, x: Resid, reads: Int[Tensor, "batch read"]
+) -> Float[Tensor, "batch read d_model"]:
     """The same where the positions `reads` are all that is asked for: one query, one MLP and one sum each."""
     block, both_sides = model.hooked.blocks[layer], model.cfg.use_normalization_before_and_after
     h = norm_of(block.ln1, x)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import HookError, SiteError
-from .sites import Site
+from ..errors import HookError, SiteError
+from ..sites import Site
 
 Edit = Callable[[Tensor], Tensor]
 """Activation -> activation of the same shape."""
@@ -36,7 +36,9 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
     try:
         return hooked.mod_dict[site.hook_name]
     except KeyError:
-        raise SiteError(f"site {site} does not exist: the model has no hook {site.hook_name}") from None
+        raise SiteError(
+            f"site {site} does not exist: the model has no hook {site.hook_name}"
+        ) from None
 
 
 def _select(site: Site, activation: Tensor) -> Tensor:
@@ -57,7 +59,9 @@ def at_site(hooked: Any, site: Site, fn: Edit) -> tuple[torch.nn.Module, Edit]:
     Raises:
         SiteError: the model has no such site.
     """
-    return hook_point(hooked, site), lambda activation: _replace(site, activation, fn(_select(site, activation)))
+    return hook_point(hooked, site), lambda activation: _replace(
+        site, activation, fn(_select(site, activation))
+    )
 
 
 class _Counted:
@@ -73,7 +77,9 @@ class _Counted:
 
 @contextlib.contextmanager
 def hooked_at(
-    points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]], times: int | None = None, what: str = "a hook"
+    points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]],
+    times: int | None = None,
+    what: str = "a hook",
 ) -> Iterator[list[int]]:
     """Forward hooks on modules, output -> output (None keeps it), for as long as the block lasts.
 
@@ -102,7 +108,9 @@ def hooked_at(
 
 
 @contextlib.contextmanager
-def intervene(hooked: Any, interventions: Mapping[Site, Edit], times: int | None = 1) -> Iterator[None]:
+def intervene(
+    hooked: Any, interventions: Mapping[Site, Edit], times: int | None = 1
+) -> Iterator[None]:
     """Replace the activation at each site by a function of itself.
 
     Args:
@@ -117,7 +125,9 @@ def intervene(hooked: Any, interventions: Mapping[Site, Edit], times: int | None
     """
 
     points = [at_site(hooked, site, fn) for site, fn in interventions.items()]
-    with hooked_at(points, times, what=f"an intervention at {', '.join(map(str, list(interventions)[:3]))}"):
+    with hooked_at(
+        points, times, what=f"an intervention at {', '.join(map(str, list(interventions)[:3]))}"
+    ):
         yield
 
 
@@ -148,4 +158,8 @@ def capture(hooked: Any, sites: Iterable[Site], grad: bool = False) -> Iterator[
 
 def live_hooks(hooked: Any) -> list[str]:
     """Names of the hook points that carry a hook right now; empty for a model that runs as it was trained."""
-    return [name for name, point in hooked.mod_dict.items() if isinstance(point, torch.nn.Module) and point._forward_hooks]
+    return [
+        name
+        for name, point in hooked.mod_dict.items()
+        if isinstance(point, torch.nn.Module) and point._forward_hooks
+    ]

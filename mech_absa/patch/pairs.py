@@ -28,13 +28,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import AlignmentError, ConfigError, DataError, choices
-from .examples import Example, Examples, marked, mixed_polarity
-from .forward import last
-from .models import Model
-from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer
-from .scoring import extend, label_scores, positions_read, question, read_labels
-from .sites import ROLES
+from ..errors import AlignmentError, ConfigError, DataError, choices
+from ..examples import Example, Examples, marked, mixed_polarity
+from ..model import Model
+from ..model.forward import last
+from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
+from ..scoring import extend, label_scores, positions_read, question, read_labels
+from ..sites import ROLES
 
 Direction = Literal["denoise", "noise"]
 """`denoise` restores clean states in the corrupted run; `noise` puts corrupted states into the clean run."""
@@ -164,7 +164,17 @@ class Pair:
         if span == "all":
             return list(range(self.length))
         if span == "sentence":
-            inside = {ROLES.index(r) for r in ("before", "aspect.first", "aspect.middle", "aspect.last", "opinion", "after")}
+            inside = {
+                ROLES.index(r)
+                for r in (
+                    "before",
+                    "aspect.first",
+                    "aspect.middle",
+                    "aspect.last",
+                    "opinion",
+                    "after",
+                )
+            }
             return [i for i, r in enumerate(self.clean.roles[0].tolist()) if r in inside]
         return self.clean.positions(span)
 
@@ -176,7 +186,10 @@ class Pair:
             f"{self.corruption.seed}\0{self.example.id}\0{self.example.sentence}\0{self.example.aspect}".encode()
         ).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noise = torch.randn(self.corruption.draws, self.length, d_model, generator=generator) * self.sigma
+        noise = (
+            torch.randn(self.corruption.draws, self.length, d_model, generator=generator)
+            * self.sigma
+        )
         mask = torch.zeros(self.length, 1)
         mask[self.noise_positions()] = 1.0
         return noise * mask
@@ -184,7 +197,11 @@ class Pair:
     def _repr_html_(self) -> str:
         from html import escape
 
-        run = "" if self.other is None else f"<div><small>corrupted run: {marked(self.other)}</small></div>"
+        run = (
+            ""
+            if self.other is None
+            else f"<div><small>corrupted run: {marked(self.other)}</small></div>"
+        )
         if self.clean_scores is None:
             return self.example._repr_html_() + run
         said = [f"clean {_probabilities(self.clean_scores)}"]
@@ -196,7 +213,9 @@ class Pair:
 
 def _probabilities(scores: Float[Tensor, "*draw label"]) -> str:
     """Label probabilities, the mean over draws."""
-    return ", ".join(f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist())
+    return ", ".join(
+        f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist()
+    )
 
 
 def check_alignment(clean: Tokens, corrupted: Tokens, example: Example) -> None:
@@ -211,13 +230,17 @@ def check_alignment(clean: Tokens, corrupted: Tokens, example: Example) -> None:
     a, b = clean.lengths[0], corrupted.lengths[0]
     ids_a, ids_b = clean.ids[0].tolist(), corrupted.ids[0].tolist()
     if a != b:
-        i = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=False)) if x != y), min(a, b))
+        i = next(
+            (i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=False)) if x != y), min(a, b)
+        )
         raise AlignmentError(
             f"{name}: the clean prompt has {a} tokens and the corrupted one {b}; they part at token {i}; a counterfactual needs as many tokens"
         )
     # The opinion span may be known on one side only, or move by a token; every other role has to stand where it stood.
     soft = {ROLES.index("opinion"), ROLES.index("before"), ROLES.index("after")}
-    for i, (x, y) in enumerate(zip(clean.roles[0].tolist(), corrupted.roles[0].tolist(), strict=True)):
+    for i, (x, y) in enumerate(
+        zip(clean.roles[0].tolist(), corrupted.roles[0].tolist(), strict=True)
+    ):
         if x != y and not (x in soft and y in soft):
             raise AlignmentError(
                 f"{name}: token {i} is {ROLES[x]} in the clean prompt and {ROLES[y]} in the corrupted one; the edit moved the aspect"
@@ -254,7 +277,11 @@ class Pairs(Sequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
     def __getitem__(self, index):
-        return replace(self, items=self.items[index]) if isinstance(index, slice) else self.items[index]
+        return (
+            replace(self, items=self.items[index])
+            if isinstance(index, slice)
+            else self.items[index]
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -284,7 +311,9 @@ def aspect_embedding_std(model: Model, prompts: Sequence[Tokens]) -> float:
     """Standard deviation over all entries of the token embeddings of the aspect terms (ROME's unit of noise)."""
     ids = [t.ids[0, i] for t in prompts for i in t.positions("query") or t.positions("aspect")]
     if not ids:
-        raise DataError("no aspect tokens were found in the prompts; the noise scale is measured on them")
+        raise DataError(
+            "no aspect tokens were found in the prompts; the noise scale is measured on them"
+        )
     with torch.inference_mode():
         return float(model.hooked.embed(torch.stack(ids)[None].to(model.device)).float().std())
 
@@ -341,7 +370,9 @@ def make_pairs(
             except _NoCounterfactual:
                 made.append("no counterfactual")
         at += step
-        scored = iter(_scored(model, [p for p in made if isinstance(p, Pair)], continuations, batch_size))
+        scored = iter(
+            _scored(model, [p for p in made if isinstance(p, Pair)], continuations, batch_size)
+        )
         for candidate in made:
             if limit is not None and len(kept) == limit:
                 break
@@ -355,9 +386,17 @@ def make_pairs(
             else:
                 dropped[reason] += 1
     if not kept:
-        why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there were no examples"
-        raise DataError(f"no pair is left of {len(prompts)} examples ({why}); another corruption or --keep all would keep more")
-    sd = [float(p.corrupted_scores.exp()[:, p.gold].std()) for p in kept if p.corrupted_scores is not None and len(p.corrupted_scores) > 1]
+        why = (
+            ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there were no examples"
+        )
+        raise DataError(
+            f"no pair is left of {len(prompts)} examples ({why}); another corruption or --keep all would keep more"
+        )
+    sd = [
+        float(p.corrupted_scores.exp()[:, p.gold].std())
+        for p in kept
+        if p.corrupted_scores is not None and len(p.corrupted_scores) > 1
+    ]
     return Pairs(
         tuple(kept), corruption, continuations, verbalizer, template, sigma, considered, dict(dropped), sum(sd) / len(sd) if sd else 0.0
     )  # fmt: skip
@@ -368,18 +407,37 @@ class _NoCounterfactual(Exception):
 
 
 def _pair(
-    model: Model, example: Example, clean: Tokens, corruption: Corruption, sigma: float, template: PromptTemplate, verbalizer: Verbalizer
+    model: Model,
+    example: Example,
+    clean: Tokens,
+    corruption: Corruption,
+    sigma: float,
+    template: PromptTemplate,
+    verbalizer: Verbalizer,
 ) -> Pair:
     gold = verbalizer.index(example.polarity)
     if not isinstance(corruption, Counterfactual):
         pair = Pair(example, clean, clean, gold, -1, corruption, sigma)
         positions = pair.noise_positions()
-        return replace(pair, first=min(positions) if positions else (pair.length if isinstance(corruption, GaussianNoise) else 0))
+        return replace(
+            pair,
+            first=min(positions)
+            if positions
+            else (pair.length if isinstance(corruption, GaussianNoise) else 0),
+        )
     problem: AlignmentError | None = None
     for other in example.counterfactuals:
         corrupted = question(model, other, template)
         try:
-            pair = Pair(example, clean, corrupted, gold, verbalizer.index(other.polarity), corruption, other=other)
+            pair = Pair(
+                example,
+                clean,
+                corrupted,
+                gold,
+                verbalizer.index(other.polarity),
+                corruption,
+                other=other,
+            )
         except AlignmentError as error:
             problem = error
             continue
@@ -390,21 +448,33 @@ def _pair(
     raise _NoCounterfactual
 
 
-def _scored(model: Model, pairs: Sequence[Pair], continuations: Sequence[Continuation], batch_size: int) -> list[Pair]:
+def _scored(
+    model: Model, pairs: Sequence[Pair], continuations: Sequence[Continuation], batch_size: int
+) -> list[Pair]:
     """The pairs with the label scores of both runs."""
     clean = label_scores(model, [p.clean for p in pairs], continuations, batch_size=batch_size)
     corrupted: list[Tensor | None]
     if all(isinstance(p.corruption, Counterfactual) for p in pairs):
-        corrupted = [s[None] for s in label_scores(model, [p.corrupted for p in pairs], continuations, batch_size=batch_size)]
+        corrupted = [
+            s[None]
+            for s in label_scores(
+                model, [p.corrupted for p in pairs], continuations, batch_size=batch_size
+            )
+        ]
     elif all(isinstance(p.corruption, GaussianNoise) for p in pairs):
         corrupted = [noised_scores(model, p, continuations) for p in pairs]
     else:
         corrupted = [None] * len(pairs)
-    return [replace(p, clean_scores=a, corrupted_scores=b) for p, a, b in zip(pairs, clean, corrupted, strict=True)]
+    return [
+        replace(p, clean_scores=a, corrupted_scores=b)
+        for p, a, b in zip(pairs, clean, corrupted, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def noised_scores(model: Model, pair: Pair, continuations: Sequence[Continuation]) -> Float[Tensor, "draw label"]:
+def noised_scores(
+    model: Model, pair: Pair, continuations: Sequence[Continuation]
+) -> Float[Tensor, "draw label"]:
     """Label scores of the noised runs of one pair."""
     n_labels = sum(len(c.labels) for c in continuations)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -423,7 +493,11 @@ def _reason_to_drop(pair: Pair, keep: str) -> str | None:
     assert pair.clean_scores is not None
     if int(pair.clean_scores.argmax()) != pair.gold:
         return "clean run wrong"
-    if keep == "paper" and pair.corrupted_scores is not None and int(pair.corrupted_scores.exp().mean(0).argmax()) == pair.gold:
+    if (
+        keep == "paper"
+        and pair.corrupted_scores is not None
+        and int(pair.corrupted_scores.exp().mean(0).argmax()) == pair.gold
+    ):
         return "corrupted run right"
     return None
 
@@ -460,18 +534,26 @@ def make_runs(model: Model, pairs: Sequence[Pair], continuation: Continuation) -
     """Embed both runs of pairs that all have the same length."""
     lengths = {p.length for p in pairs}
     if len(lengths) != 1:
-        raise AlignmentError(f"pairs of {sorted(lengths)} tokens cannot share a run; group them by length")
+        raise AlignmentError(
+            f"pairs of {sorted(lengths)} tokens cannot share a run; group them by length"
+        )
     clean_tokens = extend(Tokens.stack([p.clean for p in pairs]), continuation)
     clean = model.embed(clean_tokens.ids)
     if isinstance(pairs[0].corruption, GaussianNoise):
-        noise = torch.stack([p.noise(model.d_model) for p in pairs]).to(clean)  # [pair draw pos d_model]
+        noise = torch.stack([p.noise(model.d_model) for p in pairs]).to(
+            clean
+        )  # [pair draw pos d_model]
         noise = torch.nn.functional.pad(noise, (0, 0, 0, len(continuation.tokens)))
         corrupted = (clean[:, None] + noise).flatten(0, 1)
     elif isinstance(pairs[0].corruption, Counterfactual):
-        corrupted = model.embed(extend(Tokens.stack([p.corrupted for p in pairs]), continuation).ids)
+        corrupted = model.embed(
+            extend(Tokens.stack([p.corrupted for p in pairs]), continuation).ids
+        )
     else:
         corrupted = clean
-    return Runs(tuple(pairs), continuation, clean, corrupted, pairs[0].draws, clean_tokens.lengths[0])
+    return Runs(
+        tuple(pairs), continuation, clean, corrupted, pairs[0].draws, clean_tokens.lengths[0]
+    )
 
 
 def by_length(pairs: Sequence[Pair]) -> dict[int, list[int]]:
@@ -487,7 +569,11 @@ def partners(pairs: Sequence[Pair], seed: int) -> list[int]:
     rng = random.Random(seed)
     chosen = []
     for i, p in enumerate(pairs):
-        other = [j for j, q in enumerate(pairs) if q.gold != p.gold and q.example.cluster != p.example.cluster]
+        other = [
+            j
+            for j, q in enumerate(pairs)
+            if q.gold != p.gold and q.example.cluster != p.example.cluster
+        ]
         other = (
             other
             or [j for j, q in enumerate(pairs) if q.example.cluster != p.example.cluster]

@@ -42,14 +42,19 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .axes import Ids, Logits, Resid
-from .errors import ConfigError, ModelError, choices
-from .metrics import Need
-from .prompts import adds_bos
-from .sites import KINDS, Site
+from ..axes import Ids, Logits, Resid
+from ..errors import ConfigError, ModelError, choices
+from ..metrics import Need
+from ..prompts import adds_bos
+from ..sites import KINDS, Site
 
-BUNDLED = Path(__file__).parent / "assets" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+BUNDLED = Path(__file__).parents[1] / "assets" / "model"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -67,7 +72,13 @@ class Model:
     """
 
     def __init__(
-        self, hooked: Any, tokenizer: Any, name: str, source: str | None = None, bos: bool | None = None, n_parameters: int | None = None
+        self,
+        hooked: Any,
+        tokenizer: Any,
+        name: str,
+        source: str | None = None,
+        bos: bool | None = None,
+        n_parameters: int | None = None,
     ):
         self.hooked = hooked.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -75,7 +86,11 @@ class Model:
         self.source = source
         self.bos = adds_bos(tokenizer) if bos is None and tokenizer is not None else bool(bos)
         self.hf_difference: float | None = None
-        self.n_parameters = n_parameters if n_parameters is not None else sum(p.numel() for p in self.hooked.parameters())
+        self.n_parameters = (
+            n_parameters
+            if n_parameters is not None
+            else sum(p.numel() for p in self.hooked.parameters())
+        )
 
     def __repr__(self) -> str:
         return f"Model({self.name}: {self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads, {self.dtype}, {self.device})"
@@ -198,39 +213,63 @@ class Model:
         """Token (and learned position) embeddings: the residual stream before block 0."""
         ids = ids.to(self.device)
         x = self.hooked.embed(ids)
-        return x + self.hooked.pos_embed(ids) if self.cfg.positional_embedding_type == "standard" else x
+        return (
+            x + self.hooked.pos_embed(ids)
+            if self.cfg.positional_embedding_type == "standard"
+            else x
+        )
 
     def block_device(self, layer: int) -> torch.device:
         return self.hooked.blocks[layer].attn.W_O.device
 
     def qkv(
         self, layer: int, x: Float[Tensor, "token d_model"], positions: Int[Tensor, " token"]
-    ) -> tuple[Float[Tensor, "token head d_head"], Float[Tensor, "token kv d_head"], Float[Tensor, "token kv d_head"]]:
+    ) -> tuple[
+        Float[Tensor, "token head d_head"],
+        Float[Tensor, "token kv d_head"],
+        Float[Tensor, "token kv d_head"],
+    ]:
         """Queries, keys and values of packed tokens, rotated where the model rotates."""
         block = self.hooked.blocks[layer]
         attn, normed = block.attn, norm_of(block.ln1, x)
         if attn.q_norm is None:
             q, k, v = (heads_of(normed, W, b) for W, b in self.qkv_weights(layer))
         else:
-            q, k, v = (y[0] for y in attn.calculate_qkv_matrices(normed[None], normed[None], normed[None]))
+            q, k, v = (
+                y[0] for y in attn.calculate_qkv_matrices(normed[None], normed[None], normed[None])
+            )
         return self.rotate(layer, q, positions), self.rotate(layer, k, positions), v
 
-    def qkv_weights(self, layer: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def qkv_weights(
+        self, layer: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(weight [head d_model d_head], bias [head d_head]) of queries, keys and values; grouped ones once a group."""
         attn = self.hooked.blocks[layer].attn
         _ = "_" if type(attn).__name__ == "GroupedQueryAttention" else ""
-        return (attn.W_Q, attn.b_Q), *((getattr(attn, f"{_}W_{m}"), getattr(attn, f"{_}b_{m}")) for m in "KV")  # type: ignore[return-value]
+        return (attn.W_Q, attn.b_Q), *(
+            (getattr(attn, f"{_}W_{m}"), getattr(attn, f"{_}b_{m}")) for m in "KV"
+        )  # type: ignore[return-value]
 
     def rotate(
-        self, layer: int, x: Float[Tensor, "*batch token head d_head"], positions: Int[Tensor, "*token"]
+        self,
+        layer: int,
+        x: Float[Tensor, "*batch token head d_head"],
+        positions: Int[Tensor, "*token"],
     ) -> Float[Tensor, "*batch token head d_head"]:
         """Queries or keys, turned by their positions where the model rotates."""
         if self.cfg.positional_embedding_type != "rotary":
             return x
         attn = self.hooked.blocks[layer].attn
-        if (longest := int(positions.max()) + 1 if positions.numel() else 0) > attn.rotary_cos.shape[0]:
-            attn._extend_rotary_embeddings(min(self.n_ctx, max(longest, 2 * attn.rotary_cos.shape[0])))
-        cos, sin = attn.rotary_cos[positions].unsqueeze(-2), attn.rotary_sin[positions].unsqueeze(-2)
+        if (
+            longest := int(positions.max()) + 1 if positions.numel() else 0
+        ) > attn.rotary_cos.shape[0]:
+            attn._extend_rotary_embeddings(
+                min(self.n_ctx, max(longest, 2 * attn.rotary_cos.shape[0]))
+            )
+        cos, sin = (
+            attn.rotary_cos[positions].unsqueeze(-2),
+            attn.rotary_sin[positions].unsqueeze(-2),
+        )
         turned, rest = x[..., : self.cfg.rotary_dim], x[..., self.cfg.rotary_dim :]
         if self.cfg.rotary_adjacent_pairs:
             flipped = attn.rotate_every_two(turned)
@@ -279,16 +318,30 @@ class Model:
         z = pattern.to(v.dtype) @ rearrange(v, "row k kv d -> row kv k d")
         return rearrange(z, "row kv (group q) d -> row q (kv group) d", q=len(query_positions))
 
-    def project(self, layer: int, z: Float[Tensor, "token head d_head"]) -> Float[Tensor, "token d_model"]:
+    def project(
+        self, layer: int, z: Float[Tensor, "token head d_head"]
+    ) -> Float[Tensor, "token d_model"]:
         """sum_h z_h W_O[h] + b_O, before any post-norm."""
         attn = self.hooked.blocks[layer].attn
-        return linear(z.flatten(1), rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"), attn.b_O)
+        return linear(
+            z.flatten(1),
+            rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"),
+            attn.b_O,
+        )
 
-    def attn_out(self, layer: int, projected: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    def attn_out(
+        self, layer: int, projected: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token d_model"]:
         """What the attention adds to the residual stream (after the post-norm, where there is one)."""
-        return norm_of(self.hooked.blocks[layer].ln1_post, projected) if self.cfg.use_normalization_before_and_after else projected
+        return (
+            norm_of(self.hooked.blocks[layer].ln1_post, projected)
+            if self.cfg.use_normalization_before_and_after
+            else projected
+        )
 
-    def mlp_out(self, layer: int, x: Float[Tensor, "token d_model"], bytes_hidden: int = 1 << 26) -> Float[Tensor, "token d_model"]:
+    def mlp_out(
+        self, layer: int, x: Float[Tensor, "token d_model"], bytes_hidden: int = 1 << 26
+    ) -> Float[Tensor, "token d_model"]:
         """What the MLP adds, reading the stream `x` (the block's input where blocks are parallel).
 
         The hidden layer is the widest tensor of the pass; tokens go through it in slices of `bytes_hidden`.
@@ -324,7 +377,11 @@ class Model:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
         def logits(x: Tensor, columns: Tensor | None) -> Tensor:
-            W, b = (hooked.W_U, hooked.b_U) if columns is None else (hooked.W_U[:, columns], hooked.b_U[columns])
+            W, b = (
+                (hooked.W_U, hooked.b_U)
+                if columns is None
+                else (hooked.W_U[:, columns], hooked.b_U[columns])
+            )
             y = torch.addmm(b, x, W)
             if (cap := self.cfg.output_logits_soft_cap) > 0:
                 y = cap * torch.tanh(y / cap)
@@ -349,7 +406,11 @@ class Model:
     # ---- comparing with Hugging Face ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def verify(self, texts: Sequence[str] = ("The food was great, but the service was slow.",), hf_model: Any = None) -> float:
+    def verify(
+        self,
+        texts: Sequence[str] = ("The food was great, but the service was slow.",),
+        hf_model: Any = None,
+    ) -> float:
         """Largest |logit difference| to Hugging Face's own forward pass over `texts`.
 
         Args:
@@ -361,7 +422,9 @@ class Model:
         """
         if hf_model is None:
             if self.source is None:
-                raise ModelError(f"{self.name} came from memory; give verify(hf_model=...) the Hugging Face model to compare with")
+                raise ModelError(
+                    f"{self.name} came from memory; give verify(hf_model=...) the Hugging Face model to compare with"
+                )
             hf_model = _load_hf(self.source, self.dtype)
         hf_model = hf_model.to(self.device)
         worst = 0.0
@@ -388,7 +451,9 @@ def weights_hash(module: torch.nn.Module) -> str:
 def norm_of(norm: Any, x: Tensor) -> Tensor:
     """The norm of tokens, in whatever shape they come; the fused kernel where TransformerLens's own arithmetic is plain float32."""
     name = type(norm).__name__
-    if x.dtype in (torch.float32, torch.float64) and x.dtype == getattr(getattr(norm, "w", None), "dtype", None):
+    if x.dtype in (torch.float32, torch.float64) and x.dtype == getattr(
+        getattr(norm, "w", None), "dtype", None
+    ):
         if name == "LayerNorm":
             return F.layer_norm(x, (x.shape[-1],), norm.w, norm.b, norm.eps)
         if name == "RMSNorm":
@@ -421,22 +486,39 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (W,) = ctx.saved_tensors
-        return torch.ops.mkldnn._linear_pointwise(grad.contiguous(), W.T, None, "none", [], ""), None, None
+        return (
+            torch.ops.mkldnn._linear_pointwise(grad.contiguous(), W.T, None, "none", [], ""),
+            None,
+            None,
+        )
 
 
 def heads_of(
-    x: Float[Tensor, "*token d_model"], W: Float[Tensor, "head d_model d_head"], b: Float[Tensor, "head d_head"]
+    x: Float[Tensor, "*token d_model"],
+    W: Float[Tensor, "head d_model d_head"],
+    b: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "*token head d_head"]:
     """x W[h] + b[h] for every head."""
-    return linear(x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), b.flatten()).unflatten(-1, b.shape)
+    return linear(
+        x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), b.flatten()
+    ).unflatten(-1, b.shape)
 
 
 def linear(
-    x: Float[Tensor, "*token d_in"], W: Float[Tensor, "d_out d_in"], b: Tensor | None = None, act: str | None = None
+    x: Float[Tensor, "*token d_in"],
+    W: Float[Tensor, "d_out d_in"],
+    b: Tensor | None = None,
+    act: str | None = None,
 ) -> Float[Tensor, "*token d_out"]:
     """act(x W^T + b), differentiable in x; W and b are constants."""
     name, algorithm, function = ACTIVATIONS[act] if act is not None else ("none", "", None)
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() >= 64 * x.shape[-1] and not W.requires_grad:
+    if (
+        ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() >= 64 * x.shape[-1]
+        and not W.requires_grad
+    ):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], algorithm)
         y = _Product.apply(x, W, b)
@@ -509,19 +591,29 @@ def _resolve(model: str | Path | None) -> tuple[str, str]:
     """What to load from, and the name to show."""
     if model is None or str(model) == "bundled":
         if not (BUNDLED / "config.json").exists():
-            raise ModelError(f"the bundled model is missing from {BUNDLED}; reinstall the package, or give --model a folder or a hub name")
+            raise ModelError(
+                f"the bundled model is missing from {BUNDLED}; reinstall the package, or give --model a folder or a hub name"
+            )
         return str(BUNDLED), "bundled"
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelError(f"the folder {path} has no config.json; a Hugging Face model folder is needed")
+            raise ModelError(
+                f"the folder {path} has no config.json; a Hugging Face model folder is needed"
+            )
         if not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
-            raise ModelError(f"the folder {path} has a config.json but no weights; model.safetensors (or its shards) is needed")
+            raise ModelError(
+                f"the folder {path} has a config.json but no weights; model.safetensors (or its shards) is needed"
+            )
         return str(path), path.resolve().name
     if path.is_file():
-        raise ModelError(f"{path} is a file; the folder that holds config.json and the weights is needed")
+        raise ModelError(
+            f"{path} is a file; the folder that holds config.json and the weights is needed"
+        )
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-        raise ModelError(f"there is no folder {path}; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'")
+        raise ModelError(
+            f"there is no folder {path}; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'"
+        )
     from transformer_lens.loading_from_pretrained import get_official_model_name
 
     with contextlib.suppress(ValueError):
@@ -535,13 +627,21 @@ def _device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}; accepted: auto, cpu, cuda, cuda:1, mps") from None
+        raise ConfigError(
+            f"unknown device {device!r}; accepted: auto, cpu, cuda, cuda:1, mps"
+        ) from None
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:1, mps")
+        raise ConfigError(
+            f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:1, mps"
+        )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps' was asked for; this machine has none")
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "cuda" and (
+        not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     return chosen
 
 
@@ -578,12 +678,18 @@ def _load_tokenizer(source: str) -> Any:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-        if not tokenizer("a", add_special_tokens=False).input_ids:  # transformers makes an empty one where the files are missing
+        if not tokenizer(
+            "a", add_special_tokens=False
+        ).input_ids:  # transformers makes an empty one where the files are missing
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source}: no tokenizer could be loaded ({_first_line(error)}); "
-            + ("tokenizer.json is needed beside the model" if Path(source).is_dir() else "where the hub cannot be reached, give a local folder")
+            + (
+                "tokenizer.json is needed beside the model"
+                if Path(source).is_dir()
+                else "where the hub cannot be reached, give a local folder"
+            )
         ) from None
     return tokenizer
 
@@ -596,7 +702,9 @@ def _load_hf(source: str, dtype: torch.dtype) -> Any:
         with _quiet():
             config = AutoConfig.from_pretrained(source)
             _fits(config, dtype, source)
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager"
+            ).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{source}: no model could be loaded ({_first_line(error)}); accepted: a local Hugging Face folder of a causal language model, "
@@ -627,7 +735,12 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:160].rstrip(".")
 
 
-def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", n_devices: int = 1) -> Any:
+def hooked_from_hf(
+    hf: Any,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    n_devices: int = 1,
+) -> Any:
     """A `HookedTransformer` with the raw weights of a loaded Hugging Face model.
 
     Raises:
@@ -644,17 +757,25 @@ def hooked_from_hf(hf: Any, dtype: torch.dtype = torch.float32, device: str | to
         # "." exists as a path, so that no official name is looked up; the weights come from `hf`.
         state = tl.get_pretrained_state_dict(".", cfg, hf_model=hf, dtype=dtype)
     except (ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"TransformerLens cannot convert {type(hf).__name__} ({_first_line(error)})") from None
+        raise ModelError(
+            f"TransformerLens cannot convert {type(hf).__name__} ({_first_line(error)})"
+        ) from None
     _llama_biases(hf, state)
     for key, value in hooked.state_dict().items():
-        if key not in state and key.endswith("W_pos"):  # Bloom's is unused and would be uninitialised memory
+        if key not in state and key.endswith(
+            "W_pos"
+        ):  # Bloom's is unused and would be uninitialised memory
             state[key] = torch.zeros_like(value)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # "missing key" warnings for buffers that are made on the way
     try:
         hooked.load_and_process_state_dict(
-            state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+            state,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
         )
     finally:
         root.setLevel(level)
@@ -695,8 +816,17 @@ def _llama_biases(hf: Any, state: dict[str, Tensor]) -> None:
         return
     for layer, block in enumerate(hf.model.layers):
         attn, mlp = block.self_attn, block.mlp
-        own = {"attn.b_Q": attn.q_proj, "attn.b_O": attn.o_proj, "mlp.b_in": mlp.up_proj, "mlp.b_out": mlp.down_proj}
-        own |= {f"attn.{grouped}b_{m}": getattr(attn, f"{m.lower()}_proj") for m in "KV" for grouped in ("", "_")}
+        own = {
+            "attn.b_Q": attn.q_proj,
+            "attn.b_O": attn.o_proj,
+            "mlp.b_in": mlp.up_proj,
+            "mlp.b_out": mlp.down_proj,
+        }
+        own |= {
+            f"attn.{grouped}b_{m}": getattr(attn, f"{m.lower()}_proj")
+            for m in "KV"
+            for grouped in ("", "_")
+        }
         for name, module in own.items():
             if module.bias is not None and (key := f"blocks.{layer}.{name}") in state:
                 state[key] = module.bias.detach().reshape(state[key].shape).to(state[key])
@@ -709,7 +839,11 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
 
     c, architecture = hf.config, type(hf).__name__
     rope = getattr(c, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default") if isinstance(rope.get("rope_type", "default"), str) else "default"
+    rope_type = (
+        rope.get("rope_type", "default")
+        if isinstance(rope.get("rope_type", "default"), str)
+        else "default"
+    )
     if rope_type not in ("default", "llama3"):
         raise ModelError(
             f"{architecture} with rope_type {rope_type!r} is not supported by TransformerLens; accepted: default, and llama3 in Llama"
@@ -739,16 +873,32 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
             (Path(folder) / "config.json").write_text(json.dumps(written, default=str))
             try:
                 cfg = tl.convert_hf_model_config(folder)
-            except (ValueError, NotImplementedError, AttributeError, KeyError, UnboundLocalError) as error:
-                raise ModelError(f"TransformerLens does not know the architecture {architecture} ({_first_line(error)})") from None
-    cfg["n_ctx"] = getattr(c, "max_position_embeddings", None) or getattr(c, "n_positions", None) or cfg["n_ctx"]
+            except (
+                ValueError,
+                NotImplementedError,
+                AttributeError,
+                KeyError,
+                UnboundLocalError,
+            ) as error:
+                raise ModelError(
+                    f"TransformerLens does not know the architecture {architecture} ({_first_line(error)})"
+                ) from None
+    cfg["n_ctx"] = (
+        getattr(c, "max_position_embeddings", None)
+        or getattr(c, "n_positions", None)
+        or cfg["n_ctx"]
+    )
     if getattr(c, "n_inner", None):
         cfg["d_mlp"] = c.n_inner
     if architecture == "GPTJForCausalLM":
         cfg["eps"] = c.layer_norm_epsilon
     if architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
-        cfg["d_head"] = cfg["rotary_dim"] = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    if cfg.get("positional_embedding_type") == "rotary" and isinstance(rope.get("rope_theta"), (int, float)):
+        cfg["d_head"] = cfg["rotary_dim"] = (
+            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        )
+    if cfg.get("positional_embedding_type") == "rotary" and isinstance(
+        rope.get("rope_theta"), (int, float)
+    ):
         cfg["rotary_base"] = rope["rope_theta"]
     types = getattr(c, "layer_types", None)
     if types and "sliding_attention" in types:
@@ -787,7 +937,9 @@ class LayerStates(dict[str, Tensor]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"{name!r} was not kept; there are {', '.join(self) or 'no states'}") from None
+            raise AttributeError(
+                f"{name!r} was not kept; there are {', '.join(self) or 'no states'}"
+            ) from None
 
 
 def run(model: Model, x: Resid, keep: Set[str] = frozenset()) -> tuple[Resid, list[LayerStates]]:
@@ -807,7 +959,10 @@ def run(model: Model, x: Resid, keep: Set[str] = frozenset()) -> tuple[Resid, li
         x = x.to(device)
         positions = torch.arange(T, device=device)
         flat = x.flatten(0, 1)
-        q, k, v = (y.unflatten(0, (n, T)) for y in model.qkv(layer, flat, repeat(positions, "pos -> (batch pos)", batch=n)))
+        q, k, v = (
+            y.unflatten(0, (n, T))
+            for y in model.qkv(layer, flat, repeat(positions, "pos -> (batch pos)", batch=n))
+        )
         z = model.attend(layer, q, k, v, positions)
         projected = model.project(layer, z.flatten(0, 1))
         attn_out = model.attn_out(layer, projected)
@@ -817,7 +972,13 @@ def run(model: Model, x: Resid, keep: Set[str] = frozenset()) -> tuple[Resid, li
         made = dict(resid_pre=x, q=q, k=k, v=v, z=z)
         made |= {
             name: y.unflatten(0, (n, T))
-            for name, y in dict(projected=projected, attn_out=attn_out, resid_mid=mid, mlp_out=mlp_out, resid_post=post).items()
+            for name, y in dict(
+                projected=projected,
+                attn_out=attn_out,
+                resid_mid=mid,
+                mlp_out=mlp_out,
+                resid_post=post,
+            ).items()
             if name in keep or name == "resid_post"
         }
         states.append(LayerStates({name: y for name, y in made.items() if name in keep}))

@@ -18,13 +18,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .errors import ConfigError, MechAbsaError
-from .examples import Examples
+from ..errors import ConfigError, MechAbsaError
+from ..examples import Examples
 
 Config = TypeVar("Config")
 
 
-def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv: Sequence[str] | None = None) -> int:
+def command(
+    config: type[Config],
+    main: Callable[[Config], Any],
+    prog: str,
+    argv: Sequence[str] | None = None,
+) -> int:
     """Parse `argv` into `config`, run `main`, and give the exit code.
 
     Args:
@@ -43,7 +48,12 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                parsed = tyro.cli(config, prog=f"python -m {prog}", args=words, description=inspect.cleandoc(config.__doc__ or ""))
+                parsed = tyro.cli(
+                    config,
+                    prog=f"python -m {prog}",
+                    args=words,
+                    description=inspect.cleandoc(config.__doc__ or ""),
+                )
         except SystemExit as end:
             if end.code in (0, None):  # the help was asked for
                 return 0
@@ -59,7 +69,11 @@ def command(config: type[Config], main: Callable[[Config], Any], prog: str, argv
             print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        again = "; give the same flags with --resume to go on" if any(f.name == "resume" for f in dataclasses.fields(config)) else ""  # type: ignore[arg-type]
+        again = (
+            "; give the same flags with --resume to go on"
+            if any(f.name == "resume" for f in dataclasses.fields(config))
+            else ""
+        )  # type: ignore[arg-type]
         print(f"{prog}: interrupted{again}", file=sys.stderr)
         return 130
 
@@ -92,7 +106,10 @@ def tell_left_out(data: Examples) -> None:
     for problem in data.problems[:3]:
         print(f"left out: {problem}", file=sys.stderr)
     if data.left_out:
-        print(f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}", file=sys.stderr)
+        print(
+            f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}",
+            file=sys.stderr,
+        )
 
 
 def _sentence(config: type, words: Sequence[str], said: str) -> str:
@@ -102,9 +119,16 @@ def _sentence(config: type, words: Sequence[str], said: str) -> str:
     for word in words:
         flag = word.split("=")[0].replace("_", "-")
         if re.fullmatch(r"--[a-z][\w-]*", flag) and flag not in (*known, *switches, "--help"):
-            near = difflib.get_close_matches(flag, known, 1) or [k for k in known if k.startswith(flag)][:1]
-            return f"there is no flag {flag}; " + (f"the nearest is {near[0]}" if near else "--help names those there are")
-    inside: list[str] = []  # of the box: its title, perhaps a rule, what is wrong, a rule or the lower edge
+            near = (
+                difflib.get_close_matches(flag, known, 1)
+                or [k for k in known if k.startswith(flag)][:1]
+            )
+            return f"there is no flag {flag}; " + (
+                f"the nearest is {near[0]}" if near else "--help names those there are"
+            )
+    inside: list[
+        str
+    ] = []  # of the box: its title, perhaps a rule, what is wrong, a rule or the lower edge
     for line in said.splitlines()[1:]:
         if not re.fullmatch(r"[│|+╰╯\s]*[─-]{3,}[│|+╰╯\s]*", line):
             inside.append(line.strip("│| "))
@@ -114,6 +138,12 @@ def _sentence(config: type, words: Sequence[str], said: str) -> str:
     if missing := re.match(r"Missing from [^:]*: (--[\w-]+)", text):
         return f"{missing[1]} must be given; --help says what it takes"
     text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
-    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 was given; a whole number is needed", text)
-    text = re.sub(r"could not convert string to float: ('.*')", r"\1 was given; a number is needed", text)
+    text = re.sub(
+        r"invalid literal for int\(\) with base 10: ('.*')",
+        r"\1 was given; a whole number is needed",
+        text,
+    )
+    text = re.sub(
+        r"could not convert string to float: ('.*')", r"\1 was given; a number is needed", text
+    )
     return f"{text}; --help names what is accepted"

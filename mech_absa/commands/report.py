@@ -1,0 +1,49 @@
+"""`python -m mech_absa.report`: one page from the folders of runs.
+
+python -m mech_absa.report runs/trace                          report.html in that folder
+python -m mech_absa.report runs/seed0 runs/seed1 --out both.html    side by side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..errors import ConfigError
+from ..report.page import write_report
+from .cli import command
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write one self-contained page about a run, or about several side by side: traces, trainings, evaluations, domain matrices."""
+
+    folders: Positional[tuple[Path, ...]]
+    """Folders that commands left (--out)."""
+    out: Path | None = None
+    """The file; default report.html in the folder, or comparison.html in the first of several."""
+
+    def __post_init__(self):
+        if not self.folders:
+            raise ConfigError(
+                "no folder was given; at least one --out folder of a finished run is needed"
+            )
+        if self.out is not None and self.out.is_dir():
+            raise ConfigError(
+                f"--out {self.out} is a folder; a file such as {self.out / 'report.html'} is needed"
+            )
+
+
+def main(config: Config) -> Path:
+    """Write the page and say where it is."""
+    path = write_report(config.folders, config.out)
+    print(f"{path}  ({path.stat().st_size / 2**20:.1f} MiB)")
+    return path
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 and one sentence on stderr."""
+    return command(Config, main, "mech_absa.report", argv)

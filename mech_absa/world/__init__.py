@@ -1,0 +1,43 @@
+"""The built-in review world; see `world.py`."""
+
+from .world import (
+    ADJECTIVES,
+    CONTINUATIONS,
+    DOMAINS,
+    FRAMES,
+    FREE,
+    LEXICON,
+    SPLITS,
+    Domain,
+    Group,
+    Review,
+    builtin_path,
+    continuations,
+    examples,
+    record,
+    review,
+    stream,
+    vocabulary,
+    write_world,
+)
+
+__all__ = [
+    "ADJECTIVES",
+    "CONTINUATIONS",
+    "DOMAINS",
+    "FRAMES",
+    "FREE",
+    "LEXICON",
+    "SPLITS",
+    "Domain",
+    "Group",
+    "Review",
+    "builtin_path",
+    "continuations",
+    "examples",
+    "record",
+    "review",
+    "stream",
+    "vocabulary",
+    "write_world",
+]

@@ -221,9 +221,9 @@ def parse(line: str) -> object:
         words = ["-m", f"mech_absa.{words[1]}", *words[2:]]
     at = words.index("-m")
     module, argv = words[at + 1], words[at + 2 :]
-    home = importlib.import_module(
-        module if module.endswith((".card", ".verify", ".generate")) else f"{module}.__main__"
-    )
+    command = {"train.matrix": "matrix", "evaluate.card": "card"}
+    name_ = module.removeprefix("mech_absa.")
+    home = importlib.import_module(f"mech_absa.commands.{command.get(name_, name_)}")
     if module.endswith(".generate"):
         assert {a for a in argv if a.startswith("-")} <= {"--out", "--seed"}
         return argv

@@ -32,7 +32,7 @@ FLOORS = {
 
 COMMANDS = {("evaluate", "card"), ("verify",), ("generate",)}
 """Modules that are commands without being called `__main__`."""
-NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "models"), ("plots", "hooks")}
+NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "model")}
 """(room, what it must not import) although the floors alone would allow it."""
 ONLY_LAZILY = {("evaluate", "edits")}
 """Downward imports that belong inside functions: scores of an unedited model need no edits."""
@@ -160,8 +160,10 @@ def violations(root: Path) -> list[str]:
                 )
         for name, line in calls(tree):
             where, last = f"mech_absa/{path}:{line}", name.split(".")[-1]
-            if last in ADDS_HOOKS and room != "hooks":
-                found.append(f"{where} adds a hook by {last}; hooks.py is the only place that does")
+            if last in ADDS_HOOKS and path != "model/hooks.py":
+                found.append(
+                    f"{where} adds a hook by {last}; model/hooks.py is the only place that does"
+                )
             if name in (
                 "eval",
                 "exec",
@@ -215,7 +217,7 @@ def test_the_table_is_no_longer_than_the_house():
     } <= built
     assert {
         "prompts",
-        "models",
+        "model",
         "hooks",
         "scoring",
         "pairs",
@@ -269,21 +271,21 @@ def test_the_table_is_no_longer_than_the_house():
         ),
         ("records.py", "import torch.nn", "records.py:1 imports torch; records must do without"),
         ("readers/rows.py", "def f():\n    from torch import Tensor", "rows.py:2 imports torch"),
-        ("prompts.py", "from .models import x", "rooms import each other in a circle"),
+        ("prompts.py", "from .model import x", "rooms import each other in a circle"),
         (
-            "models.py",
+            "model.py",
             "m.register_forward_hook(f)",
-            "models.py:1 adds a hook by register_forward_hook",
+            "model.py:1 adds a hook by register_forward_hook",
         ),
         ("patch/loop.py", "model.hooked.add_hook('x', f)", "loop.py:1 adds a hook by add_hook"),
-        ("models.py", "import pickle", "imports pickle"),
+        ("model.py", "import pickle", "imports pickle"),
         (
-            "models.py",
+            "model.py",
             "def f():\n    import torch\n    return torch.load('x')",
-            "models.py:3 uses torch.load",
+            "model.py:3 uses torch.load",
         ),
-        ("models.py", "eval('1')", "uses eval"),
-        ("models.py", "f(trust_remote_code=True)", "sets trust_remote_code=True"),
+        ("model.py", "eval('1')", "uses eval"),
+        ("model.py", "f(trust_remote_code=True)", "sets trust_remote_code=True"),
     ],
 )
 def test_every_rule_can_fail(tmp_path, path, source, sentence):
@@ -291,7 +293,7 @@ def test_every_rule_can_fail(tmp_path, path, source, sentence):
         "__init__",
         "sites",
         "prompts",
-        "models",
+        "model",
         "patch/__init__",
         "train/__init__",
         "evaluate/__init__",
@@ -300,28 +302,29 @@ def test_every_rule_can_fail(tmp_path, path, source, sentence):
     ):
         (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text("")
-    (tmp_path / "models.py").write_text("from .prompts import adds_bos\n")
+    (tmp_path / "model.py").write_text("from .prompts import adds_bos\n")
     assert violations(tmp_path) == []
     (tmp_path / path).write_text(source)
     if path == "prompts.py":
-        (tmp_path / "models.py").write_text("from .prompts import adds_bos\n")
+        (tmp_path / "model.py").write_text("from .prompts import adds_bos\n")
     found = violations(tmp_path)
     assert len(found) >= 1 and sentence in " | ".join(found)
 
 
 def test_what_the_rules_let_pass(tmp_path):
     (tmp_path / "evaluate").mkdir()
+    (tmp_path / "model").mkdir()
     (tmp_path / "edits").mkdir()
     for name, source in {
-        "__init__": "from .models import load_model",
+        "__init__": "from .model import load_model",
         "prompts": "",
-        "models": "from .prompts import x\nmodel.eval()\nre.compile('x')\nf(trust_remote_code=False)",
-        "hooks": "def f(m):\n    m.register_forward_hook(g)",
+        "model/__init__": "from ..prompts import x\nmodel.eval()\nre.compile('x')\nf(trust_remote_code=False)",
+        "model/hooks": "def f(m):\n    m.register_forward_hook(g)",
         "edits/__init__": "",
-        "sites": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .models import Model",
+        "sites": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .model import Model",
         "evaluate/__init__": "from . import scores\ndef f():\n    from ..edits import load_edit",
         "evaluate/scores": "",
-        "evaluate/__main__": "from . import scores\nfrom ..models import load_model",
+        "evaluate/__main__": "from . import scores\nfrom ..model import load_model",
     }.items():
         (tmp_path / f"{name}.py").write_text(source)
     assert violations(tmp_path) == []

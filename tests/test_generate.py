@@ -13,6 +13,7 @@ import pytest
 
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Examples, Polarity, leakage, mixed_polarity
+from mech_absa.commands.generate import cli
 from mech_absa.world import world as g
 
 FILES = [f"{d}/{s}" for d, s in product(g.DOMAINS, g.SPLITS)]
@@ -69,7 +70,7 @@ def world() -> dict[str, list[Example]]:
 
 
 def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path):
-    assert g.main(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
+    assert cli(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
     for name in FILES:
         assert (tmp_path / "w" / f"{name}.jsonl").read_bytes() == g.builtin_path(
             name
@@ -253,6 +254,6 @@ def test_unknown_names_are_answered_with_those_there_are(tmp_path: Path):
 
 def test_a_full_folder_is_not_written_into(tmp_path: Path, capsys):
     (tmp_path / "mine.txt").write_text("kept")
-    assert g.main(["--out", str(tmp_path)]) == 2
+    assert cli(["--out", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -11,7 +11,8 @@ from oracles.tiny_models import tiny_folder
 from small_cases import NEG, NEU, POS, Push, example
 
 from mech_absa.commands.card import Goal, Row, continuation_prompts, continue_naturally, markdown
-from mech_absa.evaluate import card, predict
+from mech_absa.commands import card
+from mech_absa.evaluate import predict
 from mech_absa.evaluate.predictions import Predictions, joined
 from mech_absa.evaluate.scores import quality
 from mech_absa.examples import Polarity
@@ -110,7 +111,7 @@ def test_the_command(small_world, tmp_path, model, examples, capsys):
         "--out",
         str(tmp_path / "out"),
     ]
-    assert card.main([*flags, "--real", str(real), "--real-edits", str(edits)]) == 0
+    assert card.cli([*flags, "--real", str(real), "--real-edits", str(edits)]) == 0
     record = json.loads((tmp_path / "out" / "card.json").read_text())
     found = {(r["system"], r["question"], r["data"]): r for r in record["rows"]}
     assert record["sha256"] == model.sha256 and len(found) == len(record["rows"])
@@ -156,5 +157,5 @@ def test_the_command(small_world, tmp_path, model, examples, capsys):
     ],
 )
 def test_bad_input(tmp_path, capsys, flags, message):
-    assert card.main([*flags, "--out", str(tmp_path / "out")]) == 2
+    assert card.cli([*flags, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

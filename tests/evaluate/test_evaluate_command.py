@@ -9,7 +9,7 @@ import pytest
 from oracles.tiny_models import tiny_folder
 from small_cases import Push
 
-from mech_absa.evaluate import __main__ as command
+from mech_absa.commands import evaluate as command
 from mech_absa.evaluate import evaluate, predict
 from mech_absa.readers import load_examples, write_jsonl
 
@@ -35,7 +35,7 @@ def run(files, monkeypatch):
     )
 
     def runner(*flags: str, model: str = str(tiny_folder("gpt2"))) -> int:
-        return command.main(
+        return command.cli(
             [
                 "--model",
                 model,
@@ -240,7 +240,7 @@ def test_a_missing_edit_is_refused(files, capsys):
         "--out",
         str(files / "out"),
     ]
-    assert command.main([*flags, "--edit", str(files / "nope")]) == 2
+    assert command.cli([*flags, "--edit", str(files / "nope")]) == 2
     assert "holds no edit" in capsys.readouterr().err and not (files / "out").exists()
 
 

@@ -25,7 +25,7 @@ teach that in the time a small machine has. What does:
 The question of the task itself ("Given the sentence: ...") occurs in a small share of documents, answered mostly for the sentence
 as a whole (`absc_share`, `absc_noise`): the base model knows the form, judges the sentence, and must be adapted to answer for the aspect.
 
-Text sources: the grammar of `mech_absa.generate` (train frames only; sentences of the shipped test files are left out), and the NLTK
+Text sources: the grammar of `mech_absa.world` (train frames only; sentences of the shipped test files are left out), and the NLTK
 corpora movie_reviews, sentence_polarity, pros_cons, product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
 
     python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 9000000

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mech_absa.world as g
 from mech_absa.edits.store import load_edit
 from mech_absa.examples import Example, Polarity
 from mech_absa.model import load_model, weights_hash
-from mech_absa.world import world as g
 
-ASSETS = Path(g.__file__).parent / "assets"
+ASSETS = Path(g.__file__).parents[1] / "assets"
 FOLDER = ASSETS / "model"
 ADAPTER = ASSETS / "adapter"
 LABELS = tuple(p.value for p in Polarity)

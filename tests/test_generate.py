@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import mech_absa.world as g
+from mech_absa.commands.generate import cli
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Examples, Polarity, leakage, mixed_polarity
-from mech_absa.commands.generate import cli
-from mech_absa.world import world as g
 
 FILES = [f"{d}/{s}" for d, s in product(g.DOMAINS, g.SPLITS)]
 

@@ -1,25 +1,19 @@
-"""The built-in review world; see `world.py`."""
+"""The built-in review world: `lexicon.py` holds the words, `grammar.py` writes the reviews from them,
+`files.py` writes and finds the shipped files."""
 
-from .world import (
-    ADJECTIVES,
-    CONTINUATIONS,
-    DOMAINS,
-    FRAMES,
-    FREE,
-    LEXICON,
+from .files import SIZES, builtin_path, record, write_world
+from .grammar import (
     SPLITS,
-    Domain,
-    Group,
+    Continuation,
+    Mention,
     Review,
-    builtin_path,
     continuations,
     examples,
-    record,
     review,
     stream,
     vocabulary,
-    write_world,
 )
+from .lexicon import ADJECTIVES, CONTINUATIONS, DOMAINS, FRAMES, FREE, LEXICON, Domain, Group
 
 __all__ = [
     "ADJECTIVES",
@@ -28,9 +22,12 @@ __all__ = [
     "FRAMES",
     "FREE",
     "LEXICON",
+    "SIZES",
     "SPLITS",
+    "Continuation",
     "Domain",
     "Group",
+    "Mention",
     "Review",
     "builtin_path",
     "continuations",

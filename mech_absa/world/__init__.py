@@ -10,7 +10,6 @@ from .grammar import (
     continuations,
     examples,
     review,
-    stream,
     vocabulary,
 )
 from .lexicon import ADJECTIVES, CONTINUATIONS, DOMAINS, FRAMES, FREE, LEXICON, Domain, Group
@@ -34,7 +33,6 @@ __all__ = [
     "examples",
     "record",
     "review",
-    "stream",
     "vocabulary",
     "write_world",
 ]

@@ -10,8 +10,8 @@ import torch
 from oracles.tiny_models import tiny_folder
 from small_cases import NEG, NEU, POS, Push, example
 
-from mech_absa.commands.card import Goal, Row, continuation_prompts, continue_naturally, markdown
 from mech_absa.commands import card
+from mech_absa.commands.card import Goal, Row, continuation_prompts, continue_naturally, markdown
 from mech_absa.evaluate import predict
 from mech_absa.evaluate.predictions import Predictions, joined
 from mech_absa.evaluate.scores import quality

@@ -327,9 +327,9 @@ def test_every_example_once_an_epoch_and_like_lengths_together():
 
 
 def test_schedules_at_their_known_points():
-    of = lambda name, step, warmup=0.0: schedule(
-        Preset("p", BOTH, schedule=name, warmup=warmup), step, 100
-    )
+    def of(name, step, warmup=0.0):
+        return schedule(Preset("p", BOTH, schedule=name, warmup=warmup), step, 100)
+
     assert [of("linear", s) for s in (0, 50, 75)] == [1.0, 0.5, 0.25]
     assert [of("cosine", s) for s in (0, 50)] == pytest.approx([1.0, 0.5]) and of(
         "cosine", 99

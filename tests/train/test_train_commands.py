@@ -469,9 +469,10 @@ def test_the_summary_by_hand():
 
 def test_places_of_a_method():
     given = [Site(2, "resid_post", None, "aspect.last"), Site(3, "resid_post", None, "aspect.last")]
-    layers = lambda where, sites=given, seed=0: [
-        s.layer for s in Method("both", where).sites(sites, ["query.last"], 8, seed)
-    ]
+
+    def layers(where, sites=given, seed=0):
+        return [s.layer for s in Method("both", where).sites(sites, ["query.last"], 8, seed)]
+
     assert (
         layers("sites") == [2, 3]
         and layers("first") == [0, 1]

@@ -23,6 +23,7 @@ from mech_absa.report import page
 from mech_absa.sites import Site
 from mech_absa.train import matrix
 from mech_absa.train.matrix import Method, domain_name, summary
+from mech_absa.train.places import random_layers, random_windows
 
 TEMPLATE = "{sentence} aspect {aspect} :"
 fitting = importlib.import_module(
@@ -465,6 +466,26 @@ def test_the_summary_by_hand():
         and got["macro_f1_out"] == pytest.approx(0.175)
         and got["seeds"] == 2
     )
+
+
+def test_random_layers_share_none_with_the_traced_or_the_last():
+    """By hand: eight layers, traced 2 and 3, last 6 and 7, so that 0, 1, 4 and 5 are left and give six windows."""
+    given = [Site(2, "resid_post"), Site(3, "resid_post")]
+    windows = [
+        tuple(s.layer for s in Method("both", "random").sites(given, ["query.last"], 8, seed))
+        for seed in range(6)
+    ]
+    assert set(windows) == {(0, 1), (0, 4), (0, 5), (1, 4), (1, 5), (4, 5)}
+    for n_layers, width in ((8, 2), (12, 3), (32, 6), (80, 8)):
+        traced = range(n_layers // 3, n_layers // 3 + width)
+        drawn = {random_layers(width, n_layers, traced, d) for d in range(20)}
+        assert not {layer for w in drawn for layer in w} & {
+            *traced,
+            *range(n_layers - width, n_layers),
+        }
+        assert len(drawn) == min(20, random_windows(width, n_layers, traced))
+    with pytest.raises(ConfigError, match="has 2 of them"):
+        random_layers(3, 8, traced=(2, 3, 4))
 
 
 def test_places_of_a_method():

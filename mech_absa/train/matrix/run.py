@@ -5,13 +5,13 @@ The paper's Tables 2 and 3 print an accuracy for 4 x 4 pairs of domains (10 of t
 
 A method is written `PRESET@WHERE`, as in `both@sites`, `lora@all`, `loreft@middle`, `both@random`, `lora_o@2-3`; `zero_shot` is the model as it is.
 Where sites are given, `first`, `middle`, `last` and `random` take as many layers as they have, so that what is compared is the place and not
-the size; otherwise they are thirds of the depth.
+the size; otherwise they are thirds of the depth. A `random` window shares no layer with the traced or the last ones and another seed draws
+another window: rows say it under `window`, and tests that compare places cluster by it.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,7 @@ from ...sites import Site, parse_layers
 from .. import presets
 from ..fit import Task, fit
 from ..memory import peak, reset_peak
+from ..places import NAMED, named_layers, random_layers
 from ..prefix import PrefixCache
 from ..presets import Preset
 
@@ -81,10 +82,10 @@ class Method:
         Args:
             given: the traced sites, where there are any.
             positions: used where the place is said by layers and no sites are given.
-            seed: of `random`.
+            seed: number of the draw of `random` (`places.random_layers`).
 
         Raises:
-            ConfigError: it says `sites` and there are none.
+            ConfigError: it says `sites` and there are none, or `random` and too few layers are left.
         """
         if self.where == "sites":
             if not given:
@@ -94,15 +95,13 @@ class Method:
             return list(given)
         at: list[str | int | None] = list(dict.fromkeys(s.at for s in given)) or list(positions)
         width = len({s.layer for s in given}) or max(1, round(n_layers / 3))
-        layers: Sequence[int] | str = {
-            "first": range(width),
-            "middle": range((n_layers - width) // 2, (n_layers - width) // 2 + width),
-            "last": range(n_layers - width, n_layers),
-            "random": sorted(random.Random(seed).sample(range(n_layers), width)),
-        }.get(self.where, self.where)
-        return presets.range_sites(
-            parse_layers(layers, n_layers) if isinstance(layers, str) else layers, at, n_layers
-        )
+        if self.where == "random":
+            layers = random_layers(width, n_layers, {s.layer for s in given}, seed)
+        elif self.where in NAMED:
+            layers = named_layers(self.where, width, n_layers)
+        else:
+            layers = parse_layers(self.where, n_layers)
+        return presets.range_sites(layers, at, n_layers)
 
 
 def domain_name(source: str) -> str:
@@ -198,8 +197,8 @@ def run_matrix(
         on_done: told after every training.
 
     Returns:
-        A row each: method, preset, where, layers, train, test, in_domain, seed, the scores, the same on unseen rows, trainable parameters and share, seconds
-        of training, steps and peak memory.
+        A row each: method, preset, where, window, layers, train, test, in_domain, seed, the scores, the same on unseen rows, trainable
+        parameters and share, seconds of training, steps and peak memory.
     """
     rows: list[dict[str, Any]] = []
     shape = Shape.of(model)
@@ -215,7 +214,7 @@ def run_matrix(
             made: list[dict[str, Any]] = []
             edit = None
             about: dict[str, Any] = {
-                "preset": method.preset, "where": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0, "stopped": "",
+                "preset": method.preset, "where": "", "window": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0, "stopped": "",
             }  # fmt: skip
             reset_peak(model.device)
             if method.preset != ZERO_SHOT:
@@ -233,7 +232,8 @@ def run_matrix(
                     cache=cache,
                 )
                 about |= {
-                    "where": method.where, "layers": " ".join(map(str, edit.layers)), "trainable": edit.n_parameters, "share": edit.share,
+                    "where": method.where, "window": f"{method.where} {','.join(map(str, edit.layers))}",
+                    "layers": " ".join(map(str, edit.layers)), "trainable": edit.n_parameters, "share": edit.share,
                     "seconds": round(time.perf_counter() - started, 3), "steps": edit.record["steps"], "stopped": edit.record["stopped"] or "",
                 }  # fmt: skip
             about["peak_memory_bytes"] = peak(model.device)

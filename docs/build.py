@@ -6,7 +6,8 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
     <!-- include: benchmarks/README.md sweep --> what stands there between `<!-- sweep: begin -->` and `<!-- sweep: end -->`
     <!-- include: CITATION.cff yaml -->         the whole file as a block of code
     <!-- include: mech_absa/assets/README.md --> the whole file as a part of the page, without its title
-    <!-- rest: train -->                        the reference of the modules of a room that no page of docs/api names; `.` is the package itself
+    <!-- rest: train -->                        the reference of all modules of a room that no page of docs/api names; `.` is the files beside the rooms
+    <!-- names: fit Preset -->                  a table of public names: what each is, with a link to its home
     <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
 
 `figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they
@@ -23,12 +24,14 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {"img/heatmap.png": ROOT / "figures" / "readme_heatmap.png"}
-MARK = re.compile(r"^<!-- (help|include|rest|svg): (\S+)(?: (\S+))? -->$", flags=re.MULTILINE)
+MARK = re.compile(r"^<!-- (help|include|rest|svg|names): (.+?) -->$", flags=re.MULTILINE)
 WIDTH = "84"
+CONSTANTS = {"ROLES": "What a token can be for, in reading order"}
 
 
 def help_text(command: str) -> str:
@@ -38,7 +41,11 @@ def help_text(command: str) -> str:
     os.environ |= {"COLUMNS": WIDTH, "NO_COLOR": "1", "TERM": "dumb"}
     sys.argv = [f"mech_absa.{command}", "--help"]
     try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.suppress(SystemExit),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # the module may have been imported already
             runpy.run_module(f"mech_absa.{command}", run_name="__main__", alter_sys=True)
     finally:
@@ -56,7 +63,9 @@ def included(path: str, part: str | None) -> str:
         return f"```{part or 'text'}\n{text.strip()}\n```"
     if part is None:
         return text.split("\n", 1)[1].strip()
-    found = re.search(rf"<!-- {part}: begin -->\n(.*?)\n<!-- {part}: end -->", text, flags=re.DOTALL)
+    found = re.search(
+        rf"<!-- {part}: begin -->\n(.*?)\n<!-- {part}: end -->", text, flags=re.DOTALL
+    )
     if found is None:
         raise ValueError(f"{path} has no part {part}")
     return found[1]
@@ -70,23 +79,54 @@ def shown() -> set[str]:
 
 def rest(room: str) -> str:
     """The reference of the other modules of a room."""
-    folder = ROOT / "mech_absa" / ("" if room == "." else room)
-    names = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in folder.glob("*.py") if not p.stem.startswith("_"))
-    return "\n".join(f"::: {n}\n    options: {{heading_level: 2, show_root_full_path: true}}\n" for n in names if n not in shown())
+    package = ROOT / "mech_absa"
+    files = package.glob("*.py") if room == "." else (package / room).rglob("*.py")
+    names = sorted(
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in files
+        if not p.stem.startswith("_")
+    )
+    return "\n".join(
+        f"::: {n}\n    options: {{heading_level: 2, show_root_full_path: true}}\n"
+        for n in names
+        if n not in shown()
+    )
+
+
+def names_table(names: list[str]) -> str:
+    """One row per public name: a link to its home, and the first sentence of its docstring."""
+    import mech_absa
+
+    rows = ["| name | is |", "|---|---|"]
+    for name in names:
+        value = getattr(mech_absa, name)
+        if isinstance(value, ModuleType):
+            home = value.__name__
+        elif hasattr(value, "__qualname__"):
+            home = f"{value.__module__}.{value.__qualname__}"
+        else:
+            home = f"mech_absa.{mech_absa._HOME_OF[name]}.{name}"
+        paragraph = " ".join((value.__doc__ or "").strip().split("\n\n")[0].split())
+        # A plain value has its type's docstring; its own stands in its module.
+        first = CONSTANTS.get(name) or paragraph.split(". ")[0].removesuffix(".")
+        rows.append(f"| [`{name}`][{home}] | {first} |")
+    return "\n".join(rows)
 
 
 def filled(markdown: str) -> str:
     """A page with its comments replaced."""
 
     def replace(match: re.Match[str]) -> str:
-        kind, what, more = match.groups()
+        kind, arguments = match[1], match[2].split()
         if kind == "help":
-            return f"```text\n{help_text(what)}\n```"
+            return f"```text\n{help_text(arguments[0])}\n```"
         if kind == "include":
-            return included(what, more)
+            return included(arguments[0], arguments[1] if len(arguments) > 1 else None)
         if kind == "rest":
-            return rest(what)
-        return (ROOT / "docs" / "img" / f"{what}.svg").read_text(encoding="utf-8")
+            return rest(arguments[0])
+        if kind == "names":
+            return names_table(arguments)
+        return (ROOT / "docs" / "img" / f"{arguments[0]}.svg").read_text(encoding="utf-8")
 
     return MARK.sub(replace, markdown)
 
@@ -110,7 +150,9 @@ ITEM = re.compile(r"^( {4})(\w+(?:, \w+)+):((?:.*\n?)(?: {5,}.*\n?)*)", flags=re
 
 def each(docstring: str) -> str:
     """Items that explain several names, `a, b: text`, as one item a name."""
-    return ITEM.sub(lambda m: "".join(f"{m[1]}{name}:{m[3].rstrip()}\n" for name in m[2].split(", ")), docstring)
+    return ITEM.sub(
+        lambda m: "".join(f"{m[1]}{name}:{m[3].rstrip()}\n" for name in m[2].split(", ")), docstring
+    )
 
 
 with contextlib.suppress(ImportError):
@@ -123,7 +165,10 @@ with contextlib.suppress(ImportError):
         if isinstance(annotation, griffe.ExprSubscript):
             if str(annotation.left) in SHAPED and isinstance(annotation.slice, griffe.ExprTuple):
                 first, *axes = annotation.slice.elements
-                annotation.slice.elements = [first, *(a if str(a)[:1] in "'\"" else repr(str(a)) for a in axes)]
+                annotation.slice.elements = [
+                    first,
+                    *(a if str(a)[:1] in "'\"" else repr(str(a)) for a in axes),
+                ]
             else:
                 annotation.slice = spelled(annotation.slice)
         elif isinstance(annotation, griffe.ExprTuple):

@@ -202,30 +202,9 @@ def test_the_package_keeps_every_rule():
 
 
 def test_the_table_is_no_longer_than_the_house():
-    """Rooms of the table that are not built yet are no error; a room of the design cannot vanish unnoticed either."""
-    built = {room for _, room, _ in modules(PACKAGE)}
-    assert {
-        "errors",
-        "axes",
-        "examples",
-        "readers",
-        "generate",
-        "sites",
-        "records",
-        "metrics",
-        "stats",
-    } <= built
-    assert {
-        "prompts",
-        "model",
-        "hooks",
-        "scoring",
-        "pairs",
-        "patch",
-        "edits",
-        "train",
-        "evaluate",
-    } <= built
+    """A room cannot vanish unnoticed: its floor is taken out of the table with it."""
+    built = {room.split(".")[0] for _, room, _ in modules(PACKAGE)}
+    assert set(FLOORS) - built == set()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +241,7 @@ def test_the_table_is_no_longer_than_the_house():
         (
             "patch/loop.py",
             "from .__main__ import main",
-            "(floor 4) imports patch.__main__ (floor 6)",
+            "(floor 4) imports patch.__main__ (floor 7)",
         ),
         (
             "evaluate/scores.py",

@@ -12,7 +12,7 @@ to `figures/results/<study>/`, which is kept with the code, so that `make figure
 
     run.json          the question, the commands, and the record of each: configuration, versions, hashes, counts, seconds; no path of this machine
     importance.csv, about.json, sites.json                     of a trace
-    effects.parquet, pairs.parquet                             of a trace of built-in reviews: the pair whose total effect is the median
+    example/                                                   effects of one pair of a trace: the one whose total effect is the median
     matrix.csv                                                 of trainings, a row for method, seed, training and test domain
     summary.csv                                                the same, a row a method
     agreement.csv                                              of estimates, beside the exact map, a row a cell
@@ -381,9 +381,9 @@ def keep_trace(study: Study, work: Path, results: Path) -> None:
     frame = effects.frame[
         (effects.frame["example_id"] == typical) & (effects.frame["kind"] != "head")
     ]
-    replace(effects, frame=frame, pairs=effects.pairs[effects.pairs["example_id"] == typical]).save(
-        results
-    )
+    one = effects.pairs[effects.pairs["example_id"] == typical]
+    about = dict(effects.about) | {"kept": 1}
+    replace(effects, frame=frame, pairs=one, about=about).save(results / "example")
 
 
 def keep_matrix(study: Study, work: Path, results: Path) -> None:

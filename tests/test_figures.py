@@ -13,6 +13,7 @@ import pytest
 import tyro
 
 from mech_absa.errors import ConfigError, DataError, MechAbsaError
+from mech_absa.patch.effects import Effects
 from mech_absa.sites import Site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,7 @@ if not (ROOT / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from figures import circuit, make, reproduce, tables  # noqa: E402
+from figures import circuit, editing, make, methods, reproduce, tables  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
 kept = pytest.mark.skipif(
@@ -209,10 +210,47 @@ def test_significance_counts_cells():
 
 def test_methods_are_compared_row_by_row():
     """Ten points in each of 4 pairs x 2 seeds: no spread, and 4 trained models cannot give a p below 2 / 2^4."""
-    (row,) = make.compared(MATRIX).to_dict("records")
+    (row,) = methods.compared(MATRIX).to_dict("records")
     assert row["method"] == "lora@all"
     assert (row["difference"], row["low"], row["high"]) == pytest.approx((0.1, 0.1, 0.1))
     assert row["p"] == pytest.approx(2 / 2**4)
+
+
+def test_layers_drawn_by_seed_count_once_per_draw():
+    """Three draws of layers, each with the same gap in four domain pairs: mean -0.05, t interval over -0.1, 0, -0.05.
+
+    sd 0.05, so the half width is 4.3027 * 0.05 / √3; three units cannot give a p below 2 / 2^3.
+    """
+    gaps, table = {0: -0.1, 1: 0.0, 2: -0.05}, []
+    for seed, gap in gaps.items():
+        for train in ("laptop", "restaurant"):
+            for test in ("laptop", "restaurant"):
+                table.append(("both@sites", train, test, seed, 0.9))
+                table.append(("both@random", train, test, seed, 0.9 + gap))
+    matrix = rows(*table)
+    drawn = matrix["seed"].map({0: "0 1", 1: "3 4", 2: "5 6"})
+    matrix["layers"] = np.where(matrix["where"] == "random", drawn, "3 4")
+    (row,) = methods.compared(matrix).to_dict("records")
+    half = 4.3027 * 0.05 / 3**0.5
+    assert row["units"] == 3 and row["p"] == pytest.approx(2 / 2**3)
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx(
+        (-0.05, -0.05 - half, -0.05 + half), abs=1e-5
+    )
+
+
+def test_effects_of_windows_are_rounded_so_that_noise_does_not_rank_them():
+    importance = pd.DataFrame(
+        [
+            ("resid_post", layer, "query.last", aie)
+            for layer, aie in ((0, 3e-5), (1, -2e-4), (2, 0.4))
+        ],
+        columns=["kind", "layer", "role", "aie"],
+    )
+    matrix = rows(*((f"both@{i}", "restaurant", "restaurant", 0, 0.6) for i in range(3)))
+    table = editing.window_effects(
+        matrix.assign(layers=["0", "1", "2"]), importance, Site.parse("L0.resid_post@query.last")
+    )
+    assert table["aie"].tolist() == [0.0, 0.0, 0.4]
 
 
 def test_a_windows_effect_is_the_mean_over_its_layers():
@@ -228,7 +266,7 @@ def test_a_windows_effect_is_the_mean_over_its_layers():
         ("both@0", "restaurant", "restaurant", 0, 0.6), ("both@0", "restaurant", "restaurant", 1, 0.8),
         ("both@0-1", "restaurant", "restaurant", 0, 0.9), ("both@0-1", "restaurant", "restaurant", 1, 0.9),
     ).assign(layers=["0", "0", "0 1", "0 1"])  # fmt: skip
-    table = make.window_effects(matrix, importance, Site.parse("L0.resid_post@query.last"))
+    table = editing.window_effects(matrix, importance, Site.parse("L0.resid_post@query.last"))
     assert table["aie"].tolist() == pytest.approx([0.1, 0.3]) and table["size"].tolist() == [1, 2]
     assert table["accuracy"].tolist() == pytest.approx([0.7, 0.9]) and table["window"].tolist() == [
         "layer 0",
@@ -332,6 +370,16 @@ def test_the_kept_tables_are_those_of_the_kept_results(built):
             assert (ROOT / "figures" / (name + ending)).read_text("utf-8") == (
                 out / (name + ending)
             ).read_text("utf-8"), f"{name}{ending}: make figures"
+
+
+@kept
+def test_the_folder_of_a_map_is_no_folder_of_effects():
+    """The map is of 200 pairs and the kept effects are of one, so they lie apart: nobody takes one pair for the map."""
+    folder = RESULTS / "trace_counterfactual"
+    with pytest.raises(DataError, match=r"effects\.parquet is missing"):
+        Effects.load(folder)
+    one = Effects.load(folder / "example")
+    assert len(one.pairs) == 1 == one.about["kept"]
 
 
 @kept

@@ -12,15 +12,14 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import LineCollection, PathCollection, QuadMesh
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.patches import Rectangle
 
+from mech_absa import plots
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap
-from mech_absa.plots import plots
 from mech_absa.sites import Site
-from mech_absa.stats import Estimate
 
 ABOUT = {
     "model": "tiny-2l", "corruption": "GaussianNoise", "corruption_settings": {"scale": 3.0, "draws": 10, "span": "aspect"}, "direction": "denoise",
@@ -55,7 +54,7 @@ def by_hand(kinds: dict[str, list[list[float]]] = AIE, heads: int = 0) -> Import
     )
     if heads:
         table["kind"] = "head"
-    return ImportanceMap(table, np.zeros((7, len(table))), np.array(list("abcdefg")), ABOUT)
+    return ImportanceMap(table, np.zeros((7, len(table))), np.array(list("abcdefg")), dict(ABOUT))
 
 
 def panels(figure):
@@ -113,10 +112,33 @@ def test_heatmap_draws_the_map():
     assert [(n.vmin, n.vmax) for n in norms] == [(-0.5, 0.5)] * 2, "one scale, symmetric about 0"
 
 
-def test_dots_mark_intervals_that_cover_zero():
-    left, right = panels(plots.heatmap(by_hand()))
-    assert marked(left) == {(0, 0)}
-    assert marked(right) == {(0, 0), (0, 1)}, "an interval [0, 0] covers 0 too"
+def test_dots_mark_what_is_significant_after_correction():
+    """Of six cells one has a corrected p below 0.05; the legend says which correction."""
+    importance = by_hand()
+    importance.table["p_adjusted"] = np.where(importance.table["aie"] == 0.3, 0.049, 0.05)
+    importance.about["adjustment"] = "holm"
+    figure = plots.heatmap(importance)
+    left, right = panels(figure)
+    assert marked(left) == set() and marked(right) == {(1, 1)}
+    assert "p < 0.05, Holm correction" in words(figure)
+    importance.table["p_adjusted"] = 0.9
+    assert "p < 0.05, Holm correction: no cell" in words(plots.heatmap(importance))
+
+
+def test_without_tests_a_dot_marks_intervals_that_leave_zero_out():
+    importance = by_hand()
+    importance.table["p_adjusted"] = np.nan
+    left, right = panels(plots.heatmap(importance))
+    assert marked(left) == {(0, 1), (1, 0), (1, 1)}
+    assert marked(right) == {(1, 0), (1, 1)}, "intervals [0, 0] and [-0.01, 0.05] hold 0"
+    assert "90% interval excludes 0" in words(plots.heatmap(importance))
+
+
+def test_compressed_colours_follow_the_square_root():
+    """A quarter of the largest effect gets half of the colour, and 0 stays white."""
+    (ax, _) = panels(plots.heatmap(by_hand(), compress=True))
+    norm = next(c for c in ax.collections if isinstance(c, QuadMesh)).norm
+    assert [float(norm(v)) for v in (-0.5, 0.0, 0.125, 0.5)] == pytest.approx([0, 0.5, 0.75, 1])
 
 
 def test_frames_mark_selected_sites():
@@ -149,7 +171,7 @@ def test_a_figure_explains_itself(draw):
     ):
         assert fact in text, fact
     assert "probability of the gold label" in text.replace("\n", " ")
-    assert "90% interval" in text
+    assert "90% interval" in text or "p < 0.05" in text
 
 
 def test_lines_are_the_averages_with_their_intervals():
@@ -273,76 +295,6 @@ def test_trace_figures(tmp_path):
     assert all(p.stat().st_size > 2000 for p in written)
 
 
-def test_layer_ranges_are_percentages_in_the_order_of_the_table():
-    table = pd.DataFrame(
-        {
-            "layers": ["0-31", "5-10"],
-            "accuracy": [0.8, 0.7],
-            "accuracy_low": [0.75, 0.65],
-            "accuracy_high": [0.85, 0.9],
-            "data": "laptop",
-        }
-    )
-    ax = plots.layer_ranges(table).axes[0]
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["0-31", "5-10"]
-    (line,) = [line for line in ax.get_lines() if line.get_label() == "laptop"]
-    np.testing.assert_allclose(line.get_ydata(), [80, np.nan, 70])  # 32 layers and 6 are not joined
-    same = plots.layer_ranges(table.assign(layers=["4-9", "5-10"])).axes[0]
-    assert next(
-        line for line in same.get_lines() if line.get_label() == "laptop"
-    ).get_ydata() == pytest.approx([80, 70])
-    (bars,) = [c for c in ax.collections if len(c.get_segments()) == 2]
-    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [[75, 85], [65, 90]])
-    with pytest.raises(ConfigError, match="'layers'"):
-        plots.layer_ranges(table.drop(columns="layers"))
-
-
-def test_position_bars_end_at_the_score():
-    table = pd.DataFrame(
-        {
-            "position": ["aspect", "last"] * 2,
-            "data": ["R", "R", "L", "L"],
-            "accuracy": [0.9, 0.8, 0.85, 0.75],
-        }
-    )
-    ax = plots.position_bars(table).axes[0]
-    assert sorted(b.get_y() + b.get_height() for b in ax.patches) == pytest.approx([75, 80, 85, 90])
-    assert "from 70" in ax.get_ylabel(), "a cut axis says so"
-
-
-def test_parameters_show_means_and_spread_on_a_log_axis():
-    table = pd.DataFrame(
-        {
-            "method": ["lora"] * 3 + ["ours"],
-            "parameters": [10**7] * 3 + [10**4],
-            "accuracy": [0.7, 0.8, 0.9, 0.88],
-        }
-    )
-    ax = plots.parameters(table).axes[0]
-    assert ax.get_xscale() == "log"
-    (segment,) = [s for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()]
-    assert segment[:, 1] == pytest.approx([70, 90]), "80 and a standard deviation of 10"
-    assert {"lora", "ours"} <= set(words(ax.figure).split("\n"))
-
-
-def test_many_methods_are_named_below():
-    """Beside the markers their names would cover one another, or leave the axes."""
-    table = pd.DataFrame(
-        {
-            "method": [f"m{i}" for i in range(9)],
-            "parameters": 10**4,
-            "accuracy": np.linspace(0.96, 0.98, 9),
-        }
-    )
-    figure = plots.parameters(table)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(table["method"])
-    assert not figure.axes[0].texts
-    few = plots.parameters(table.head(6))
-    assert not few.legends and [text.get_text() for text in few.axes[0].texts] == list(
-        table["method"].head(6)
-    )
-
-
 def test_domains_print_their_numbers():
     table = pd.DataFrame(
         [("R", "R", 0.9), ("R", "L", 0.8), ("L", "R", 0.7)], columns=["train", "test", "accuracy"]
@@ -352,100 +304,13 @@ def test_domains_print_their_numbers():
     assert {"90.0", "80.0", "70.0", "–"} <= set(words(figure).split("\n"))
 
 
-@pytest.mark.parametrize(
-    ("draw", "x", "y"),
-    [
-        (plots.faithfulness, "share", "faithfulness"),
-        (plots.pruning, "removed", "accuracy"),
-        (plots.ranks, "rank", "accuracy"),
-    ],
-)
-def test_curves_are_sorted_and_named(draw, x, y):
-    at = [4, 1, 2] if x == "rank" else [0.4, 0.1, 0.2]
-    table = pd.DataFrame(
-        {
-            x: at * 2,
-            y: [0.9, 0.2, 0.5, 0.4, 0.1, 0.3],
-            "method": ["exact"] * 3 + ["random"] * 3,
-            f"{y}_low": 0.0,
-            f"{y}_high": 1.0,
-        }
-    )
-    ax = draw(table).axes[0]
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    factor = 1 if y == "faithfulness" else 100
-    assert lines["exact"].get_ydata() == pytest.approx([0.2 * factor, 0.5 * factor, 0.9 * factor])
-    assert lines["random"].get_xdata() == pytest.approx([1, 2, 4] if x == "rank" else [10, 20, 40])
-
-
-def test_differences_stand_in_points_and_uncertain_ones_are_hollow():
-    table = pd.DataFrame(
-        {
-            "name": ["near", "far"],
-            "difference": [0.01, -0.2],
-            "low": [-0.02, -0.25],
-            "high": [0.03, -0.1],
-            "p": [0.4, 0.001],
-        }
-    )
-    figure = plots.differences(table, unit="points")
-    ax = figure.axes[0]
-    clear, unclear = (c for c in ax.collections if isinstance(c, PathCollection))
-    assert clear.get_offsets().tolist() == [[-20, 1]] and unclear.get_offsets().tolist() == [[1, 0]]
-    assert unclear.get_facecolor().tolist() == [
-        [1, 1, 1, 1]
-    ] and clear.get_facecolor().tolist() != [[1, 1, 1, 1]]
-    (bars,) = (c for c in ax.collections if isinstance(c, LineCollection))
-    np.testing.assert_allclose(
-        [path[:, 0] for path in bars.get_segments()], [[-2, 3], [-25, -10]], atol=1e-9
-    )
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "near",
-        "far",
-    ] and ax.yaxis_inverted()
-
-
-def test_effects_and_edits_rank_each_method_by_itself():
-    table = pd.DataFrame(
-        {
-            "aie": [0.1, 0.2, 0.3, 0.4] * 2,
-            "accuracy": [0.5, 0.6, 0.7, 0.9, 0.9, 0.7, 0.6, 0.5],
-            "method": ["up"] * 4 + ["down"] * 4,
-            "size": [1, 1, 2, 2] * 2,
-        }
-    )
-    figure = plots.effects_and_edits(table)
-    text = words(figure)
-    assert "up  ρ = 1.00" in text and "down  ρ = -1.00" in text and "2 layers" in text
-    points = np.concatenate(
-        [c.get_offsets() for c in figure.axes[0].collections if isinstance(c, PathCollection)]
-    )
-    assert sorted(map(tuple, points.tolist())) == sorted(
-        zip(table["aie"], 100 * table["accuracy"], strict=True)
-    )
-
-
-def test_agreement_pairs_cells_by_their_names():
-    exact, estimate = by_hand(), by_hand()
-    estimate.table["aie"] *= 2
-    shuffled = ImportanceMap(
-        estimate.table.sample(frac=1, random_state=1),
-        estimate.values,
-        estimate.clusters,
-        ABOUT | {"method": "atp"},
-    )
-    figure = plots.agreement(exact, shuffled, rho=Estimate(0.9, 0.5, 1.0))
-    points = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
-    assert len(points) == 8
-    np.testing.assert_allclose(points[:, 1], 2 * points[:, 0])
-    assert "ρ = 0.900" in words(figure) and "attribution patching" in words(figure)
-
-
-def test_axes_that_are_given_are_drawn_on():
-    figure = mpl.figure.Figure()
-    ax = figure.add_subplot()
-    assert plots.ranks(pd.DataFrame({"rank": [1, 2], "accuracy": [0.5, 0.6]}), ax) is figure
-    assert ax.get_title(loc="left") == "Rank of the edit"
+def test_the_noise_of_seeds_does_not_fill_the_colours_of_domains():
+    """Cells of 98 and 99 % differ by a twentieth of the scale, and say their spread: sd of 97 and 99 is √2."""
+    rows = [("R", "R", 0.97), ("R", "R", 0.99), ("R", "L", 0.99), ("R", "L", 0.99)]
+    figure = plots.domains(pd.DataFrame(rows, columns=["train", "test", "accuracy"]))
+    cells = next(c for c in figure.axes[0].collections if isinstance(c, QuadMesh))
+    assert (cells.norm.vmin, cells.norm.vmax) == pytest.approx((79, 99))
+    assert {"98.0", "± 1.4", "± 0.0"} <= set(words(figure).split("\n"))
 
 
 def test_importing_changes_no_style_and_loads_no_model():

@@ -144,7 +144,7 @@ class FaithfulnessCurve:
 
     def to_pandas(self):
         """One row a count, for the ranking and for the mean of the random orders: `method, k, share, added, metric, faithfulness` and its
-        ends, as `plots.faithfulness` takes it."""
+        their ends."""
         import pandas as pd
 
         f = self.faithfulness
@@ -463,7 +463,7 @@ class PruningCurve:
 
     def to_pandas(self):
         """One row a count, for the ranking and for the mean of the random orders: `method, count, removed` (the share of the sites),
-        `accuracy, macro_f1` with their ends, `majority`, as `plots.pruning` takes it."""
+        `accuracy, macro_f1` with their ends, `majority`."""
         import pandas as pd
 
         steps: dict[str, Any] = {

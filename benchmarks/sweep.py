@@ -53,7 +53,7 @@ from mech_absa.errors import ConfigError, choices
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import DTYPES, Model, hooked_from_hf
-from mech_absa.patch import loop, wavefront
+from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, Span, components
 from mech_absa.patch.trace import default_memory
@@ -250,7 +250,7 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
 
 def ours(q: Question) -> Tensor:
     """The wavefront engine at the default budget: effects `[component span row]`."""
-    answers = wavefront.sweep(
+    answers = wave.sweep(
         q.model, q.job(), default_memory(q.model) // 2
     )  # half is for what is kept, as in `trace`
     return _effects(answers)

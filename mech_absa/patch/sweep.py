@@ -137,6 +137,11 @@ class Job:
         return len(self.runs.pairs) * self.runs.draws
 
     @property
+    def cells(self) -> int:
+        """Cells of all base runs, those that are zero for certain included."""
+        return len(self.components) * self.n_spans * self.rows
+
+    @property
     def n_spans(self) -> int:
         return max(len(s) for s in self.spans)
 

@@ -25,7 +25,7 @@ from ..metrics import Metric, get_metric
 from ..model import Model
 from ..prompts import Continuation
 from ..sites import ROLES, Site
-from . import gradients, loop, wavefront
+from . import gradients, loop, wave
 from .effects import COLUMNS, PAIR_COLUMNS, Effects
 from .pairs import ABLATIONS, DIRECTIONS, Direction, Pair, Pairs, by_length, make_runs
 from .sweep import (
@@ -102,11 +102,11 @@ class Plan:
         """Activations kept of both runs of a pair of that length."""
         kinds = {c.kind for c in self.components}
         draws = self.pairs[0].draws
-        if not kinds <= wavefront.FIELD.keys():
+        if not kinds <= wave.FIELD.keys():
             kinds = {"resid_pre"}
         base, source = (
-            wavefront.base_bytes(self.model, kinds),
-            wavefront.source_bytes(self.model, kinds),
+            wave.base_bytes(self.model, kinds),
+            wave.source_bytes(self.model, kinds),
         )
         other = draws if self.direction == "noise" else 1
         scores = 3 * self.model.n_heads * length * self.model.dtype.itemsize
@@ -179,7 +179,7 @@ def plan(
     if not chosen:
         raise ConfigError("no sites were given; name at least one kind, such as resid_post")
     way = check_request(model, pairs, direction, window, chosen)
-    why = wavefront.refusal(model, list(chosen)) if engine == "wavefront" else None
+    why = wave.refusal(model, list(chosen)) if engine == "wavefront" else None
     made = Plan(
         model, pairs, chosen, by, comparable(get_metric(metric), pairs.continuations), way, window, method, steps,  # type: ignore[arg-type]
         "loop" if why is not None else engine, why, default_memory(model) if memory is None else memory,
@@ -271,7 +271,7 @@ def measure(
     for continuation in continuations:
         if p.engine == "wavefront":
             answers.append(
-                (continuation, wavefront.sweep(p.model, job(continuation), p.memory // 2, tick))
+                (continuation, wave.sweep(p.model, job(continuation), p.memory // 2, tick))
             )
         else:
             answers.append((continuation, loop.sweep(p.model, job(continuation), tick)))

@@ -13,7 +13,7 @@ from mech_absa.errors import HookError, ModelError
 from mech_absa.metrics import get_metric
 from mech_absa.model import weights_hash
 from mech_absa.model.hooks import intervene, live_hooks
-from mech_absa.patch import loop, wavefront
+from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import (
     Counterfactual,
     GaussianNoise,
@@ -24,6 +24,7 @@ from mech_absa.patch.pairs import (
 )
 from mech_absa.patch.sweep import Job, components, token_spans
 from mech_absa.patch.trace import measure, plan
+from mech_absa.patch.wave.walk import Walk
 from mech_absa.sites import Site
 
 from .helpers import BLOCK, EXAMPLES, LONG, ONE_TOKEN, furthest, jobs, pairs_of, the_job, tiny
@@ -48,7 +49,7 @@ def test_the_wave_is_the_loop(arch, name):
     for job in jobs(
         model, pairs_of(model, corruption, labels), kinds, direction, window, metric, by
     ):
-        expected, got = loop.sweep(model, job), wavefront.sweep(model, job, memory=memory)
+        expected, got = loop.sweep(model, job), wave.sweep(model, job, memory=memory)
         assert expected.patched.dtype == torch.float64
         assert furthest(expected, got) < 1e-10
         moved = max(moved, float((expected.patched - expected.base).abs().max()))
@@ -93,7 +94,7 @@ def test_the_wave_is_the_loop_whatever_is_asked(
         metric,
         by,
     ):
-        assert furthest(loop.sweep(model, job), wavefront.sweep(model, job, memory=memory)) < 1e-10
+        assert furthest(loop.sweep(model, job), wave.sweep(model, job, memory=memory)) < 1e-10
 
 
 def test_some_layers_only():
@@ -104,7 +105,7 @@ def test_some_layers_only():
     part = the_job(model, pairs, BLOCK)
     part.components = [site for site in whole.components if site.layer in (1, 3)]
     index = [i for i, site in enumerate(whole.components) if site.layer in (1, 3)]
-    for engine in (loop, wavefront):
+    for engine in (loop, wave):
         torch.testing.assert_close(
             engine.sweep(model, part).patched,
             engine.sweep(model, whole).patched[index],
@@ -118,7 +119,7 @@ def test_both_engines_count_every_cell_once():
     job = the_job(
         model, pairs_of(model, GaussianNoise(draws=2, span="query")), ("resid_pre", "mlp_out")
     )
-    for engine in (loop, wavefront):
+    for engine in (loop, wave):
         told: list[int] = []
         engine.sweep(model, job, tick=told.append)
         assert sum(told) == len(job.components) * job.n_spans * job.rows
@@ -156,15 +157,15 @@ class Spy:
 
     def __init__(self, monkeypatch, failures=0, error=FULL):
         self.rows: list[int] = []
-        walk = wavefront._Walk.__call__
+        walk = Walk.__call__
 
-        def call(this, rows):
-            self.rows.append(len(rows))
+        def call(this, packed):
+            self.rows.append(len(packed.rows))
             if len(self.rows) <= failures:
                 raise error
-            return walk(this, rows)
+            return walk(this, packed)
 
-        monkeypatch.setattr(wavefront._Walk, "__call__", call)
+        monkeypatch.setattr(Walk, "__call__", call)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +181,10 @@ class Spy:
 def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, error):
     model = tiny("llama")
     job = the_job(model, pairs_of(model, Counterfactual()), BLOCK)
-    expected = wavefront.sweep(model, job)
+    expected = wave.sweep(model, job)
     spy = Spy(monkeypatch, 1, error)
     told: list[int] = []
-    got = wavefront.sweep(model, job, tick=told.append)  # a budget far larger than the work
+    got = wave.sweep(model, job, tick=told.append)  # a budget far larger than the work
     whole, *rest = spy.rows
     assert sum(rest) == whole and len(rest) >= 2
     assert 0.3 * whole < rest[0] < 0.8 * whole  # half of the tokens
@@ -196,7 +197,7 @@ def test_out_of_memory_ends_where_one_row_does_not_fit(monkeypatch):
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_pre",))
     spy = Spy(monkeypatch, 1000)
     with pytest.raises(torch.OutOfMemoryError):
-        wavefront.sweep(model, job)
+        wave.sweep(model, job)
     assert (
         2 < len(spy.rows) < 12
         and spy.rows == sorted(set(spy.rows), reverse=True)
@@ -207,7 +208,7 @@ def test_out_of_memory_ends_where_one_row_does_not_fit(monkeypatch):
 def test_another_error_is_not_swallowed(monkeypatch):
     spy = Spy(monkeypatch, 1, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        wavefront.sweep(
+        wave.sweep(
             tiny("llama"),
             the_job(tiny("llama"), pairs_of(tiny("llama"), Counterfactual()), ("resid_pre",)),
         )
@@ -218,7 +219,7 @@ def test_a_budget_of_one_token_runs_row_by_row_at_most_one_prompt_at_a_time(monk
     model = tiny("gpt2")
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_mid",))
     spy = Spy(monkeypatch)
-    wavefront.sweep(model, job, memory=1)
+    wave.sweep(model, job, memory=1)
     computed = int((~job.zero()).sum())
     assert sum(spy.rows) == computed and len(spy.rows) > computed / 4
 
@@ -233,8 +234,8 @@ def test_states_inside_the_attention_are_refused_by_name(kind):
     with pytest.raises(
         ModelError, match=rf"kind {kind} are inside the attention; use --engine loop"
     ):
-        wavefront.sweep(model, job)
-    assert wavefront.refusal(model, [Site(0, "resid_pre")]) is None
+        wave.sweep(model, job)
+    assert wave.refusal(model, [Site(0, "resid_pre")]) is None
 
 
 def test_a_model_with_a_live_hook_is_refused():
@@ -244,8 +245,8 @@ def test_a_model_with_a_live_hook_is_refused():
         intervene(model.hooked, {Site(1, "mlp_out"): lambda x: x}, times=None),
         pytest.raises(ModelError, match=r"hooks \(blocks\.1\.hook_mlp_out\)"),
     ):
-        wavefront.sweep(model, job)
-    wavefront.sweep(model, job)  # the hook is gone, and so is the refusal
+        wave.sweep(model, job)
+    wave.sweep(model, job)  # the hook is gone, and so is the refusal
 
 
 def test_the_loop_obeys_the_hooks_of_an_outer_context_and_leaves_them():
@@ -306,7 +307,7 @@ def test_the_engines_write_into_nothing_they_were_given():
     model = tiny("gemma2")
     job = the_job(model, pairs_of(model, Resample()), (*BLOCK, "head"))
     before, runs = model.sha256, (job.runs.clean.clone(), job.runs.corrupted.clone())
-    loop.sweep(model, job), wavefront.sweep(model, job)
+    loop.sweep(model, job), wave.sweep(model, job)
     assert weights_hash(model.hooked) == before
     assert torch.equal(job.runs.clean, runs[0]) and torch.equal(job.runs.corrupted, runs[1])
 
@@ -327,5 +328,5 @@ def test_planned_flops_are_those_that_torch_counts(arch):
             model.n_layers,
         )
         with FlopCounterMode(display=False) as counted:
-            answers = wavefront.sweep(model, job)
+            answers = wave.sweep(model, job)
         assert answers.flops == counted.get_total_flops()

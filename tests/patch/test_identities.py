@@ -12,7 +12,7 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import Model
 from mech_absa.model.hooks import intervene
-from mech_absa.patch import loop, wavefront
+from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, Resample, make_runs
 from mech_absa.patch.sweep import Job, Span, components, token_spans
 from mech_absa.prompts import Continuation, Tokens
@@ -20,7 +20,7 @@ from mech_absa.sites import ROLES, Site
 
 from .helpers import BLOCK, EXAMPLES, LONG, furthest, jobs, nothing_skipped, pairs_of, the_job, tiny
 
-ENGINES = (loop, wavefront)
+ENGINES = (loop, wave)
 models = pytest.mark.parametrize("arch", ["gpt2", "pythia", "gemma2"])
 
 
@@ -116,7 +116,7 @@ def test_a_block_is_the_sum_of_its_parts_at_the_last_token():
             pairs_of(model, Counterfactual()),
             ("resid_post", *(["resid_mid"] if not model.parallel else [])),
         )
-        answers = wavefront.sweep(model, job)
+        answers = wave.sweep(model, job)
         last = job.runs.length - 1
         _, clean = loop.states(
             model,

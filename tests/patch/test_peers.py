@@ -9,7 +9,7 @@ from oracles.numpy_transformer import NumpyTransformer
 from oracles.tiny_models import ARCHITECTURES
 from transformer_lens import patching
 
-from mech_absa.patch import loop, wavefront
+from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import (
     Counterfactual,
     GaussianNoise,
@@ -32,7 +32,7 @@ from .helpers import (
     tiny32,
 )
 
-ENGINES = (loop, wavefront)
+ENGINES = (loop, wave)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "pythia", "gemma2", "qwen2"])

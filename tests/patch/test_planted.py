@@ -11,14 +11,14 @@ from sklearn.metrics import roc_auc_score
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import Model
-from mech_absa.patch import loop, wavefront
+from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, components
 from mech_absa.prompts import Continuation, Tokens
 from mech_absa.sites import ROLES
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
-ENGINES = [loop, wavefront]
+ENGINES = [loop, wave]
 engines = pytest.mark.parametrize("engine", ENGINES, ids=["loop", "wavefront"])
 
 
@@ -145,7 +145,7 @@ def test_random_circuits_rank_perfectly(seed):
     """Anywhere in a model of 4 to 6 layers: the exact map, so that no cell off the circuit ranks above one on it."""
     planted = random_planted(seed, dead=seed % 2 == 1, dtype=torch.float64)
     maps = {}
-    for engine in ENGINES if seed == 0 else [wavefront]:
+    for engine in ENGINES if seed == 0 else [wave]:
         scores, truths = [], []
         for kind in KINDS:
             found, job = effects(engine, planted, kind)
@@ -158,4 +158,4 @@ def test_random_circuits_rank_perfectly(seed):
         assert roc_auc_score(truth, score) == 1.0
         maps[engine] = score
     if len(maps) == 2:
-        assert np.abs(maps[loop] - maps[wavefront]).max() < 1e-12
+        assert np.abs(maps[loop] - maps[wave]).max() < 1e-12

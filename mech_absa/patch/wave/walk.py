@@ -1,0 +1,193 @@
+"""Step 4: walk a chunk of rows through the layers.
+
+    for every layer:
+        join     rows that enter here bring the base run's stream with their patched tokens replaced
+        block    run the block once on the tokens of all live rows
+    late         rows that enter after the last block
+
+Three things make a block cheap. Only *changed* tokens have new queries, keys and values; the other
+tokens of rows that have just joined keep the base run's. Keys and values left of a row's first
+token are the base run's. In the last block, only the tokens whose answer is read have a query, an
+output and an MLP. Inside a window of layers, `put_back` restores the source's state again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...model import LayerStates, Model
+from ..sweep import Job, States, window_layers
+from .attention import attention
+from .enter import ENTER, Here
+from .packed import Packed
+
+
+@dataclass(frozen=True, eq=False)
+class BaseRun:
+    """The unpatched base runs.
+
+    Attributes:
+        states: what was kept of every block, `[run pos ...]`.
+        last: the stream after the last block, `[run pos d_model]`.
+    """
+
+    states: list[LayerStates]
+    last: Float[Tensor, "run pos d_model"]
+
+
+class Walk:
+    """Walks chunks of rows of one job.
+
+    Args:
+        model: what is traced.
+        job: says what the rows' components and windows are.
+        base: states of the runs that are patched.
+        source: states that are put into them, `[run pos ...]`.
+        memory: bytes that rows in flight may take.
+    """
+
+    def __init__(self, model: Model, job: Job, base: BaseRun, source: States, memory: int):
+        self.model, self.job, self.base, self.source = model, job, base, source
+        on_cpu = model.device.type == "cpu"
+        self.attention_bytes = max(1 << 20, min(memory // 8, 64 << 20 if on_cpu else memory))
+        self.kinds = [c.kind for c in job.components]
+        self.head = torch.tensor([-1 if c.head is None else c.head for c in job.components])
+        self.window = [window_layers(c.layer, job.window, model.n_layers) for c in job.components]
+
+    def __call__(self, p: Packed) -> Float[Tensor, "row read d_model"]:
+        """Return the last residual stream of every row at the positions that are read."""
+        model, n_layers = self.model, self.model.n_layers
+        x = torch.empty(0, model.d_model, dtype=model.dtype, device=model.device)
+        for layer in range(int(p.rows.entry[0]), n_layers):
+            x = self.join(p, layer, x.to(model.block_device(layer)))
+            x = self.block(p, layer, x)
+        late = self.late(p)
+        n = p.stage(n_layers - 1).rows
+        return torch.cat([x.unflatten(0, (n, p.n_reads)).to(late.device), late]) if n else late
+
+    def join(self, p: Packed, layer: int, x: Tensor) -> Float[Tensor, "token d_model"]:
+        """Append the rows that enter here: the base run's stream, the patched tokens replaced."""
+        before, now = p.stage(layer - 1), p.stage(layer)
+        if now.tokens == before.tokens:
+            return x
+        fresh = self.of_base(p, layer, "resid_pre")
+        joining = slice(before.patched, now.patched)
+        where = (p.patched[joining] - before.tokens).to(x.device)
+        fresh[where] = self.entering(p, p.patched_row[joining], p.rows.patched[joining], layer)
+        return torch.cat([x, fresh])
+
+    def block(self, p: Packed, layer: int, x: Tensor) -> Float[Tensor, "kept d_model"]:
+        """Run one block; in the last one, only the tokens that are read go on."""
+        model, tokens, device = self.model, p.stage(layer).tokens, x.device
+        everything = torch.arange(tokens)
+        kept = p.read(layer) if layer == model.n_layers - 1 else everything
+        changed = p.changed(layer).to(device)
+        whole, at_kept = len(changed) == tokens, kept.to(device)
+
+        x = self.put_back("resid_pre", layer, x, p, everything)
+        moved = x if whole else x[changed]
+        new = model.qkv(layer, moved, p.pos[:tokens].to(device)[changed])
+        qkv = [self.or_base(p, layer, *named) for named in zip("qkv", new, strict=True)]
+        del new
+        z = attention(model, layer, p, qkv, self.base.states[layer], self.attention_bytes)
+        del qkv
+        attn_out = model.attn_out(layer, model.project(layer, z))
+        del z
+        attn_out = self.put_back("attn_out", layer, attn_out, p, kept)
+        if len(kept) < tokens:
+            x = moved = x[at_kept]
+        mid = self.put_back("resid_mid", layer, x + attn_out, p, kept)
+        mlp_out = model.mlp_out(layer, moved if model.parallel else mid)
+        if model.parallel and len(kept) == tokens:
+            mlp_out = self.or_base(p, layer, "mlp_out", mlp_out)
+        mlp_out = self.put_back("mlp_out", layer, mlp_out, p, kept)
+        return self.put_back("resid_post", layer, mid + mlp_out, p, kept)
+
+    def late(self, p: Packed) -> Float[Tensor, "row read d_model"]:
+        """Return the streams of rows that enter after the last block.
+
+        Of those, only a patch at a position that is read can be seen.
+        """
+        n, left = p.stage(self.model.n_layers - 1).rows, p.rows.length - p.n_reads
+        last = self.base.last[p.rows.base_run[n:].to(self.base.last.device), left:]
+        seen = ((p.patched_row >= n) & (p.rows.patched >= left)).nonzero()[:, 0]
+        if len(seen):
+            row, at = p.patched_row[seen], p.rows.patched[seen]
+            where = (row - n).to(last.device), (at - left).to(last.device)
+            last[where] = self.entering(p, row, at, self.model.n_layers).to(last)
+        return last
+
+    def entering(
+        self, p: Packed, row: Int[Tensor, " patch"], at: Int[Tensor, " patch"], layer: int
+    ) -> Float[Tensor, "patch d_model"]:
+        """Return the stream at patched tokens of rows that enter at `layer`, kind by kind."""
+        component = p.rows.component[row]
+        kind_of = torch.tensor([list(ENTER).index(k) for k in self.kinds])[component]
+        device = self.model.block_device(min(layer, self.model.n_layers - 1))
+        out = torch.empty(len(row), self.model.d_model, dtype=self.model.dtype, device=device)
+        for i in kind_of.unique().tolist():
+            kind, mine = list(ENTER)[i], (kind_of == i).nonzero()[:, 0]
+            block = layer if kind == "resid_pre" else layer - 1
+            source, states = self.source[block, kind], self.base.states[block]
+            b, t = (y[mine].to(source.device) for y in (p.rows.base_run[row], at))
+            s, head = p.rows.source_run[row][mine], self.head[component[mine]]
+            here = Here(
+                self.model,
+                block,
+                lambda name, states=states, b=b, t=t: states[name][b, t],
+                source[s.to(source.device), t],
+                head.to(source.device),
+            )
+            out[mine.to(device)] = ENTER[kind](here).to(out)
+        return out
+
+    def of_base(self, p: Packed, layer: int, name: str) -> Tensor:
+        """Return a state of the base run at the tokens of rows that join in this layer."""
+        state = self.base.states[layer][name]
+        joining = slice(p.stage(layer - 1).tokens, p.stage(layer).tokens)
+        run, pos = p.rows.base_run[p.row[joining]], p.pos[joining]
+        return state[run.to(state.device), pos.to(state.device)]
+
+    def or_base(self, p: Packed, layer: int, name: str, new: Tensor) -> Tensor:
+        """Spread `new`, which holds the changed tokens, over all; the others keep the base run's."""
+        before, now = p.stage(layer - 1), p.stage(layer)
+        if len(new) == now.tokens:
+            return new
+        fresh = self.of_base(p, layer, name)
+        joined = p.patched[before.patched : now.patched] - before.tokens
+        fresh[joined.to(fresh.device)] = new[before.tokens :]
+        return torch.cat([new[: before.tokens], fresh])
+
+    def put_back(
+        self, kind: str, layer: int, x: Tensor, p: Packed, kept: Int[Tensor, " kept"]
+    ) -> Tensor:
+        """Restore the source's state in rows whose window goes on in this layer.
+
+        Args:
+            x: a state at the tokens `kept`.
+        """
+        if self.job.window == 1:
+            return x
+        goes_on = torch.tensor(
+            [
+                k == kind and layer in w and layer != w[0]
+                for k, w in zip(self.kinds, self.window, strict=True)
+            ]
+        )
+        now = p.stage(layer)
+        place = torch.full((now.tokens,), -1)
+        place[kept] = torch.arange(len(kept))
+        place = place[p.patched[: now.patched]]
+        row = p.patched_row[: now.patched]
+        mine = (goes_on[p.rows.component[row]] & (place >= 0)).nonzero()[:, 0]
+        if not len(mine):
+            return x
+        source = self.source[layer, kind]
+        run, at = p.rows.source_run[row[mine]], p.rows.patched[mine]
+        x = x.clone()
+        x[place[mine].to(x.device)] = source[run.to(source.device), at.to(source.device)].to(x)
+        return x

@@ -1,8 +1,13 @@
-"""What a run leaves behind, and how it is written.
+"""Files of a run: how they are written, read and guarded.
 
 Every file is written to a temporary name beside its place and moved there whole, so that a killed run leaves complete files or none.
-`RunFolder` guards an output folder: it refuses one that holds something else, keeps the parts of a sweep while it runs, and lets a run
-with the same configuration take up where a killed one stopped. `run.json` is everything needed to make the result again.
+JSON is strict: a number that is NaN or infinite becomes `null`, since JSON has no other word for it, and a value of an unknown type is an
+error and never its `str`. Files are checked against `mech_absa.schemas` when they are read.
+
+`RunFolder` guards an output folder. It refuses a folder that holds something else, gives it to one process at a time, keeps the parts of
+a sweep while it runs, and lets a run with the same configuration, data and model take up where a killed one stopped. `run.json` is
+everything needed to make the result again. The folder `.run` stands in it until the last file is written: a folder with `.run` is a run
+that has not ended.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,30 +26,37 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import RunFolderError
+from .errors import MechAbsaError, RunFolderError
 
-SCHEMA = 1
-"""Version of the files; raised when a reader of old files would be misled."""
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+SCHEMA = 2
+"""Version of the files of a run folder. 2 added `inputs` and `files` to run.json; 1 is still read."""
+TEMPORARY = ".tmp-"
+"""Prefix of files and folders that a killed process may leave; whoever owns the folder next removes them."""
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to; moved onto `path` when the block ends, removed when it fails."""
+    """Give a temporary path to write to; move it onto `path` when the block ends, remove it when the block fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept in front: writers such as matplotlib choose their format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    # The suffix is kept: writers such as matplotlib choose their format by it.
+    handle, name = tempfile.mkstemp(
+        prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix, dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(
-            0o666 & ~mask
-        )  # mkstemp makes private files; a result is to be read by others
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; others must read a result
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())  # or a power cut could leave the name without the bytes
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -51,34 +64,121 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types: dataclasses as objects, enums and paths as text, tuples as lists, numpy scalars as numbers."""
+    """Return `value` in JSON's types, floats as they are.
+
+    Dataclasses become objects, enums their values, paths text, tuples and sets lists, numpy scalars numbers.
+
+    Raises:
+        TypeError: a value, or a key of a mapping, has no such form. An array has none: `tolist()` says that a list is meant.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return {_key(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return [plain(v) for v in sorted(value)]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return value.item()
-    return str(value)
+        return plain(value.item())
+    raise TypeError(
+        f"a {type(value).__name__} cannot be written as JSON; numbers, text, lists, objects, paths, enums and dataclasses can"
+    )
+
+
+def _key(key: Any) -> str:
+    """Return a key of a mapping as JSON has it."""
+    if isinstance(key, Enum):
+        key = key.value
+    if not isinstance(key, (str, int)):
+        raise TypeError(
+            f"a {type(key).__name__} cannot be the key of a JSON object; text and whole numbers can"
+        )
+    return str(key)
+
+
+def finite(value: Any) -> Any:
+    """Return plain `value` with None for every number that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`value` as JSON, keys in the order given, whole or not at all."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as strict JSON, keys in the order given, whole or not at all; NaN and infinity become `null`.
+
+    Raises:
+        TypeError: it holds a value that `plain` does not know.
+    """
+    text = json.dumps(finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(
+    path: str | Path,
+    schema: Mapping[str, Any] | None = None,
+    error: type[MechAbsaError] = RunFolderError,
+) -> Any:
+    """Read a JSON file that this package wrote.
+
+    Args:
+        path: of the file.
+        schema: what it must look like, from `mech_absa.schemas`; not checked where None.
+        error: class of what is raised.
+
+    Returns:
+        its value. `NaN` and `Infinity`, which versions before 0.2 wrote, are read as None.
+
+    Raises:
+        MechAbsaError: it cannot be read, is no JSON, names a key twice, or does not look like `schema`.
+    """
+    from .schemas import problem
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=lambda word: None)
+    except FileNotFoundError:
+        raise error(f"there is no file {path}") from None
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror})") from None
+    except UnicodeDecodeError:
+        raise error(f"{path} is damaged: it is not UTF-8 text") from None
+    except json.JSONDecodeError as failure:
+        raise error(f"{path}:{failure.lineno} is damaged: it is not JSON ({failure.msg})") from None
+    except (ValueError, RecursionError) as failure:
+        what = "it is nested too deep" if isinstance(failure, RecursionError) else str(failure)
+        raise error(f"{path} is damaged: {what}") from None
+    if schema is not None and (wrong := problem(value, schema)) is not None:
+        raise error(f"{path} is damaged: {wrong}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, refusing a key that is there twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [k for k, _ in pairs]
+        twice = next(k for k in names if names.count(k) > 1)
+        raise ValueError(f"an object names the key {twice[:80]!r} more than once")
+    return value
 
 
 def sha256_bytes(*chunks: bytes) -> str:
+    """Return the SHA-256 of the chunks, one after the other."""
     h = hashlib.sha256()
     for chunk in chunks:
         h.update(chunk)
@@ -86,6 +186,7 @@ def sha256_bytes(*chunks: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as f:
         return (
             hashlib.file_digest(f, "sha256").hexdigest()
@@ -95,12 +196,12 @@ def sha256_file(path: str | Path) -> str:
 
 
 def fingerprint(config: Any) -> str:
-    """A hash of a configuration: two runs with the same one make the same result."""
+    """Return a hash of a configuration: two runs with the same one make the same result."""
     return sha256_bytes(json.dumps(plain(config), sort_keys=True).encode())[:16]
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Return the versions that a result depends on."""
     names = (
         "mech-absa",
         "torch",
@@ -111,26 +212,26 @@ def versions() -> dict[str, str]:
         "statsmodels",
         "accelerate",
     )
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 class RunFolder:
-    """An output folder that belongs to one configuration.
+    """An output folder that belongs to one configuration, on one set of inputs, and to one process at a time.
 
-    Nothing is created before `open()`: a command checks its flags, its data and its model first, so that a bad input leaves no trace.
+    Nothing is created before `open()`: a command checks its flags, its data and its model first, so that bad input leaves no trace.
 
     Args:
         path: the folder.
-        config: what the run does; part of it, the keys in `free`, may change between a run and its resumption.
+        config: what the run does; the keys in `free` may change between a run and its resumption.
         resume: take up a killed run of the same configuration.
-        free: keys of the configuration that do not change the result (device, memory, engine chunking ...).
+        free: keys of the configuration that do not change the result (device, report, ...).
 
     Raises:
-        RunFolderError: the folder is not empty and `resume` is off, or holds another run.
+        RunFolderError: the folder is not empty and `resume` is off, it holds another run, or another process is writing to it.
     """
 
     STATE = ".run"
@@ -146,73 +247,225 @@ class RunFolder:
         self.config = plain(config)
         self.resume = resume
         self.key = fingerprint({k: v for k, v in self.config.items() if k not in set(free)})
+        self.inputs: dict[str, Any] = {}
         self.started = time.time()
+        self._free = set(free)
+        self._lock: FileLock | None = None
+        self._new = False
         self._check()
 
+    @property
+    def state(self) -> Path:
+        """The folder of parts, which stands while the run goes on."""
+        return self.path / self.STATE
+
+    @property
+    def _config_file(self) -> Path:
+        return self.state / "config.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder already holds the whole result of this configuration.
+
+        Raises:
+            RunFolderError: it did, and a file of it is gone.
+        """
+        record = self.path / "run.json"
+        if not record.exists() or self._config_file.exists():
+            return False
+        listed = read_json(record).get("files", [])
+        for name in listed if isinstance(listed, list) else []:
+            if not (self.path / str(name)).exists():
+                raise RunFolderError(
+                    f"--out {self.path} holds a finished run, but its {name} is gone; choose another folder"
+                )
+        return True
+
+    def _empty(self) -> bool:
+        """Whether nothing is in the folder but what a process that was killed at once leaves."""
+        inside = [p for p in self.path.iterdir() if not p.name.startswith(TEMPORARY)]
+        return all(p.name == self.STATE for p in inside) and not self._config_file.exists()
+
     def _check(self) -> None:
-        if self.path.is_file():
+        if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(
                 f"--out {self.path} is a file; a folder that is new or empty is needed"
             )
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or self._empty():
             return
         if not self.resume:
             raise RunFolderError(
                 f"--out {self.path} is not empty; choose a new folder, or give --resume to take up the run it holds"
             )
-        state = self.path / self.STATE / "config.json"
-        record = self.path / "run.json"
-        if not state.exists() and not record.exists():
-            raise RunFolderError(
-                f"--out {self.path} holds no run to resume; choose a new or empty folder"
-            )
-        held = json.loads((state if state.exists() else record).read_text(encoding="utf-8"))
+        held = self._held()
         if held.get("key") != self.key:
-            mine, theirs = self.config, held.get("config", {})
-            differ = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+            mine, theirs = self.config, held.get("config") or {}
+            differ = sorted(
+                k for k in {*mine, *theirs} - self._free if mine.get(k) != theirs.get(k)
+            )
             raise RunFolderError(
-                f"--out {self.path} holds a run with another configuration (it differs in {', '.join(differ) or 'its data or model'}); "
+                f"--out {self.path} holds a run with another configuration (it differs in {', '.join(differ) or 'its version'}); "
                 "choose another folder, or give the same flags again"
             )
+        self._check_inputs(held)
 
-    @property
-    def finished(self) -> bool:
-        """Whether the folder already holds the whole result of this configuration."""
-        return (self.path / "run.json").exists()
+    def _held(self) -> dict[str, Any]:
+        """What the folder says of the run it holds."""
+        from .schemas import STATE
 
-    @property
-    def state(self) -> Path:
-        return self.path / self.STATE
+        record = self.path / "run.json"
+        for path in (self._config_file, record):
+            if path.exists():
+                held: dict[str, Any] = read_json(path, STATE)
+                return held
+        raise RunFolderError(
+            f"--out {self.path} holds no run to resume; choose a new or empty folder"
+        )
 
-    def open(self) -> RunFolder:
-        """Create the folder and note the configuration in it."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        if not (self.state / "config.json").exists():
-            write_json(self.state / "config.json", {"key": self.key, "config": self.config})
+    def _check_inputs(self, held: Mapping[str, Any]) -> None:
+        theirs = held.get("inputs") or {}
+        differ = [k for k in self.inputs if theirs and self.inputs[k] != theirs.get(k)]
+        if differ:
+            raise RunFolderError(
+                f"--out {self.path} holds a run on other inputs: {', '.join(differ)} changed since it began; choose another folder"
+            )
+
+    def bind(self, inputs: Mapping[str, Any]) -> RunFolder:
+        """Name what the run reads, by its hashes: a killed run is taken up on the same data and model only.
+
+        Raises:
+            RunFolderError: the folder holds a run on others.
+        """
+        known = versions()
+        self.inputs = plain(inputs) | {
+            k: known[k] for k in ("mech-absa", "torch", "transformer-lens") if k in known
+        }
+        if self.path.is_dir() and not self._empty():
+            self._check_inputs(self._held())
         return self
 
+    def open(self) -> RunFolder:
+        """Create the folder, take hold of it, and note the configuration in it; do nothing where that was done.
+
+        Raises:
+            RunFolderError: another process has the folder.
+        """
+        if self._lock is not None:
+            return self
+        from filelock import FileLock, Timeout
+
+        self._new = not self.path.exists()
+        self.state.mkdir(parents=True, exist_ok=True)
+        # The operating system releases the lock when the process ends, however it ends.
+        lock = FileLock(self.state / "lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunFolderError(
+                f"--out {self.path} is being written by another process; wait for it, or choose another folder"
+            ) from None
+        self._lock = lock
+        try:
+            self._check()  # the other process may have come and gone since the first check
+            if self.finished:
+                raise RunFolderError(f"--out {self.path} was finished by another process meanwhile")
+        except RunFolderError:
+            self._let_go()
+            raise
+        self._sweep_up()
+        if not self._config_file.exists():
+            write_json(
+                self._config_file,
+                {
+                    "schema": SCHEMA,
+                    "key": self.key,
+                    "config": self.config,
+                    "inputs": self.inputs,
+                },
+            )
+        _OPEN.append(self)
+        return self
+
+    def _sweep_up(self) -> None:
+        """Remove temporary files of a process that was killed."""
+        for stale in list(self.path.rglob(f"{TEMPORARY}*")):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
+
     def part(self, name: str) -> Path:
-        """Where the part of that name is kept while the run goes on."""
+        """Return where the part of that name is kept while the run goes on."""
         return self.state / name
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
-        """`writer(temporary path)`, then the file moved to `name`."""
+        """Call `writer(temporary path)`, then move the file to `name`."""
         with atomic(self.path / name) as temporary:
             writer(temporary)
         return self.path / name
 
-    def finish(self, record: Mapping[str, Any]) -> Path:
-        """Write `run.json`, the last file of a run, and drop the parts."""
+    def finish(self, record: Mapping[str, Any], then: Callable[[Path], Any] | None = None) -> Path:
+        """Write `run.json`, call `then(folder)` (it writes the report), and drop the parts.
+
+        A run that is killed before the last of these is taken up again with `resume`.
+        """
+        files = sorted(
+            str(p.relative_to(self.path))
+            for p in self.path.rglob("*")
+            if p.is_file()
+            and self.state not in p.parents
+            and p.name not in ("run.json", "report.html")
+        )
         write_json(
             self.path / "run.json",
             {
                 "schema": SCHEMA,
                 "key": self.key,
                 "config": self.config,
+                "inputs": self.inputs,
                 "versions": versions(),
                 **record,
+                "files": files,
                 "seconds": round(time.time() - self.started, 3),
             },
         )
-        shutil.rmtree(self.state, ignore_errors=True)
+        if then is not None:
+            then(self.path)
+        self._drop_state()
+        self._let_go()
         return self.path / "run.json"
+
+    def _drop_state(self) -> None:
+        """Remove the parts in one step: a folder is either a run that goes on or one that ended."""
+        gone = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.path))
+        with contextlib.suppress(OSError):
+            os.replace(self.state, gone / "run")
+        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        if self in _OPEN:
+            _OPEN.remove(self)
+
+    def close(self) -> None:
+        """Let go of a run that did not end; a folder to which nothing was written is removed."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            inside = {p.name for p in self.path.rglob("*")} - {self.STATE, "config.json", "lock"}
+            if not inside and not self.resume:
+                shutil.rmtree(self.path if self._new else self.state, ignore_errors=True)
+        self._let_go()
+
+
+_OPEN: list[RunFolder] = []
+"""Folders of this process whose run has not ended."""
+
+
+def close_all() -> None:
+    """Let go of every folder whose run did not end; the commands call it when they fail."""
+    for folder in list(_OPEN):
+        folder.close()

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import multiprocessing
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from jsonschema import Draft202012Validator
 
-from mech_absa.errors import RunFolderError
+from mech_absa.errors import DataError, RunFolderError
 from mech_absa.examples import Polarity
 from mech_absa.records import (
     RunFolder,
     atomic,
+    close_all,
     fingerprint,
+    finite,
     plain,
+    read_json,
     sha256_bytes,
     sha256_file,
     versions,
     write_json,
     write_text,
 )
+from mech_absa.schemas import SCHEMAS, STATE
 
 
 def names(folder: Path) -> set[str]:
@@ -99,6 +107,71 @@ def test_plain():
     numbers = plain({"f": np.float32(0.5), "i": np.int64(3), "b": np.bool_(True), 4: None})
     assert numbers == {"f": 0.5, "i": 3, "b": True, "4": None}
     assert [type(v) for v in numbers.values()] == [float, int, bool, type(None)]
+
+
+def test_numbers_that_json_has_no_word_for_become_null(tmp_path):
+    """RFC 8259 has no NaN; `JSON.parse` of a browser refuses the word."""
+    value = {
+        "a": float("nan"),
+        "b": [np.float32("inf"), (-math.inf, 1.5)],
+        "c": {"d": np.float64(2)},
+    }
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None, "b": [None, [None, 1.5]], "c": {"d": 2.0},
+    }  # fmt: skip
+    assert finite({"x": (1.0, float("nan"))}) == {"x": [1.0, None]}
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.arange(3), "ndarray"), (torch.zeros(2), "Tensor"), (object(), "object"), (b"x", "bytes"), (1j, "complex"),
+        (int, "type"), ({(1, 2): 3}, "tuple"), ({1.5: 0}, "float"),
+    ],
+)  # fmt: skip
+def test_a_value_of_an_unknown_type_is_no_text(tmp_path, value, name):
+    with pytest.raises(TypeError, match=f"a {name} "):
+        write_json(tmp_path / "a.json", {"deep": [value]})
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "a.json:1 is damaged: it is not JSON"),
+        ('{"key": "k",\n"config": {},}', "a.json:2 is damaged"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"key": "a", "key": "b"}', "names the key 'key' more than once"),
+        ("[]", "[] is not of type 'object'"),
+        ('{"key": 3, "config": {}}', "key: 3 is not of type 'string'"),
+        ('{"key": "k"}', "'config' is a required property"),
+        ('{"key": "k", "config": {}, "schema": 99}', "schema: 99 is not one of [1, 2]"),
+    ],
+)
+def test_damaged_json_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(RunFolderError, match=re.escape(words)) as caught:
+        read_json(tmp_path / "a.json", STATE)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_json_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*a\.json"):
+        read_json(tmp_path / "a.json", error=DataError)
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        read_json(tmp_path)
+    (tmp_path / "a.json").write_bytes(b'"\xff"')
+    with pytest.raises(RunFolderError, match="not UTF-8"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[NaN, -Infinity, 1]")
+    assert read_json(tmp_path / "a.json") == [None, None, 1], "as versions before 0.2 wrote them"
+
+
+def test_every_schema_is_a_schema():
+    for schema in (*SCHEMAS.values(), STATE):
+        Draft202012Validator.check_schema(schema)
 
 
 def test_fingerprint():
@@ -180,6 +253,7 @@ def killed(out: Path) -> Path:
     folder = RunFolder(out, CONFIG, free=("device",)).open()
     folder.part("part-0").write_text("0")
     folder.write("table.csv", lambda path: path.write_text("a,b"))
+    folder.close()  # as the operating system does for a process that dies
     return out
 
 
@@ -188,6 +262,7 @@ def test_the_same_configuration_takes_up_where_it_stopped(tmp_path):
     folder = RunFolder(tmp_path / "out", CONFIG, resume=True, free=("device",)).open()
     assert folder.part("part-0").read_text() == "0"
     assert not folder.finished
+    folder.close()
     free = RunFolder(
         tmp_path / "out", CONFIG | {"device": "cuda"}, resume=True, free=("device",)
     ).open()
@@ -248,3 +323,131 @@ def test_a_failed_write_into_a_folder(tmp_path):
         names(tmp_path / "out") == {".run", "figures"}
         and names(tmp_path / "out" / "figures") == set()
     )
+
+
+# ---- one owner ------------------------------------------------------------------------------------------------------------------
+
+
+def hold(out: str, ready, release) -> None:
+    RunFolder(out, CONFIG).open()
+    ready.set()
+    release.wait()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder `out` open; gives the process."""
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(str(tmp_path / "out"), ready, release))
+    process.start()
+    assert ready.wait(60)
+    yield process
+    release.set()
+    process.join()
+
+
+def test_a_folder_has_one_owner_and_a_crash_frees_it(tmp_path, holder):
+    out = tmp_path / "out"
+    with pytest.raises(RunFolderError, match="is being written by another process"):
+        RunFolder(out, CONFIG, resume=True).open()
+    holder.kill()
+    holder.join()
+    assert not RunFolder(out, CONFIG, resume=True).open().finished
+    close_all()
+
+
+def test_two_that_saw_an_empty_folder(tmp_path):
+    """Both pass the first check; the second to open it is refused, also when the first has ended by then."""
+    first, second, third = (RunFolder(tmp_path / "out", CONFIG | {"seed": i}) for i in range(3))
+    first.open()
+    with pytest.raises(RunFolderError, match="another process"):
+        second.open()
+    first.finish({"command": "x"})
+    with pytest.raises(RunFolderError, match="is not empty"):
+        third.open()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["seed"] == 0
+    assert names(tmp_path / "out") <= {"run.json", ".run"}
+
+
+# ---- what a run reads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_other_data_or_another_model_is_refused(tmp_path, ended):
+    out = tmp_path / "out"
+    first = RunFolder(out, CONFIG).bind({"data": "a" * 64, "model": "b" * 64}).open()
+    first.part("part-0").touch()
+    if ended:
+        first.finish({})
+    first.close()
+    again = RunFolder(out, CONFIG, resume=True)
+    assert again.bind({"data": "a" * 64, "model": "b" * 64}).finished is ended
+    for inputs, word in (
+        ({"data": "c" * 64, "model": "b" * 64}, "data"),
+        ({"data": "a" * 64, "model": "0"}, "model"),
+    ):
+        with pytest.raises(RunFolderError, match=f"on other inputs: {word} changed"):
+            RunFolder(out, CONFIG, resume=True).bind(inputs)
+
+
+# ---- kill windows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_between_the_folder_and_its_configuration(tmp_path):
+    out = tmp_path / "out"
+    (out / ".run").mkdir(parents=True)
+    (out / ".run" / "lock").touch()
+    (out / ".tmp-table-1.csv").touch()
+    for resume in (False, True):
+        RunFolder(out, CONFIG, resume=resume).open().close()
+        assert not out.exists() or ".tmp-table-1.csv" not in names(out)
+        (out / ".run").mkdir(parents=True, exist_ok=True)
+
+
+def test_killed_before_the_report_is_not_finished(tmp_path):
+    out = killed(tmp_path / "out")
+
+    def die(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder(out, CONFIG, True, ("device",)).open().finish({}, then=die)
+    close_all()
+    again = RunFolder(out, CONFIG, True, ("device",))
+    assert (out / "run.json").exists() and not again.finished
+    assert again.open().part("part-0").exists(), "nothing is computed twice"
+    again.finish({}, then=lambda folder: (folder / "report.html").touch())
+    assert RunFolder(out, CONFIG, True, ("device",)).finished
+    assert names(out) == {"run.json", "report.html", "table.csv"}
+
+
+def test_a_finished_run_that_lost_a_file(tmp_path):
+    folder = RunFolder(tmp_path, CONFIG).open()
+    folder.write("table.csv", lambda path: path.write_text("a,b"))
+    folder.finish({})
+    (tmp_path / "table.csv").unlink()
+    with pytest.raises(RunFolderError, match=r"its table\.csv is gone"):
+        _ = RunFolder(tmp_path, CONFIG, resume=True).finished
+
+
+def test_temporary_files_of_a_killed_run_are_cleaned(tmp_path):
+    out = killed(tmp_path / "out")
+    (out / "figures").mkdir()
+    for stale in (
+        out / ".tmp-table-abc.csv",
+        out / "figures" / ".tmp-map-x.png",
+        out / ".run" / ".tmp-part-1",
+    ):
+        stale.write_text("half")
+    RunFolder(out, CONFIG, True, ("device",)).open().close()
+    assert not [p for p in out.rglob("*") if p.name.startswith(".tmp-")]
+    assert (out / ".run" / "part-0").exists() and (out / "table.csv").exists()
+
+
+def test_a_run_that_fails_before_it_wrote_leaves_no_trace(tmp_path):
+    RunFolder(tmp_path / "new", CONFIG).open()
+    (tmp_path / "old").mkdir()
+    RunFolder(tmp_path / "old", CONFIG).open()
+    close_all()
+    assert names(tmp_path) == {"old"} and names(tmp_path / "old") == set()

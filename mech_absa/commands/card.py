@@ -33,7 +33,7 @@ from ..records import RunFolder, plain, write_json, write_text
 from ..scoring import Applicable
 from ..world import CONTINUATIONS, DOMAINS
 from .cli import command
-from .evaluate import finite, load, show
+from .evaluate import load, show
 
 REAL = ("device", "laptop", "rest", "service")
 
@@ -253,7 +253,7 @@ def run(config: Config) -> Path:
         "adapter": config.adapter, "adapter_parameters": getattr(adapter, "n_parameters", None), "seconds_to_load": round(seconds, 2),
     }  # fmt: skip
     folder.open()
-    write_json(folder.path / "card.json", finite(about | {"rows": [r.record() for r in made]}))
+    write_json(folder.path / "card.json", about | {"rows": [r.record() for r in made]})
     write_text(folder.path / "card.md", markdown(made))
     folder.finish({"command": "evaluate.card"} | about)
     import pandas as pd

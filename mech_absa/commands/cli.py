@@ -16,10 +16,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, MechAbsaError
 from ..examples import Examples
+from ..records import close_all
 
 Config = TypeVar("Config")
 
@@ -58,7 +60,10 @@ def command(
             if end.code in (0, None):  # the help was asked for
                 return 0
             raise ConfigError(_sentence(config, words, said.getvalue())) from None
-        main(parsed)
+        try:
+            main(parsed)
+        finally:
+            close_all()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # whoever read the output has read enough: `... | head`
@@ -99,6 +104,15 @@ def reading(config: Any) -> dict[str, Any]:
     return {
         "skip_bad": config.skip_bad, "columns": named("--columns", config.columns), "labels": named("--meaning", config.meaning),
     }  # fmt: skip
+
+
+def report(config: Any) -> Callable[[Path], Any] | None:
+    """Return what writes the report of a finished run; None where --no-report was given."""
+    if not config.report:
+        return None
+    from ..report import leave_report
+
+    return leave_report
 
 
 def tell_left_out(data: Examples) -> None:

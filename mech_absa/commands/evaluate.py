@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder, plain, sha256_file, write_json
 from ..scoring import Applicable
-from .cli import command, reading, tell_left_out
+from .cli import command, reading, report, tell_left_out
 
 FREE = ("device", "batch_size", "report", "out")
 """Settings that do not change a result."""
@@ -148,11 +147,8 @@ def run(config: Config) -> Path:
     train = [load_examples(d, **reading(config)) for d in config.train_data]
     for d in [*data, *train]:
         tell_left_out(d)
-    settings = plain(asdict(config)) | {
-        "data_sha256": [d.sha256 for d in data],
-        "train_sha256": [d.sha256 for d in train],
-    }
-    folder = RunFolder(out, settings, free=FREE)
+    folder = RunFolder(out, asdict(config), free=FREE)
+    folder.bind({"data": [d.sha256 for d in data], "train_data": [d.sha256 for d in train]})
     given = PromptTemplate(config.template) if config.template is not None else None
     words = Verbalizer.of(config.labels, config.separator) if config.labels else None
     texts = side_effects.read_texts(config.texts) if config.texts else side_effects.PASSAGES
@@ -237,19 +233,14 @@ def run(config: Config) -> Path:
             "train": [d.account() for d in train],
             "warnings": notes,
             "predictions": [{"file": str(p), "sha256": sha256_file(p)} for p in config.predictions],
-            "scores": finite(
-                [
-                    {"system": s.name, "data": s.data, "leaked": s.leaked} | _scores_record(s)
-                    for system in scores
-                    for s in system
-                ]
-            ),
-        }
+            "scores": [
+                {"system": s.name, "data": s.data, "leaked": s.leaked} | _scores_record(s)
+                for system in scores
+                for s in system
+            ],
+        },
+        report(config),
     )
-    if config.report:
-        from ..report import leave_report
-
-        leave_report(folder.path)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     _show(scores, comparisons, aggregates, effects)
@@ -287,15 +278,6 @@ def _scores_record(s: Scores) -> dict[str, Any]:
     return {name: q.row() | {"confusion": q.confusion.tolist()} for name, q in s.subsets.items()}
 
 
-def finite(value: Any) -> Any:
-    """`value` with null where a number is none, since JSON has no other word for it."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write(
     folder: RunFolder,
     scores: list[list[Scores]],
@@ -317,13 +299,11 @@ def _write(
     if effects:
         write_json(
             folder.path / "side_effects.json",
-            finite(
-                {
-                    n: e.record()
-                    | {"summary": e.summary().rename(columns={"": "note"}).to_dict("records")}
-                    for n, e in effects.items()
-                }
-            ),
+            {
+                n: e.record()
+                | {"summary": e.summary().rename(columns={"": "note"}).to_dict("records")}
+                for n, e in effects.items()
+            },
         )
 
 

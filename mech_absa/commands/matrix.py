@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -39,7 +38,7 @@ from ..train.matrix import (
 )
 from ..train.presets import Preset
 from ..world import DOMAINS
-from .cli import command, reading, tell_left_out
+from .cli import command, reading, report, tell_left_out
 
 FREE = ("out", "resume", "device", "cache_gib", "report", "quiet")
 """Settings that do not change a result."""
@@ -187,11 +186,10 @@ def main(config: Config) -> Path:
     notes += dict.fromkeys(
         note for d in domains for note in caveats(d.train.items, [o.test for o in domains], d.name)
     )
-    said: dict[str, Any] = vars(config) | {
-        "model_sha256": model.sha256,
-        "data_sha256": [e.sha256 for d in domains for e in (d.train, d.test)],
-    }
-    folder = RunFolder(config.out, said, resume=config.resume, free=FREE)
+    folder = RunFolder(config.out, vars(config), resume=config.resume, free=FREE)
+    folder.bind(
+        {"model": model.sha256, "data": [e.sha256 for d in domains for e in (d.train, d.test)]}
+    )
     if folder.finished:
         return folder.path
 
@@ -237,12 +235,9 @@ def main(config: Config) -> Path:
             "sites": [str(s) for s in sites],
             "trainings": n_trainings(domains, methods, config.seeds),
             "warnings": notes,
-        }
+        },
+        report(config),
     )
-    if config.report:
-        from ..report import leave_report
-
-        leave_report(folder.path)
     if not config.quiet:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)

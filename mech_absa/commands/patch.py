@@ -43,7 +43,7 @@ from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder
 from ..sites import Site, parse_layers
-from .cli import command, reading, tell_left_out
+from .cli import command, reading, report, tell_left_out
 
 UNRECORDED = ("out", "resume", "quiet")
 """Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
@@ -281,6 +281,7 @@ def main(config: Config) -> Path | None:
             base.check_site(Site.parse(site))
     model, adapter = adapted(config, base)
     verbalizer.label_ids(model.tokenizer, template)
+    folder.bind({"data": examples.sha256, "model": model.sha256})
     say(
         f"{len(examples)} examples from {examples.source}; {model}"
         + (f", adapter {adapter}" if adapter else "")
@@ -441,11 +442,7 @@ def _finish(
         "average_total_effect": float(effects.total.mean()), "sites": None if selection is None else str(selection),
         "device": str(model.device), "sweep_seconds": round(time.time() - seconds["start"], 3),
     }  # fmt: skip
-    folder.finish(record)
-    if config.report:
-        from ..report import leave_report
-
-        leave_report(folder.path)
+    folder.finish(record, report(config))
     if not config.quiet:
         _print_table(importance, effects, selection)
         say(

@@ -16,7 +16,6 @@ processes without accelerators (`accelerate launch --cpu` starts one, whatever n
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,14 +30,15 @@ from ..examples import Examples
 from ..model import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
-from ..records import RunFolder
+from ..records import RunFolder, read_json
+from ..schemas import RUNS
 from ..sites import Site
 from ..train import presets
 from ..train.fit import fit
 from ..train.memory import peak
 from ..train.prefix import PrefixCache
 from ..train.presets import Loss, Preset, Schedule
-from .cli import command, reading, tell_left_out
+from .cli import command, reading, report, tell_left_out
 
 FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every", "report", "quiet")
 """Settings that do not change a result."""
@@ -215,13 +215,19 @@ def run(config: Config) -> Path:
     preset = preset_of(config, model, sites)
     examples = [e for part in train for e in part]
     notes += caveats(examples, [*tests, *held])
-    said = {**vars(config), "model_sha256": model.sha256, "data_sha256": [t.sha256 for t in train]}
     # All processes look at the folder, so that all of them resume or stop together; only the first writes to it.
-    folder = RunFolder(config.out, said, resume=config.resume, free=FREE)
+    folder = RunFolder(config.out, vars(config), resume=config.resume, free=FREE)
+    folder.bind(
+        {
+            "model": model.sha256,
+            "data": [t.sha256 for t in train],
+            "validation_data": [t.sha256 for t in held],
+        }
+    )
     if folder.finished:
         return _ended(
             folder.path,
-            json.loads((folder.path / "run.json").read_text(encoding="utf-8"))["edit"]["stopped"],
+            read_json(folder.path / "run.json", RUNS["train"])["edit"].get("stopped"),
         )
     for note in notes if first and not config.quiet else ():
         print(f"warning: {note}", file=sys.stderr)
@@ -266,12 +272,9 @@ def run(config: Config) -> Path:
                 **edit.record,
             },
             "peak_memory_bytes": peak(model.device),
-        }
+        },
+        report(config),
     )
-    if config.report:
-        from ..report import leave_report
-
-        leave_report(folder.path)
     _ended(folder.path, edit.record["stopped"])
     if not config.quiet:
         print(f"{edit!r}\nwritten to {folder.path}")

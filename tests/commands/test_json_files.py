@@ -87,7 +87,7 @@ def runs(tmp_path_factory) -> Path:
         "20",
     ]
     run(evaluate, *MODEL, "--data", test, "--train-data", learn, *scored, "--out", f"{home}/scores")
-    run(card, "--limit", "4", "--draws", "10", "--out", f"{home}/card")
+    run(card, "--limit", "1", "--draws", "2", "--out", f"{home}/card")
     run(generate, "--out", f"{home}/world")
     run(report, f"{home}/noise", f"{home}/edit", "--out", f"{home}/both.html")
     return home

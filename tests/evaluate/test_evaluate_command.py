@@ -115,7 +115,7 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     )
     assert (
         record["model"]["sha256"] == model.sha256
-        and record["config"]["train_sha256"]
+        and record["inputs"]["train_data"]
         and len(record["scores"]) == 6
     )
     effects = json.loads((out / "side_effects.json").read_text())

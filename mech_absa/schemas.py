@@ -1,10 +1,7 @@
 """What the JSON files of a run folder look like, as JSON Schema.
 
 One schema per file, in Python so that this package and its documentation share them; `SCHEMAS` names the file of each. A schema names what
-a reader needs and leaves room for more, so that a file of a later version still opens. Files are checked by `records.read_json`.
-
-    python -m mech_absa.schemas FOLDER     write them as JSON, one file each
-"""
+a reader needs and leaves room for more, so that a file of a later version still opens. Files are checked by `records.read_json`; `published` gives the files to publish."""
 
 from __future__ import annotations
 
@@ -186,18 +183,9 @@ def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
     return f"{where}: {text}" if where else text
 
 
-def write_schemas(folder: str) -> None:
-    """Write every schema as `FILE.schema.json` into a folder."""
-    from pathlib import Path
-
-    from .records import write_json
-
-    for name, schema in SCHEMAS.items():
-        path = Path(folder) / f"{Path(name).stem}.schema.json"
-        write_json(path, {"$schema": DIALECT, "title": name, **schema})
-
-
-if __name__ == "__main__":
-    import sys
-
-    write_schemas(sys.argv[1] if len(sys.argv) > 1 else "schemas")
+def published() -> dict[str, dict[str, Any]]:
+    """Return every schema under the name of the file that it is published as."""
+    return {
+        f"{name.removesuffix('.json')}.schema.json": {"$schema": DIALECT, "title": name, **schema}
+        for name, schema in SCHEMAS.items()
+    }

@@ -1,7 +1,10 @@
 """What the JSON files of a run folder look like, as JSON Schema.
 
-One schema per file, in Python so that this package and its documentation share them; `SCHEMAS` names the file of each. A schema names what
-a reader needs and leaves room for more, so that a file of a later version still opens. Files are checked by `records.read_json`; `published` gives the files to publish."""
+One schema per file, in Python so that this package and its documentation share them; `SCHEMAS`
+names the file of each. A schema names what a reader needs and leaves room for more, so that a file
+of a later version still opens. `records.read_json` checks files; `published` gives the schemas as
+files to publish.
+"""
 
 from __future__ import annotations
 

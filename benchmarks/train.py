@@ -39,8 +39,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mech_absa.edits import Edit
-from mech_absa.model import Model, hooked_from_hf, load_model
-from mech_absa.model import model as models
+from mech_absa.model import Model, hooked_from_hf, kernels, load_model
 from mech_absa.readers import load_examples
 from mech_absa.records import versions, write_json, write_text
 from mech_absa.scoring import question
@@ -210,11 +209,11 @@ def measured(work: Callable[[], float]) -> dict[str, float]:
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
     """Our large products through the BLAS that the peer's run on, so that what the product itself gains can be told from the rest."""
-    before, models.ONEDNN = models.ONEDNN, False
+    before, kernels.ONEDNN = kernels.ONEDNN, False
     try:
         yield
     finally:
-        models.ONEDNN = before
+        kernels.ONEDNN = before
 
 
 def flops(work: Callable[[], Any]) -> int:

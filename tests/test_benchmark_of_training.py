@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from mech_absa.edits import Edit
-from mech_absa.model import ONEDNN
+from mech_absa.model.kernels import ONEDNN
 from mech_absa.readers import load_examples
 from mech_absa.train import PrefixCache, fit
 from mech_absa.train.fit import Task
@@ -76,8 +76,8 @@ def test_both_sides_train_the_same_edit(arch):
 def test_the_switch_is_put_back():
     before = ONEDNN
     with bench.without_onednn():
-        assert bench.models.ONEDNN is False
-    assert bench.models.ONEDNN is before
+        assert bench.kernels.ONEDNN is False
+    assert bench.kernels.ONEDNN is before
     assert bench.studies(12)["three epochs"] == [(range(4, 8), 3, 0)]
     assert [r for r, _, seed in bench.studies(12)["layer-range study"] if seed == 0] == [
         range(4, 8),

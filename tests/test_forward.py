@@ -14,8 +14,7 @@ from edit_cases import loud, prompts, tiny_model
 
 from mech_absa.edits import Part, Shape
 from mech_absa.errors import HookError
-from mech_absa.model import forward
-from mech_absa.model import model as models
+from mech_absa.model import forward, kernels
 from mech_absa.model.hooks import intervene
 from mech_absa.prompts import Tokens
 from mech_absa.sites import Site
@@ -144,7 +143,7 @@ def test_a_point_outside_the_blocks_is_an_error():
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_products_of_one_dnn_have_the_right_gradient(arch):
     """float32 against float64, with enough tokens that the large products take their other way."""
-    if not models.ONEDNN:
+    if not kernels.ONEDNN:
         pytest.skip("torch is built without oneDNN")
     (model, *_), (exact, *_) = case(arch, "float32"), case(arch)
     x = torch.randn(4, 40, model.d_model, generator=torch.Generator().manual_seed(3))

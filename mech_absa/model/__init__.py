@@ -1,29 +1,18 @@
-"""model."""
+"""The model: loading it, running it block by block, reading and writing inside it."""
 
-from .model import (
-    ACTIVATIONS,
-    BUNDLED,
-    DTYPES,
-    ONEDNN,
-    LayerStates,
-    Model,
-    heads_of,
-    hooked_from_hf,
-    linear,
-    load_model,
-    logits_of,
-    norm_of,
-    run,
-    weights_hash,
-)
+from .block import LayerStates, run
+from .kernels import linear
+from .model import BUNDLED, DTYPES, Model, hooked_from_hf, load_model, logits_of, weights_hash
+from .pieces import NO_TAPS, Tap, Taps, heads_of, norm_of
 
 __all__ = [
-    "ACTIVATIONS",
     "BUNDLED",
     "DTYPES",
-    "ONEDNN",
+    "NO_TAPS",
     "LayerStates",
     "Model",
+    "Tap",
+    "Taps",
     "heads_of",
     "hooked_from_hf",
     "linear",

@@ -31,14 +31,13 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -47,6 +46,8 @@ from ..errors import ConfigError, ModelError, choices
 from ..metrics import Need
 from ..prompts import adds_bos
 from ..sites import KINDS, Site
+from .kernels import linear
+from .pieces import NO_TAPS, Taps, heads_of, mlp_of, norm_of, rows_of, tapped
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "model"
 DTYPES = {
@@ -223,22 +224,37 @@ class Model:
         return self.hooked.blocks[layer].attn.W_O.device
 
     def qkv(
-        self, layer: int, x: Float[Tensor, "token d_model"], positions: Int[Tensor, " token"]
+        self,
+        layer: int,
+        x: Float[Tensor, "*token d_model"],
+        positions: Int[Tensor, "*position"],
+        taps: Taps = NO_TAPS,
+        reads: Int[Tensor, "batch read"] | None = None,
     ) -> tuple[
-        Float[Tensor, "token head d_head"],
-        Float[Tensor, "token kv d_head"],
-        Float[Tensor, "token kv d_head"],
+        Float[Tensor, "*query head d_head"],
+        Float[Tensor, "*token kv d_head"],
+        Float[Tensor, "*token kv d_head"],
     ]:
-        """Queries, keys and values of packed tokens, rotated where the model rotates."""
+        """Return queries, keys and values, rotated where the model rotates.
+
+        Args:
+            layer: of the block.
+            x: its input.
+            positions: where the tokens stand: `[token]`, or `[pos]` for a batch of whole prompts.
+            taps: of `ln1`, `q`, `k`, `v`, `rot_q` and `rot_k`.
+            reads: the positions of each row that have queries; all where None.
+        """
         block = self.hooked.blocks[layer]
-        attn, normed = block.attn, norm_of(block.ln1, x)
-        if attn.q_norm is None:
-            q, k, v = (heads_of(normed, W, b) for W, b in self.qkv_weights(layer))
-        else:
-            q, k, v = (
-                y[0] for y in attn.calculate_qkv_matrices(normed[None], normed[None], normed[None])
-            )
-        return self.rotate(layer, q, positions), self.rotate(layer, k, positions), v
+        attn, h = block.attn, tapped(taps, "ln1", norm_of(block.ln1, x))
+        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = self.qkv_weights(layer)
+        asked, at = (h, positions) if reads is None else (rows_of(h, reads), reads)
+        q = tapped(taps, "q", heads_of(asked, W_Q, b_Q))
+        k = tapped(taps, "k", heads_of(h, W_K, b_K))
+        v = tapped(taps, "v", heads_of(h, W_V, b_V))
+        if attn.q_norm is not None:
+            q, k = attn._apply_qk_norm(q, attn.q_norm), attn._apply_qk_norm(k, attn.k_norm)
+        q = tapped(taps, "rot_q", self.rotate(layer, q, at))
+        return q, tapped(taps, "rot_k", self.rotate(layer, k, positions)), v
 
     def qkv_weights(
         self, layer: int
@@ -284,18 +300,23 @@ class Model:
         layer: int,
         q: Float[Tensor, "row q_pos head d_head"],
         k: Float[Tensor, "row k_pos kv d_head"],
-        query_positions: Int[Tensor, " q_pos"],
+        query_positions: Int[Tensor, "*row q_pos"],
     ) -> Float[Tensor, "row head q_pos k_pos"]:
-        """Masked attention scores. Keys stand at positions 0, 1, ...; queries where `query_positions` says."""
+        """Return masked attention scores.
+
+        Keys stand at positions 0, 1, ...; queries where `query_positions` says, alike in all rows
+        or row by row.
+        """
         attn = self.hooked.blocks[layer].attn
         kv = k.shape[2]
         q = rearrange(q, "row q (kv group) d -> row kv (group q) d", kv=kv)
         s = q @ rearrange(k, "row k kv d -> row kv d k") / attn.attn_scale
         if self.cfg.attn_scores_soft_cap > 0:
             s = self.cfg.attn_scores_soft_cap * torch.tanh(s / self.cfg.attn_scores_soft_cap)
-        s = rearrange(s, "row kv (group q) k -> row (kv group) q k", q=len(query_positions))
+        s = rearrange(s, "row kv (group q) k -> row (kv group) q k", q=query_positions.shape[-1])
         keys = torch.arange(k.shape[1], device=s.device)
-        behind = query_positions[:, None] - keys
+        behind = query_positions[..., None] - keys
+        behind = behind if behind.ndim == 2 else behind[:, None]
         if self.cfg.positional_embedding_type == "alibi":
             slopes = attn.create_alibi_multipliers(self.n_heads).to(s)
             s = s - slopes[:, None, None] * behind.clamp(min=0)
@@ -310,48 +331,43 @@ class Model:
         q: Float[Tensor, "row q_pos head d_head"],
         k: Float[Tensor, "row k_pos kv d_head"],
         v: Float[Tensor, "row k_pos kv d_head"],
-        query_positions: Int[Tensor, " q_pos"],
+        query_positions: Int[Tensor, "*row q_pos"],
     ) -> Float[Tensor, "row q_pos head d_head"]:
         """z of every head: the values, averaged by the attention pattern."""
         pattern = self.scores(layer, q, k, query_positions).softmax(-1)
         pattern = rearrange(pattern, "row (kv group) q k -> row kv (group q) k", kv=v.shape[2])
         z = pattern.to(v.dtype) @ rearrange(v, "row k kv d -> row kv k d")
-        return rearrange(z, "row kv (group q) d -> row q (kv group) d", q=len(query_positions))
+        return rearrange(z, "row kv (group q) d -> row q (kv group) d", q=query_positions.shape[-1])
 
     def project(
-        self, layer: int, z: Float[Tensor, "token head d_head"]
-    ) -> Float[Tensor, "token d_model"]:
-        """sum_h z_h W_O[h] + b_O, before any post-norm."""
+        self, layer: int, z: Float[Tensor, "*token head d_head"]
+    ) -> Float[Tensor, "*token d_model"]:
+        """Return sum_h z_h W_O[h] + b_O, before any post-norm."""
         attn = self.hooked.blocks[layer].attn
-        return linear(
-            z.flatten(1),
-            rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)"),
-            attn.b_O,
-        )
+        W = rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)")
+        return linear(z.flatten(-2), W, attn.b_O)
 
     def attn_out(
-        self, layer: int, projected: Float[Tensor, "token d_model"]
-    ) -> Float[Tensor, "token d_model"]:
-        """What the attention adds to the residual stream (after the post-norm, where there is one)."""
-        return (
-            norm_of(self.hooked.blocks[layer].ln1_post, projected)
-            if self.cfg.use_normalization_before_and_after
-            else projected
-        )
+        self, layer: int, projected: Float[Tensor, "*token d_model"]
+    ) -> Float[Tensor, "*token d_model"]:
+        """Return what the attention adds to the stream, after the post-norm where there is one."""
+        if not self.cfg.use_normalization_before_and_after:
+            return projected
+        return norm_of(self.hooked.blocks[layer].ln1_post, projected)
 
     def mlp_out(
-        self, layer: int, x: Float[Tensor, "token d_model"], bytes_hidden: int = 1 << 26
-    ) -> Float[Tensor, "token d_model"]:
-        """What the MLP adds, reading the stream `x` (the block's input where blocks are parallel).
+        self, layer: int, x: Float[Tensor, "*token d_model"], taps: Taps = NO_TAPS
+    ) -> Float[Tensor, "*token d_model"]:
+        """Return what the MLP adds, reading the stream `x` (the block's input in parallel blocks).
 
-        The hidden layer is the widest tensor of the pass; tokens go through it in slices of `bytes_hidden`.
+        Args:
+            layer: of the block.
+            x: the stream.
+            taps: of `ln2`, `pre`, `pre_linear`, `post` and `mlp`.
         """
         block = self.hooked.blocks[layer]
-        step = max(256, bytes_hidden // (max(1, self.d_mlp) * x.element_size()))
-        if len(x) <= step:
-            out = _mlp(block.mlp, norm_of(block.ln2, x))
-        else:
-            out = torch.cat([_mlp(block.mlp, norm_of(block.ln2, part)) for part in x.split(step)])
+        out = mlp_of(block.mlp, tapped(taps, "ln2", norm_of(block.ln2, x)), taps)
+        out = tapped(taps, "mlp", out)
         return norm_of(block.ln2_post, out) if self.cfg.use_normalization_before_and_after else out
 
     def finish(
@@ -446,96 +462,6 @@ def weights_hash(module: torch.nn.Module) -> str:
         h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()
-
-
-def norm_of(norm: Any, x: Tensor) -> Tensor:
-    """The norm of tokens, in whatever shape they come; the fused kernel where TransformerLens's own arithmetic is plain float32."""
-    name = type(norm).__name__
-    if x.dtype in (torch.float32, torch.float64) and x.dtype == getattr(
-        getattr(norm, "w", None), "dtype", None
-    ):
-        if name == "LayerNorm":
-            return F.layer_norm(x, (x.shape[-1],), norm.w, norm.b, norm.eps)
-        if name == "RMSNorm":
-            return F.rms_norm(x, (x.shape[-1],), norm.w, norm.eps)
-    return norm(x) if x.ndim == 3 else norm(x[None])[0]
-
-
-ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
-    "gelu_new": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
-    "gelu_pytorch_tanh": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
-    "gelu": ("gelu", "none", F.gelu),
-    "silu": ("swish", "", F.silu),
-    "relu": ("relu", "", F.relu),
-}
-"""TransformerLens's name -> oneDNN's name and algorithm, and torch's function: one pass over memory, or none, instead of seven."""
-
-ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-"""Whether large float32 products on a CPU run through oneDNN, with the activation fused. Where torch is built on a BLAS that knows another
-maker's processors better, this is twice as fast; the numbers agree to rounding."""
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b through oneDNN, with a gradient for x alone: the weights of the model are constants."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(W)
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (W,) = ctx.saved_tensors
-        return (
-            torch.ops.mkldnn._linear_pointwise(grad.contiguous(), W.T, None, "none", [], ""),
-            None,
-            None,
-        )
-
-
-def heads_of(
-    x: Float[Tensor, "*token d_model"],
-    W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
-) -> Float[Tensor, "*token head d_head"]:
-    """x W[h] + b[h] for every head."""
-    return linear(
-        x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), b.flatten()
-    ).unflatten(-1, b.shape)
-
-
-def linear(
-    x: Float[Tensor, "*token d_in"],
-    W: Float[Tensor, "d_out d_in"],
-    b: Tensor | None = None,
-    act: str | None = None,
-) -> Float[Tensor, "*token d_out"]:
-    """act(x W^T + b), differentiable in x; W and b are constants."""
-    name, algorithm, function = ACTIVATIONS[act] if act is not None else ("none", "", None)
-    if (
-        ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() >= 64 * x.shape[-1]
-        and not W.requires_grad
-    ):
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], algorithm)
-        y = _Product.apply(x, W, b)
-    else:
-        y = F.linear(x, W, b)
-    return y if function is None else function(y)
-
-
-def _mlp(mlp: Any, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-    """The MLP of packed tokens. Kinds other than the plain and the gated one run TransformerLens's own code."""
-    act, kind = mlp.cfg.act_fn, type(mlp).__name__
-    if act not in ACTIVATIONS or kind not in ("MLP", "GatedMLP"):
-        return mlp(x[None])[0]
-    if kind == "MLP":
-        return linear(linear(x, mlp.W_in.T, mlp.b_in, act), mlp.W_out.T, mlp.b_out)
-    hidden = torch.addcmul(mlp.b_in, linear(x, mlp.W_gate.T, None, act), linear(x, mlp.W_in.T))
-    return linear(hidden, mlp.W_out.T, mlp.b_out)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------------------
@@ -916,74 +842,6 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str | torch.device, n_de
     )
     cfg.setdefault("default_prepend_bos", True)
     return HookedTransformerConfig.from_dict(cfg)
-
-
-# ---- a whole run, with what was asked for kept ------------------------------------------------------------------------------------
-
-
-class LayerStates(dict[str, Tensor]):
-    """Activations of one block over a batch of equally long runs, by name and as attributes; only what was asked for is there.
-
-    | name | shape |
-    |---|---|
-    | resid_pre, resid_mid, resid_post, attn_out, mlp_out | batch pos d_model |
-    | q, z; k, v | batch pos head d_head; batch pos kv d_head. q and k after rotation |
-    | projected | batch pos d_model: the attention's sum before any post-norm |
-
-    `resid_mid` of a parallel block is resid_pre + attn_out, which no MLP reads.
-    """
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(
-                f"{name!r} was not kept; there are {', '.join(self) or 'no states'}"
-            ) from None
-
-
-def run(model: Model, x: Resid, keep: Set[str] = frozenset()) -> tuple[Resid, list[LayerStates]]:
-    """All blocks over whole prompts of equal length, keeping the named states of every block.
-
-    Args:
-        x: the residual stream before block 0.
-        keep: names of `LayerStates` fields.
-
-    Returns:
-        the last residual stream, and one `LayerStates` a block.
-    """
-    n, T, _ = x.shape
-    states = []
-    for layer in range(model.n_layers):
-        device = model.block_device(layer)
-        x = x.to(device)
-        positions = torch.arange(T, device=device)
-        flat = x.flatten(0, 1)
-        q, k, v = (
-            y.unflatten(0, (n, T))
-            for y in model.qkv(layer, flat, repeat(positions, "pos -> (batch pos)", batch=n))
-        )
-        z = model.attend(layer, q, k, v, positions)
-        projected = model.project(layer, z.flatten(0, 1))
-        attn_out = model.attn_out(layer, projected)
-        mid = flat + attn_out
-        mlp_out = model.mlp_out(layer, flat if model.parallel else mid)
-        post = mid + mlp_out
-        made = dict(resid_pre=x, q=q, k=k, v=v, z=z)
-        made |= {
-            name: y.unflatten(0, (n, T))
-            for name, y in dict(
-                projected=projected,
-                attn_out=attn_out,
-                resid_mid=mid,
-                mlp_out=mlp_out,
-                resid_post=post,
-            ).items()
-            if name in keep or name == "resid_post"
-        }
-        states.append(LayerStates({name: y for name, y in made.items() if name in keep}))
-        x = made["resid_post"]
-    return x, states
 
 
 def logits_of(model: Model, x: Float[Tensor, "token d_model"]) -> Logits:

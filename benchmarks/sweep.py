@@ -57,7 +57,7 @@ from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, Span, components
 from mech_absa.patch.trace import default_memory
-from mech_absa.prompts import ROLE, Continuation, Tokens
+from mech_absa.prompts import ROLE, Continuation, Tokenised
 from mech_absa.records import versions, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -234,13 +234,13 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
     for i in range(shape.pairs):
         ids = torch.randint(V, (1, T), generator=generator)
         other = (ids + torch.randint(1, V, (1, T), generator=generator)) % V
-        clean = Tokens(ids, role, (T,))
+        clean = Tokenised(ids, role, (T,))
         example = Example("random tokens", "tokens", Polarity.POSITIVE, id=str(i))
         if shape.draws:
             sigma = 3 * float(model.hooked.embed(ids.to(model.device)).float().std())
             pairs.append(Pair(example, clean, clean, 0, 1, GaussianNoise(draws=shape.draws), sigma))
         else:
-            pairs.append(Pair(example, clean, Tokens(other, role, (T,)), 0, 1, Counterfactual()))
+            pairs.append(Pair(example, clean, Tokenised(other, role, (T,)), 0, 1, Counterfactual()))
     first, second = torch.randperm(V, generator=generator)[:2].tolist()
     return Question(model, shape, pairs, (first, second))
 

@@ -30,18 +30,19 @@ if TYPE_CHECKING:
         split_by_sentence,
     )
     from .model import Model, load_model
-    from .patch.effects import Effects
-    from .patch.importance import ImportanceMap, Selection, load_sites
-    from .patch.pairs import (
+    from .patch.corruption import (
+        AspectSwap,
         Counterfactual,
         GaussianNoise,
+        Lexicon,
         MeanAblation,
-        Pair,
-        Pairs,
+        OpinionSwap,
         Resample,
         ZeroAblation,
-        make_pairs,
     )
+    from .patch.effects import Effects
+    from .patch.importance import ImportanceMap, Selection, load_sites
+    from .patch.pairs import Pair, Pairs, make_pairs
     from .patch.trace import trace
     from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
     from .readers import load_examples, write_jsonl
@@ -65,16 +66,17 @@ _HOMES = {
         "split_by_sentence",
     ),
     "model": ("Model", "load_model"),
-    "patch.pairs": (
+    "patch.corruption": (
+        "AspectSwap",
         "Counterfactual",
         "GaussianNoise",
+        "Lexicon",
         "MeanAblation",
-        "Pair",
-        "Pairs",
+        "OpinionSwap",
         "Resample",
         "ZeroAblation",
-        "make_pairs",
     ),
+    "patch.pairs": ("Pair", "Pairs", "make_pairs"),
     "patch.effects": ("Effects",),
     "patch.importance": ("ImportanceMap", "Selection", "load_sites"),
     "patch.trace": ("trace",),

@@ -36,6 +36,10 @@ class PromptError(MechAbsaError):
     """A template or a set of labels that cannot ask the question."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt with more tokens than the model reads."""
+
+
 class AlignmentError(MechAbsaError):
     """A clean and a corrupted prompt that do not line up token by token."""
 

@@ -18,7 +18,7 @@ splits into parts, but reads changes that no sampled answer would show. Report b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +58,20 @@ class Metric:
         Args:
             scores: of every label.
             gold: index of the right label.
-            foil: index of the label to compare with; -1 means the mean of all others.
+            foil: index of the label to compare with, from `foil_indices`; None compares with the mean
+                of all other labels.
         """
         return self.fn(_wide(scores), gold, foil)
+
+
+def foil_indices(foils: Iterable[int | None]) -> Int[Tensor, " row"]:
+    """Return the foils of some rows as a tensor; a row without a foil is compared with the mean of the others.
+
+    Example:
+        >>> foil_indices([1, None])
+        tensor([ 1, -1])
+    """
+    return torch.tensor([-1 if f is None else f for f in foils], dtype=torch.long)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -125,15 +125,15 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @classmethod
-    def stack(cls, batch: Sequence[Tokens], pad_id: int = 0) -> Tokens:
-        """Several batches as one."""
+    @staticmethod
+    def stack(batch: Sequence[Tokens], pad_id: int = 0) -> Tokens:
+        """Put several batches together, padded on the right."""
         width = max(max(t.lengths) for t in batch)
 
         def grow(x: torch.Tensor, value: int) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)[:, :width]
 
-        return cls(
+        return Tokens(
             torch.cat([grow(t.ids, pad_id) for t in batch]),
             torch.cat([grow(t.roles, -1) for t in batch]),
             tuple(n for t in batch for n in t.lengths),
@@ -150,8 +150,46 @@ class Tokens:
         return [i for i, r in enumerate(self.roles[row, :n].tolist()) if r in wanted]
 
 
-def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokens:
-    """The tokens of one prompt (a batch of one) and what each is for.
+@dataclass(frozen=True, eq=False)
+class Tokenised(Tokens):
+    """One prompt: a batch of one row without padding, which can be run as it is or stacked.
+
+    Example:
+        >>> t = Tokenised.of([5, 6, 7], ["template", "query.last", "answer"])
+        >>> t.length, t.role_names, t.positions("query")
+        (3, ('template', 'query.last', 'answer'), [1])
+    """
+
+    def __post_init__(self) -> None:
+        if tuple(self.ids.shape) != (1, self.lengths[0]) or len(self.lengths) != 1:
+            raise PromptError(
+                f"one prompt was expected, without padding; {tuple(self.ids.shape)} tokens came "
+                f"with lengths {self.lengths}"
+            )
+
+    @classmethod
+    def of(cls, ids: Sequence[int], roles: Sequence[str]) -> Tokenised:
+        """Return the prompt with these token ids and the role of each."""
+        return cls(torch.tensor([ids]), torch.tensor([[ROLE[r] for r in roles]]), (len(ids),))
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return self.lengths[0]
+
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the token ids."""
+        return tuple(self.ids[0].tolist())
+
+    @cached_property
+    def role_names(self) -> tuple[str, ...]:
+        """Return the role of every token."""
+        return tuple(ROLES[r] for r in self.roles[0].tolist())
+
+
+def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised:
+    """Return the tokens of one prompt and what each is for.
 
     Args:
         prompt: the text and its parts.
@@ -172,7 +210,7 @@ def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokens:
     if not ids:
         raise PromptError("the prompt is empty")
     roles[-1] = ROLE["answer"]
-    return Tokens(torch.tensor([ids]), torch.tensor([roles]), (len(ids),))
+    return Tokenised(torch.tensor([ids]), torch.tensor([roles]), (len(ids),))
 
 
 def adds_bos(tokenizer: Any) -> bool:

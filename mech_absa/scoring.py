@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .axes import Resid
-from .errors import PromptError
+from .errors import PromptTooLong
 from .examples import Example
 from .metrics import Need
 from .model import Model
 from .model.forward import Point, advance, last, rows_of
-from .prompts import Continuation, PromptTemplate, Tokens, Verbalizer, encode
+from .prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer, encode
 
 
 @runtime_checkable
@@ -38,16 +38,16 @@ class Pointed(Protocol):
     def points(self, model: Model, tokens: Tokens) -> list[Point]: ...
 
 
-def question(model: Model, example: Example, template: PromptTemplate | None = None) -> Tokens:
+def question(model: Model, example: Example, template: PromptTemplate | None = None) -> Tokenised:
     """The tokens that ask `model` about `example`.
 
     Raises:
-        PromptError: the prompt is longer than the model's context.
+        PromptTooLong: the prompt is longer than the model's context.
     """
     tokens = encode((template or PromptTemplate())(example), model.tokenizer, model.bos)
-    if tokens.lengths[0] > model.n_ctx:
-        raise PromptError(
-            f"the prompt of {example.id or example.sentence[:40]!r} has {tokens.lengths[0]} tokens; {model.name} reads {model.n_ctx}"
+    if tokens.length > model.n_ctx:
+        raise PromptTooLong(
+            f"the prompt of {example.id or example.sentence[:40]!r} has {tokens.length} tokens; {model.name} reads {model.n_ctx}"
         )
     return tokens
 

@@ -18,7 +18,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mech_absa"
 
 FLOORS = {
-    "errors": 0, "axes": 0,
+    "errors": 0, "words": 0, "axes": 0,
     "examples": 1, "readers": 1, "world": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1,
     "progress": 1, "schemas": 1,
     "prompts": 2, "model": 2,

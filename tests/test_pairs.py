@@ -15,33 +15,25 @@ from patch.helpers import EXAMPLES, LONG, ONE_TOKEN, TEMPLATE, clean_states, exa
 from mech_absa.errors import AlignmentError, ConfigError, DataError
 from mech_absa.examples import Example, Polarity
 from mech_absa.patch import pairs as module
-from mech_absa.patch.pairs import (
+from mech_absa.patch.corruption import (
     Counterfactual,
     GaussianNoise,
     MeanAblation,
-    Pair,
     Resample,
     ZeroAblation,
-    by_length,
     check_alignment,
-    make_pairs,
-    make_runs,
     partners,
     same_role_positions,
 )
-from mech_absa.patch.sweep import make_ablation
-from mech_absa.prompts import Continuation, Tokens, Verbalizer
+from mech_absa.patch.pairs import Pair, by_length, make_pairs, make_runs
+from mech_absa.prompts import Continuation, Tokenised, Verbalizer
 from mech_absa.sites import ROLES
 
 P = Polarity
 
 
-def tokens(*roles: str, ids: list[int] | None = None) -> Tokens:
-    return Tokens(
-        torch.tensor([ids or list(range(len(roles)))]),
-        torch.tensor([[ROLES.index(r) for r in roles]]),
-        (len(roles),),
-    )
+def tokens(*roles: str, ids: list[int] | None = None) -> Tokenised:
+    return Tokenised.of(ids or list(range(len(roles))), roles)
 
 
 def pair(corruption, id="x", sentence="The food was fine", sigma=1.0, roles=None, gold=0) -> Pair:
@@ -68,7 +60,7 @@ def pair(corruption, id="x", sentence="The food was fine", sigma=1.0, roles=None
         t,
         t,
         gold,
-        -1,
+        None,
         corruption,
         sigma,
     )
@@ -423,7 +415,9 @@ def test_mean_tables_by_numpy(by):
     model = tiny("gpt2")
     pairs = pairs_of(model, MeanAblation(by))
     keys = {(1, "attn_out"), (2, "head"), (0, "resid_pre")}
-    means = make_ablation(pairs, keys, lambda chosen: clean_states(model, chosen, keys)).means
+    means = pairs.corruption.source(
+        pairs, keys, lambda chosen: clean_states(model, chosen, keys)
+    ).means
     assert set(means) == keys
     acts, roles = (
         [states_by_numpy(model, p) for p in pairs],
@@ -446,7 +440,9 @@ def test_resampled_states_are_the_partners():
     model = tiny("gpt2")
     pairs = pairs_of(model, Resample(seed=1), examples=[EXAMPLES[0], EXAMPLES[3]])
     keys = {(1, "mlp_out"), (2, "head")}
-    ablation = make_ablation(pairs, keys, lambda chosen: clean_states(model, chosen, keys))
+    ablation = pairs.corruption.source(
+        pairs, keys, lambda chosen: clean_states(model, chosen, keys)
+    )
     for p, q in ((pairs[0], pairs[1]), (pairs[1], pairs[0])):
         got = ablation.states(clean_states(model, [p], keys), [p], p.length + 2)
         where = same_role_positions(p.clean, q.clean)
@@ -469,11 +465,11 @@ def test_zero_is_zero_and_other_corruptions_have_no_ablation():
     ask = lambda chosen: clean_states(model, chosen, keys)  # noqa: E731
     pairs = pairs_of(model, ZeroAblation())
     group = list(pairs)[:3]
-    states = make_ablation(pairs, keys, ask).states(ask(group), group, group[0].length)
+    states = pairs.corruption.source(pairs, keys, ask).states(ask(group), group, group[0].length)
     assert (
         states[1, "mlp_out"].shape == ask(group)[1, "mlp_out"].shape
         and not states[1, "mlp_out"].any()
     )
     assert all(p.corrupted_scores is None for p in pairs)
-    assert make_ablation(pairs_of(model, Counterfactual()), keys, ask) is None
-    assert make_ablation(pairs_of(model, GaussianNoise(draws=1)), keys, ask) is None
+    for other in (Counterfactual(), GaussianNoise(draws=1)):
+        assert other.source(pairs_of(model, other), keys, ask) is None

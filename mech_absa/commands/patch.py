@@ -24,18 +24,19 @@ import torch
 from ..errors import ConfigError, DataError, choices
 from ..examples import Examples
 from ..model import BUNDLED, DTYPES, Model, load_model
+from ..patch.corruption import (
+    WORDS,
+    Corruption,
+    GaussianNoise,
+    Lexicon,
+    OpinionSwap,
+    Resample,
+    as_corruption,
+)
 from ..patch.effects import Effects, read_frame, write_frame
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
-from ..patch.pairs import (
-    Corruption,
-    Counterfactual,
-    GaussianNoise,
-    MeanAblation,
-    Resample,
-    ZeroAblation,
-    make_pairs,
-)
+from ..patch.pairs import make_pairs
 from ..patch.sweep import SPANS
 from ..patch.trace import Plan, ablation, check_names, gather, iterate, measure, plan, self_check
 from ..progress import bar
@@ -49,7 +50,7 @@ UNRECORDED = ("out", "resume", "quiet")
 """Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
 FREE = ("device", "report", "figures")
 """Settings that are recorded, and may change when a run is resumed."""
-CORRUPTIONS = ("noise", "counterfactual", "mean", "zero", "resample")
+CORRUPTIONS = tuple(WORDS)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,13 @@ class Config:
     keep: str = "paper"
     """Which pairs are traced: paper (clean answer right, corrupted answer wrong), clean (clean answer right) or all."""
     corruption: str = "auto"
-    """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them), mean, zero
-    or resample (ablations of the clean run). auto takes counterfactuals where all examples have them, and noise otherwise."""
+    """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them), aspect-swap
+    (the question asks about another aspect of the same sentence), opinion-swap (the opinion expression replaced from --lexicon), mean, zero or
+    resample (ablations of the clean run). auto takes counterfactuals where all examples have them, and noise otherwise."""
+    lexicon: tuple[str, ...] = ()
+    """Training data with opinion spans, from which opinion-swap takes its expressions."""
+    strict: bool = False
+    """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
     noise_scale: float = 3.0
     """Noise in standard deviations of the aspect terms' embeddings."""
     noise_draws: int = 10
@@ -159,13 +165,14 @@ def corruption_of(config: Config, examples: Examples) -> Corruption:
             if len(examples) and all(e.counterfactuals for e in examples)
             else "noise"
         )
-    made: dict[str, Any] = {
-        "noise": lambda: GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed),  # type: ignore[arg-type]
-        "counterfactual": Counterfactual, "mean": MeanAblation, "zero": ZeroAblation, "resample": lambda: Resample(config.seed),
-    }  # fmt: skip
-    if name not in made:
-        raise ConfigError(f"--corruption {name!r} is unknown; accepted: {choices(['auto', *made])}")
-    return made[name]()
+    if name == "noise":
+        return GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
+    if name == "resample":
+        return Resample(config.seed)
+    if name == "opinion-swap" and config.lexicon:
+        training = [e for source in config.lexicon for e in load_examples(source)]
+        return OpinionSwap(Lexicon.of(training), seed=config.seed)
+    return as_corruption(name)
 
 
 def read_data(config: Config) -> Examples:
@@ -234,6 +241,12 @@ def check_flags(config: Config) -> None:
         raise ConfigError(
             f"--corruption {config.corruption!r} is unknown; accepted: {choices(['auto', *CORRUPTIONS])}"
         )
+    if config.corruption == "opinion-swap" and not config.lexicon:
+        raise ConfigError(
+            "--corruption opinion-swap needs --lexicon with training data that marks opinion expressions"
+        )
+    if config.corruption in ("auto", "noise"):
+        GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
     PromptTemplate(config.template)
     check_names(
         [s for s in config.sites if "." not in s],
@@ -294,7 +307,8 @@ def main(config: Config) -> Path | None:
         verbalizer=verbalizer,
         keep=config.keep,
         limit=config.limit,
-    )  # type: ignore[arg-type]
+        strict=config.strict,
+    )
     say(
         f"{len(pairs)} pairs kept of {pairs.considered}"
         + "".join(f"; {n} dropped: {reason}" for reason, n in pairs.dropped.items())

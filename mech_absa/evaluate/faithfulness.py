@@ -43,11 +43,11 @@ from torch import Tensor
 
 from ..errors import ConfigError, choices
 from ..examples import Example
-from ..metrics import get_metric
+from ..metrics import foil_indices, get_metric
 from ..model import Model
 from ..model.forward import rows_of
 from ..model.hooks import capture, hook_point, hooked_at
-from ..patch.pairs import ABLATIONS, Pairs, Runs, by_length, make_runs
+from ..patch.pairs import Pairs, Runs, by_length, make_runs
 from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..scoring import Applicable, positions_read, question, read_labels
 from ..sites import HEAD_KINDS, Site
@@ -208,9 +208,10 @@ def faithfulness(
         raise ConfigError(
             f"metric {metric} reads the whole vocabulary; accepted here: prob, prob_label, logprob or logit_diff"
         )
-    if isinstance(pairs.corruption, ABLATIONS):
+    pairs.check_model(model)
+    if pairs.corruption.is_ablation:
         raise ConfigError(
-            f"pairs by {type(pairs.corruption).__name__} have no corrupted run; GaussianNoise or Counterfactual is needed"
+            f"pairs by {pairs.corruption.name} have no corrupted run; GaussianNoise or Counterfactual is needed"
         )
     sites = in_order(ranking, model, magnitude)
     n = len(sites)
@@ -291,7 +292,7 @@ class _Bench:
             (c, *self._states(make_runs(model, self.chosen, c))) for c in pairs.continuations
         ]
         self.gold = torch.tensor([p.gold for p in self.chosen])
-        self.foil = torch.tensor([p.foil for p in self.chosen])
+        self.foil = foil_indices(p.foil for p in self.chosen)
 
     @torch.inference_mode()
     def _states(self, runs: Runs) -> tuple[Tensor, Tensor, Tensor, dict[tuple[int, str], Tensor]]:

@@ -60,12 +60,14 @@ from torch import Tensor
 
 from ..axes import HeadOut, Resid
 from ..errors import ConfigError, ModelError, choices
+from ..metrics import foil_indices
 from ..model import Model
 from ..model.hooks import capture, live_hooks
 from ..sites import HEAD_KINDS, Site
 from ..stats import spearman_interval, top_k_overlap
+from .corruption import States
 from .loop import states
-from .sweep import Job, Reader, States, window_layers
+from .sweep import Job, Reader, window_layers
 
 Method = Literal["atp", "atpstar", "ig"]
 METHODS = ("atp", "atpstar", "ig")
@@ -310,10 +312,8 @@ def _attributed(
             if job.metric.need == "vocabulary":
                 value = scores.sum()
             else:
-                gold, foil = (
-                    torch.tensor([getattr(p, name) for p in pairs], device=scores.device)
-                    for name in ("gold", "foil")
-                )
+                gold = torch.tensor([p.gold for p in pairs], device=scores.device)
+                foil = foil_indices(p.foil for p in pairs).to(scores.device)
                 value = job.metric(scores, gold, foil).sum()
         # Rows do not touch each other, so that the gradient of the sum is every row's own.
         acts = {key: seen[site] for key, site in sites.items()}

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..model import Model
 from ..model.hooks import capture, intervene
 from ..sites import HEAD_KINDS, Site
-from .sweep import Answers, Job, Reader, States, pass_flops, window_layers
+from .corruption import States
+from .sweep import Answers, Job, Reader, pass_flops, window_layers
 
 
 def _any_head(layer: int, kind: str) -> Site:

@@ -1,26 +1,15 @@
 """Clean and corrupted runs, aligned token by token.
 
-A `Corruption` says how the corrupted run is made; a `Pair` is one example with both runs ready to be made, and refuses to exist when
-they do not line up. `make_pairs` builds them, scores both runs, and applies the paper's filter: only examples that the clean run answers
-rightly and the corrupted run wrongly are traced, and everything dropped is counted by reason.
-
-| corruption | the corrupted run |
-|---|---|
-| `GaussianNoise` | the same tokens, noise on their embeddings (ROME; the paper: on all tokens) |
-| `Counterfactual` | a minimal edit of the text with another polarity, as many tokens |
-| `MeanAblation`, `ZeroAblation`, `Resample` | none: states of the clean run are replaced by a mean, by zero, or by another example's |
-
-Noise takes the model off its distribution, which can break more than the fact under study and show sites that only repair damage; a
-counterfactual asks precisely which states tell the two polarities apart, and needs such texts. When both are at hand, believe the
-counterfactual first.
+A `Pair` is one example with both runs ready; it refuses to exist when they do not line up.
+`make_pairs` builds pairs, scores both runs, and applies the paper's filter: only examples that the
+clean run answers rightly and the corrupted run wrongly are traced. Everything dropped is counted by
+reason. How the corrupted run is made is the business of `corruption.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
@@ -28,83 +17,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import AlignmentError, ConfigError, DataError, choices
+from ..errors import AlignmentError, ConfigError, DataError, PromptTooLong
 from ..examples import Example, Examples, marked, mixed_polarity
 from ..model import Model
 from ..model.forward import last
-from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
+from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
 from ..scoring import extend, label_scores, positions_read, question, read_labels
-from ..sites import ROLES
+from ..words import Choice, expect
+from .corruption import (
+    AspectSwap,
+    Corruption,
+    Counterfactual,
+    GaussianNoise,
+    Lexicon,
+    MeanAblation,
+    OpinionSwap,
+    Resample,
+    ZeroAblation,
+    as_corruption,
+)
 
 Direction = Literal["denoise", "noise"]
 """`denoise` restores clean states in the corrupted run; `noise` puts corrupted states into the clean run."""
 DIRECTIONS = ("denoise", "noise")
-KEEPS = ("paper", "clean", "all")
-"""`paper`: clean run right and corrupted run wrong; `clean`: clean run right; `all`: no filter."""
-NOISE_SPANS = ("all", "sentence", "aspect", "query")
 
 
-@dataclass(frozen=True)
-class GaussianNoise:
-    """Noise N(0, (scale * std)^2) on the embeddings, std over the embeddings of the aspect terms in the data.
+class Keep(Choice):
+    """Which pairs are traced."""
 
-    Meng et al. 2022 (ROME), appendix B.1: scale 3, 10 draws. ROME corrupts the subject; the paper's formula runs over all tokens.
-
-    Attributes:
-        scale: in standard deviations.
-        draws: independent draws; each is one corrupted run, and a pair's effect is the mean over them.
-        span: which tokens: `all`, `sentence`, `aspect` (in the sentence), `query` (the aspect in the question).
-        seed: with the example's id it fixes the draws, whatever the order or the number of processes.
-    """
-
-    scale: float = 3.0
-    draws: int = 10
-    span: str = "all"
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.scale < 0:
-            raise ConfigError(f"a noise scale of {self.scale:g} was given; it must be 0 or more")
-        if self.draws < 1:
-            raise ConfigError(f"{self.draws} noise draws were asked for; at least 1 is needed")
-        if self.span not in NOISE_SPANS:
-            raise ConfigError(f"unknown noise span {self.span!r}; accepted: {choices(NOISE_SPANS)}")
+    PAPER = "paper", "the clean answer is right and the corrupted answer wrong"
+    CLEAN = "clean", "the clean answer is right"
+    ALL = "all", "no filter"
 
 
-@dataclass(frozen=True)
-class Counterfactual:
-    """The example's own minimal edit with another polarity; the first one that lines up token by token."""
-
-
-@dataclass(frozen=True)
-class MeanAblation:
-    """Replace states by their mean over the pairs' clean runs.
-
-    Attributes:
-        by: `role` takes the mean over tokens of the same role; `site` over all tokens.
-    """
-
-    by: str = "role"
-
-    def __post_init__(self):
-        if self.by not in ("role", "site"):
-            raise ConfigError(f"a mean by {self.by!r} was asked for; accepted: role or site")
-
-
-@dataclass(frozen=True)
-class ZeroAblation:
-    """Replace states by zero. Zero is a value like any other to the model, and often a strange one; prefer the mean."""
-
-
-@dataclass(frozen=True)
-class Resample:
-    """Replace states by those of another example with another polarity, at the token of the same role (counted from its right end)."""
-
-    seed: int = 0
-
-
-Corruption = GaussianNoise | Counterfactual | MeanAblation | ZeroAblation | Resample
-ABLATIONS = (MeanAblation, ZeroAblation, Resample)
+TOO_LONG = "prompt longer than the model reads"
+CLEAN_WRONG = "clean run wrong"
+CORRUPTED_RIGHT = "corrupted run right"
+NOT_FOLLOWING = "answer does not follow the swap"
+FILTERED = (CLEAN_WRONG, CORRUPTED_RIGHT, NOT_FOLLOWING)
+"""Reasons that `keep="all"` switches off."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +64,14 @@ class Pair:
 
     Attributes:
         example: what is asked.
-        clean: prompt tokens (a batch of one) with roles.
-        corrupted: tokens of the corrupted run; the clean ones where embeddings are noised or states ablated.
+        clean: prompt tokens with roles.
+        corrupted: tokens of the corrupted run; the clean ones where the text stays as it is.
         gold: index of the right label.
-        foil: index of the label the corrupted text asks for; -1 where it asks for none.
+        foil: index of the label that the corrupted text asks for; None where it asks for none.
         corruption: how the corrupted run is made.
         sigma: standard deviation of the noise; 0 without noise.
         first: first position at which the two runs can differ.
-        other: the counterfactual example that the corrupted run asks about, where there is one.
+        other: the example that the corrupted run asks about, where it reads another text.
         clean_scores: log-probabilities of the labels, `[label]`.
         corrupted_scores: the same, `[draw label]`; None for ablations, which have no corrupted run.
 
@@ -129,10 +80,10 @@ class Pair:
     """
 
     example: Example
-    clean: Tokens
-    corrupted: Tokens
+    clean: Tokenised
+    corrupted: Tokenised
     gold: int
-    foil: int
+    foil: int | None
     corruption: Corruption
     sigma: float = 0.0
     first: int = 0
@@ -140,114 +91,69 @@ class Pair:
     clean_scores: Float[Tensor, " label"] | None = None
     corrupted_scores: Float[Tensor, "draw label"] | None = None
 
-    def __post_init__(self):
-        check_alignment(self.clean, self.corrupted, self.example)
+    def __post_init__(self) -> None:
+        if self.corrupted is not self.clean:
+            self.corruption.align(self.clean, self.corrupted, self.example)
 
     @property
     def id(self) -> str:
+        """Return the id of the example."""
         return self.example.id
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt."""
-        return self.clean.lengths[0]
+        """Return the number of tokens of the prompt."""
+        return self.clean.length
 
     @property
     def draws(self) -> int:
-        return self.corruption.draws if isinstance(self.corruption, GaussianNoise) else 1
+        """Return the number of corrupted runs."""
+        return self.corruption.draws
 
     def noise_positions(self) -> list[int]:
-        """Positions whose embeddings are noised."""
-        if not isinstance(self.corruption, GaussianNoise) or self.sigma == 0:
-            return []
-        span = self.corruption.span
-        if span == "all":
-            return list(range(self.length))
-        if span == "sentence":
-            inside = {
-                ROLES.index(r)
-                for r in (
-                    "before",
-                    "aspect.first",
-                    "aspect.middle",
-                    "aspect.last",
-                    "opinion",
-                    "after",
-                )
-            }
-            return [i for i, r in enumerate(self.clean.roles[0].tolist()) if r in inside]
-        return self.clean.positions(span)
+        """Return the positions whose embeddings are noised."""
+        return self.corruption.positions(self.clean) if self.sigma else []
 
     def noise(self, d_model: int) -> Float[Tensor, "draw pos d_model"]:
-        """The noise to add to the embeddings, on the CPU, float32; the same whenever it is asked for."""
-        if not isinstance(self.corruption, GaussianNoise):
-            raise ConfigError(f"a pair made by {type(self.corruption).__name__} has no noise")
-        digest = hashlib.sha256(
-            f"{self.corruption.seed}\0{self.example.id}\0{self.example.sentence}\0{self.example.aspect}".encode()
-        ).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noise = (
-            torch.randn(self.corruption.draws, self.length, d_model, generator=generator)
-            * self.sigma
+        """Draw the noise to add to the embeddings; the same whenever it is asked for.
+
+        Raises:
+            ConfigError: the corruption adds none.
+        """
+        return self.corruption.noise(self, d_model)
+
+    def __repr__(self) -> str:
+        foil = f", foil={self.foil}" if self.foil is not None else ""
+        return (
+            f"Pair({self.id!r}: {self.example.aspect!r} in {self.length} tokens, "
+            f"gold={self.gold}{foil}, {self.corruption})"
         )
-        mask = torch.zeros(self.length, 1)
-        mask[self.noise_positions()] = 1.0
-        return noise * mask
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        run = (
-            ""
-            if self.other is None
-            else f"<div><small>corrupted run: {marked(self.other)}</small></div>"
-        )
+        run = ""
+        if self.other is not None:
+            run = f"<div><small>corrupted run: {marked(self.other)}</small></div>"
         if self.clean_scores is None:
             return self.example._repr_html_() + run
-        said = [f"clean {_probabilities(self.clean_scores)}"]
+        runs = [f"clean {_probabilities(self.clean_scores)}"]
         if self.corrupted_scores is not None:
             draws = f" (mean of {self.draws} draws)" if self.draws > 1 else ""
-            said.append(f"corrupted {_probabilities(self.corrupted_scores)}{draws}")
-        return f"{self.example._repr_html_()}{run}<div><small>P(label), in the order of the labels: {escape('; '.join(said))}</small></div>"
+            runs.append(f"corrupted {_probabilities(self.corrupted_scores)}{draws}")
+        head = (
+            f"{self.example._repr_html_()}{run}<div><small>P(label), in the order of the labels: "
+        )
+        return f"{head}{escape('; '.join(runs))}</small></div>"
 
 
 def _probabilities(scores: Float[Tensor, "*draw label"]) -> str:
-    """Label probabilities, the mean over draws."""
-    return ", ".join(
-        f"{p:.3f}" for p in scores.double().exp().reshape(-1, scores.shape[-1]).mean(0).tolist()
-    )
+    """Return label probabilities, the mean over draws."""
+    mean = scores.double().exp().reshape(-1, scores.shape[-1]).mean(0)
+    return ", ".join(f"{p:.3f}" for p in mean.tolist())
 
 
-def check_alignment(clean: Tokens, corrupted: Tokens, example: Example) -> None:
-    """Refuse two prompts that do not line up.
-
-    Raises:
-        AlignmentError: other lengths, or another role at some token.
-    """
-    if clean is corrupted:
-        return
-    name = example.id or repr(example.sentence[:40])
-    a, b = clean.lengths[0], corrupted.lengths[0]
-    ids_a, ids_b = clean.ids[0].tolist(), corrupted.ids[0].tolist()
-    if a != b:
-        i = next(
-            (i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=False)) if x != y), min(a, b)
-        )
-        raise AlignmentError(
-            f"{name}: the clean prompt has {a} tokens and the corrupted one {b}; they part at token {i}; a counterfactual needs as many tokens"
-        )
-    # The opinion span may be known on one side only, or move by a token; every other role has to stand where it stood.
-    soft = {ROLES.index("opinion"), ROLES.index("before"), ROLES.index("after")}
-    for i, (x, y) in enumerate(
-        zip(clean.roles[0].tolist(), corrupted.roles[0].tolist(), strict=True)
-    ):
-        if x != y and not (x in soft and y in soft):
-            raise AlignmentError(
-                f"{name}: token {i} is {ROLES[x]} in the clean prompt and {ROLES[y]} in the corrupted one; the edit moved the aspect"
-            )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
     """Pairs with the account of how they were chosen.
 
@@ -259,7 +165,8 @@ class Pairs(Sequence[Pair]):
         sigma: standard deviation of the noise, measured; 0 without noise.
         considered: examples looked at.
         dropped: reason -> count.
-        draw_sd: mean over pairs of the standard deviation of P(gold) over noise draws; 0 without noise.
+        draw_sd: mean over pairs of the standard deviation of P(gold) over noise draws.
+        model_name, model_sha256: the model they were made on; empty where unknown.
     """
 
     items: tuple[Pair, ...]
@@ -271,17 +178,17 @@ class Pairs(Sequence[Pair]):
     considered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     draw_sd: float = 0.0
+    model_name: str = ""
+    model_sha256: str = ""
 
     @overload
     def __getitem__(self, index: int) -> Pair: ...
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
-    def __getitem__(self, index):
-        return (
-            replace(self, items=self.items[index])
-            if isinstance(index, slice)
-            else self.items[index]
-        )
+    def __getitem__(self, index: int | slice) -> Pair | Pairs:
+        if isinstance(index, slice):
+            return replace(self, items=self.items[index])
+        return self.items[index]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -289,193 +196,288 @@ class Pairs(Sequence[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.items)
 
+    def __repr__(self) -> str:
+        where = f" on {self.model_name}" if self.model_name else ""
+        return (
+            f"Pairs({len(self)} pairs, {self.sentences} sentences, of {self.considered} examples; "
+            f"{self.corruption}{where})"
+        )
+
+    @property
+    def sentences(self) -> int:
+        """Return the number of different sentences; intervals and tests count these, not pairs."""
+        return len({p.example.cluster for p in self.items})
+
     def account(self) -> dict[str, Any]:
-        """For `run.json`: how many were considered, kept and dropped, and the strength of the corruption."""
+        """Return how many were considered, kept and dropped, and how strong the corruption is."""
         return {
-            "considered": self.considered, "kept": len(self), "dropped": self.dropped, "sigma": self.sigma,
-            "draw_sd": self.draw_sd, "classes_kept": dict(Counter(p.example.polarity.value for p in self)),
+            "considered": self.considered,
+            "kept": len(self),
+            "sentences": self.sentences,
+            "dropped": self.dropped,
+            "sigma": self.sigma,
+            "draw_sd": self.draw_sd,
+            "classes_kept": dict(Counter(p.example.polarity.value for p in self)),
             "mixed_polarity": len(mixed_polarity([p.example for p in self.items])),
-        }  # fmt: skip
+        }
+
+    def check_model(self, model: Model) -> None:
+        """Refuse a model other than the one the pairs were made on.
+
+        Raises:
+            ConfigError: its weights have another hash.
+        """
+        if self.model_sha256 and model.sha256 != self.model_sha256:
+            raise ConfigError(
+                f"the pairs were made on {self.model_name} (weights {self.model_sha256[:12]}), and "
+                f"{model.name} (weights {model.sha256[:12]}) was given; make pairs on the model that "
+                "is traced: make_pairs(model, examples)"
+            )
 
     def _repr_html_(self) -> str:
         from html import escape
 
         head = "".join(p._repr_html_() for p in self.items[:3])
-        gone = "; ".join(f"{n} dropped: {reason}" for reason, n in self.dropped.items())
+        dropped = "; ".join(f"{n} dropped: {reason}" for reason, n in self.dropped.items())
         more = f"<div>&hellip; {len(self) - 3} more</div>" if len(self) > 3 else ""
-        first = f"<b>{len(self)} pairs</b> of {self.considered} examples, {escape(str(self.corruption))}; {escape(gone) or 'none dropped'}"
+        first = (
+            f"<b>{len(self)} pairs</b> of {self.considered} examples, "
+            f"{escape(str(self.corruption))}; {escape(dropped) or 'none dropped'}"
+        )
         return f"<div>{first}</div>{head}{more}"
 
 
-def aspect_embedding_std(model: Model, prompts: Sequence[Tokens]) -> float:
-    """Standard deviation over all entries of the token embeddings of the aspect terms (ROME's unit of noise)."""
-    ids = [t.ids[0, i] for t in prompts for i in t.positions("query") or t.positions("aspect")]
-    if not ids:
-        raise DataError(
-            "no aspect tokens were found in the prompts; the noise scale is measured on them"
-        )
-    with torch.inference_mode():
-        return float(model.hooked.embed(torch.stack(ids)[None].to(model.device)).float().std())
+def expect_pairs(pairs: object, where: str) -> None:
+    """Refuse anything but `Pairs`.
+
+    Raises:
+        ConfigError: with a hint where examples came instead.
+    """
+    expect(pairs, Pairs, where, "Pairs, from make_pairs(model, examples)")
 
 
 def make_pairs(
     model: Model,
     examples: Examples | Sequence[Example],
-    corruption: Corruption | None = None,
+    corruption: Corruption | str | None = None,
     *,
     template: PromptTemplate | None = None,
     verbalizer: Verbalizer | None = None,
-    keep: str = "paper",
+    keep: Keep | str = Keep.PAPER,
     limit: int | None = None,
     batch_size: int = 32,
+    strict: bool = False,
 ) -> Pairs:
-    """Clean and corrupted runs of the examples, filtered and counted.
+    """Make clean and corrupted runs of the examples, filtered and counted.
 
     Args:
         model: what is traced.
         examples: what is asked.
-        corruption: default `GaussianNoise()`, the paper's.
+        corruption: a corruption or its word (`noise`, `counterfactual`, `aspect-swap`, `mean`,
+            `zero`, `resample`); default `GaussianNoise()`, the paper's.
         template, verbalizer: default the paper's.
-        keep: `paper` (clean right, corrupted wrong), `clean` (clean right) or `all`.
+        keep: a `Keep` or its word.
         limit: stop when this many pairs are kept.
-        batch_size: prompts a forward pass while scoring.
+        batch_size: prompts per forward pass while scoring.
+        strict: refuse prompts that are longer than the model reads, instead of dropping them.
 
     Raises:
+        ConfigError: an argument of another type, or outside what is accepted.
         DataError: no pair is left.
+        PromptTooLong: a prompt is too long, with `strict`.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")[:4]
+        >>> ma.make_pairs(model, examples, "counterfactual", keep="all").sentences
+        2
     """
-    corruption = GaussianNoise() if corruption is None else corruption
-    template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
-    if keep not in KEEPS:
-        raise ConfigError(f"unknown filter {keep!r}; accepted: {choices(KEEPS)}")
+    expect(model, Model, "make_pairs(model=...)", "a Model, from load_model()")
+    if isinstance(examples, str) or not all(isinstance(e, Example) for e in examples):
+        expect(examples, Examples, "make_pairs(examples=...)", "examples, from load_examples(...)")
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} pairs was given; it must be 1 or more")
-    continuations = verbalizer.continuations(model.tokenizer, template)
-    prompts = [question(model, e, template) for e in examples]
-    sigma = 0.0
-    if isinstance(corruption, GaussianNoise):
-        sigma = corruption.scale * aspect_embedding_std(model, prompts)
+    template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
+    maker = _Maker(
+        model,
+        as_corruption(corruption),
+        template,
+        verbalizer,
+        verbalizer.continuations(model.tokenizer, template),
+        Keep.parse(keep, "filter"),
+        batch_size,
+    )
+    return maker.make(list(examples), limit, strict)
 
-    dropped: Counter[str] = Counter()
-    kept: list[Pair] = []
-    considered = at = 0
-    while at < len(prompts) and (limit is None or len(kept) < limit):
-        # With a limit, no more are made and scored at a time than are still wanted.
-        step = 4 * batch_size if limit is None else min(4 * batch_size, max(8, limit - len(kept)))
-        made: list[Pair | str] = []
-        for example, clean in zip(examples[at : at + step], prompts[at : at + step], strict=True):
-            try:
-                made.append(_pair(model, example, clean, corruption, sigma, template, verbalizer))
-            except AlignmentError:
-                made.append("counterfactual does not line up")
-            except _NoCounterfactual:
-                made.append("no counterfactual")
-        at += step
-        scored = iter(
-            _scored(model, [p for p in made if isinstance(p, Pair)], continuations, batch_size)
+
+@dataclass(eq=False)
+class _Maker:
+    """One call of `make_pairs`: tokenise, build, score, filter, count."""
+
+    model: Model
+    corruption: Corruption
+    template: PromptTemplate
+    verbalizer: Verbalizer
+    continuations: tuple[Continuation, ...]
+    keep: Keep
+    batch_size: int
+    sigma: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+    pool: dict[str, list[Example]] = field(default_factory=dict)
+
+    def make(self, examples: list[Example], limit: int | None, strict: bool) -> Pairs:
+        prompts = [self.prompt(e, strict) for e in examples]
+        for e in examples:
+            self.pool.setdefault(e.cluster, []).append(e)
+        asked = [t for t in prompts if t is not None]
+        self.sigma = self.corruption.sigma(self.model, asked) if asked else 0.0
+        kept: list[Pair] = []
+        considered = start = 0
+        while start < len(prompts) and (limit is None or len(kept) < limit):
+            # With a limit, no more pairs are scored at a time than are still wanted.
+            step = 4 * self.batch_size
+            if limit is not None:
+                step = min(step, max(8, limit - len(kept)))
+            rows = slice(start, start + step)
+            for pair, reason in self.judged(examples[rows], prompts[rows]):
+                if limit is not None and len(kept) == limit:
+                    break
+                considered += 1
+                if pair is not None:
+                    kept.append(pair)
+                else:
+                    self.dropped[reason] += 1
+            start += step
+        if not kept:
+            raise DataError(self.nothing_left(len(prompts)))
+        return Pairs(
+            tuple(kept),
+            self.corruption,
+            self.continuations,
+            self.verbalizer,
+            self.template,
+            self.sigma,
+            considered,
+            dict(self.dropped),
+            _draw_sd(kept),
+            self.model.name,
+            self.model.sha256,
         )
-        for candidate in made:
-            if limit is not None and len(kept) == limit:
-                break
-            considered += 1
+
+    def prompt(self, example: Example, strict: bool) -> Tokenised | None:
+        """Return the prompt of an example; None where it and its labels exceed the context."""
+        try:
+            tokens = question(self.model, example, self.template)
+            longest = tokens.length + max(len(c.tokens) for c in self.continuations)
+            if longest > self.model.n_ctx:
+                raise PromptTooLong(
+                    f"the prompt of {example.id or example.sentence[:40]!r} and its labels have "
+                    f"{longest} tokens; {self.model.name} reads {self.model.n_ctx}"
+                )
+        except PromptTooLong:
+            if strict:
+                raise
+            return None
+        return tokens
+
+    def judged(
+        self, examples: Sequence[Example], prompts: Sequence[Tokenised | None]
+    ) -> list[tuple[Pair | None, str]]:
+        """Return for every example its scored pair, or None and the reason to drop it."""
+        built = [self.build(e, t) for e, t in zip(examples, prompts, strict=True)]
+        scored = iter(self.scored([p for p in built if isinstance(p, Pair)]))
+        rows: list[tuple[Pair | None, str]] = []
+        for candidate in built:
             if isinstance(candidate, str):
-                dropped[candidate] += 1
+                rows.append((None, candidate))
                 continue
             pair = next(scored)
-            if (reason := _reason_to_drop(pair, keep)) is None:
-                kept.append(pair)
-            else:
-                dropped[reason] += 1
-    if not kept:
-        why = (
-            ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there were no examples"
+            reason = self.reason_to_drop(pair)
+            rows.append((None, reason) if reason else (pair, ""))
+        return rows
+
+    def build(self, example: Example, clean: Tokenised | None) -> Pair | str:
+        """Return the pair of an example, not yet scored, or the reason why there is none."""
+        if clean is None:
+            return TOO_LONG
+        reason = self.corruption.lacking
+        for other in self.corruption.corrupted(example, self.pool):
+            try:
+                return self.pair(example, clean, other)
+            except (AlignmentError, PromptTooLong):
+                reason = self.corruption.misfit
+        return reason
+
+    def pair(self, example: Example, clean: Tokenised, other: Example) -> Pair:
+        c = self.corruption
+        corrupted, foil = clean, None
+        if c.changes_text:
+            corrupted = c.align(clean, question(self.model, other, self.template), example)
+            foil = self.verbalizer.index(other.polarity)
+        return Pair(
+            example,
+            clean,
+            corrupted,
+            self.verbalizer.index(example.polarity),
+            foil,
+            c,
+            self.sigma,
+            c.first(clean, corrupted, self.sigma),
+            other if c.changes_text else None,
         )
-        raise DataError(
-            f"no pair is left of {len(prompts)} examples ({why}); another corruption or --keep all would keep more"
-        )
+
+    def scored(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Return the pairs with the label scores of both runs."""
+        labels = {"continuations": self.continuations, "batch_size": self.batch_size}
+        clean = label_scores(self.model, [p.clean for p in pairs], **labels)
+        corrupted: list[Tensor | None] = [None] * len(pairs)
+        if self.corruption.changes_text:
+            scores = label_scores(self.model, [p.corrupted for p in pairs], **labels)
+            corrupted = [s[None] for s in scores]
+        elif not self.corruption.is_ablation:
+            corrupted = [noised_scores(self.model, p, self.continuations) for p in pairs]
+        return [
+            replace(p, clean_scores=a, corrupted_scores=b)
+            for p, a, b in zip(pairs, clean, corrupted, strict=True)
+        ]
+
+    def reason_to_drop(self, pair: Pair) -> str | None:
+        if self.keep == Keep.ALL:
+            return None
+        assert pair.clean_scores is not None
+        if int(pair.clean_scores.argmax()) != pair.gold:
+            return CLEAN_WRONG
+        if pair.corrupted_scores is None:
+            return None
+        answer = int(pair.corrupted_scores.exp().mean(0).argmax())
+        if pair.corruption.must_follow and answer != pair.foil:
+            return NOT_FOLLOWING
+        return CORRUPTED_RIGHT if self.keep == Keep.PAPER and answer == pair.gold else None
+
+    def nothing_left(self, n: int) -> str:
+        reasons = ", ".join(f"{k} {reason}" for reason, k in self.dropped.items())
+        hint = "another corruption may keep more"
+        if self.keep != Keep.ALL and any(reason in FILTERED for reason in self.dropped):
+            hint = "--keep all (keep='all') or another corruption would keep more"
+        return f"no pair is left of {n} examples ({reasons or 'there were no examples'}); {hint}"
+
+
+def _draw_sd(pairs: Sequence[Pair]) -> float:
+    """Return the mean over pairs of the standard deviation of P(gold) over noise draws."""
     sd = [
         float(p.corrupted_scores.exp()[:, p.gold].std())
-        for p in kept
+        for p in pairs
         if p.corrupted_scores is not None and len(p.corrupted_scores) > 1
     ]
-    return Pairs(
-        tuple(kept), corruption, continuations, verbalizer, template, sigma, considered, dict(dropped), sum(sd) / len(sd) if sd else 0.0
-    )  # fmt: skip
-
-
-class _NoCounterfactual(Exception):
-    pass
-
-
-def _pair(
-    model: Model,
-    example: Example,
-    clean: Tokens,
-    corruption: Corruption,
-    sigma: float,
-    template: PromptTemplate,
-    verbalizer: Verbalizer,
-) -> Pair:
-    gold = verbalizer.index(example.polarity)
-    if not isinstance(corruption, Counterfactual):
-        pair = Pair(example, clean, clean, gold, -1, corruption, sigma)
-        positions = pair.noise_positions()
-        return replace(
-            pair,
-            first=min(positions)
-            if positions
-            else (pair.length if isinstance(corruption, GaussianNoise) else 0),
-        )
-    problem: AlignmentError | None = None
-    for other in example.counterfactuals:
-        corrupted = question(model, other, template)
-        try:
-            pair = Pair(
-                example,
-                clean,
-                corrupted,
-                gold,
-                verbalizer.index(other.polarity),
-                corruption,
-                other=other,
-            )
-        except AlignmentError as error:
-            problem = error
-            continue
-        differs = (clean.ids != corrupted.ids)[0].nonzero()
-        return replace(pair, first=int(differs[0]) if len(differs) else pair.length)
-    if problem is not None:
-        raise problem
-    raise _NoCounterfactual
-
-
-def _scored(
-    model: Model, pairs: Sequence[Pair], continuations: Sequence[Continuation], batch_size: int
-) -> list[Pair]:
-    """The pairs with the label scores of both runs."""
-    clean = label_scores(model, [p.clean for p in pairs], continuations, batch_size=batch_size)
-    corrupted: list[Tensor | None]
-    if all(isinstance(p.corruption, Counterfactual) for p in pairs):
-        corrupted = [
-            s[None]
-            for s in label_scores(
-                model, [p.corrupted for p in pairs], continuations, batch_size=batch_size
-            )
-        ]
-    elif all(isinstance(p.corruption, GaussianNoise) for p in pairs):
-        corrupted = [noised_scores(model, p, continuations) for p in pairs]
-    else:
-        corrupted = [None] * len(pairs)
-    return [
-        replace(p, clean_scores=a, corrupted_scores=b)
-        for p, a, b in zip(pairs, clean, corrupted, strict=True)
-    ]
+    return sum(sd) / len(sd) if sd else 0.0
 
 
 @torch.inference_mode()
 def noised_scores(
     model: Model, pair: Pair, continuations: Sequence[Continuation]
 ) -> Float[Tensor, "draw label"]:
-    """Label scores of the noised runs of one pair."""
+    """Return the label scores of the noised runs of one pair."""
     n_labels = sum(len(c.labels) for c in continuations)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     scores = torch.zeros(pair.draws, n_labels, dtype=wide)
@@ -487,22 +489,7 @@ def noised_scores(
     return scores
 
 
-def _reason_to_drop(pair: Pair, keep: str) -> str | None:
-    if keep == "all":
-        return None
-    assert pair.clean_scores is not None
-    if int(pair.clean_scores.argmax()) != pair.gold:
-        return "clean run wrong"
-    if (
-        keep == "paper"
-        and pair.corrupted_scores is not None
-        and int(pair.corrupted_scores.exp().mean(0).argmax()) == pair.gold
-    ):
-        return "corrupted run right"
-    return None
-
-
-# ---- runs: pairs of one length, as the engines take them ---------------------------------------------------------------------------
+# ---- runs: pairs of one length, as the engines take them --------------------------------------------
 
 
 @dataclass(eq=False)
@@ -513,8 +500,9 @@ class Runs:
         pairs: the pairs, in order.
         continuation: the label tokens appended to every prompt, and how many positions are read.
         clean: residual stream before block 0 of the clean runs, `[pair pos d_model]`.
-        corrupted: of the corrupted runs, `[pair*draw pos d_model]`, draws of one pair together; the clean ones for ablations.
-        draws: corrupted runs of each pair.
+        corrupted: of the corrupted runs, `[pair*draw pos d_model]`, draws of one pair together; the
+            clean ones for ablations.
+        draws: corrupted runs per pair.
         length: positions, continuation included.
     """
 
@@ -527,79 +515,52 @@ class Runs:
 
     @property
     def prompt_length(self) -> int:
+        """Return the number of positions of the prompt."""
         return self.length - len(self.continuation.tokens)
 
 
 def make_runs(model: Model, pairs: Sequence[Pair], continuation: Continuation) -> Runs:
-    """Embed both runs of pairs that all have the same length."""
+    """Embed both runs of pairs that all have the same length.
+
+    Raises:
+        AlignmentError: their lengths differ.
+    """
     lengths = {p.length for p in pairs}
     if len(lengths) != 1:
         raise AlignmentError(
             f"pairs of {sorted(lengths)} tokens cannot share a run; group them by length"
         )
-    clean_tokens = extend(Tokens.stack([p.clean for p in pairs]), continuation)
-    clean = model.embed(clean_tokens.ids)
-    if isinstance(pairs[0].corruption, GaussianNoise):
-        noise = torch.stack([p.noise(model.d_model) for p in pairs]).to(
-            clean
-        )  # [pair draw pos d_model]
-        noise = torch.nn.functional.pad(noise, (0, 0, 0, len(continuation.tokens)))
-        corrupted = (clean[:, None] + noise).flatten(0, 1)
-    elif isinstance(pairs[0].corruption, Counterfactual):
-        corrupted = model.embed(
-            extend(Tokens.stack([p.corrupted for p in pairs]), continuation).ids
-        )
-    else:
-        corrupted = clean
-    return Runs(
-        tuple(pairs), continuation, clean, corrupted, pairs[0].draws, clean_tokens.lengths[0]
-    )
+    tokens = extend(Tokens.stack([p.clean for p in pairs]), continuation)
+    clean = model.embed(tokens.ids)
+    corrupted = pairs[0].corruption.embed(model, pairs, clean, continuation)
+    return Runs(tuple(pairs), continuation, clean, corrupted, pairs[0].draws, tokens.lengths[0])
 
 
-def by_length(pairs: Sequence[Pair]) -> dict[int, list[int]]:
-    """Prompt length -> indices of the pairs of that length, shortest first."""
+def by_length(pairs: Sequence[Pair]) -> Mapping[int, list[int]]:
+    """Return prompt length -> indices of the pairs of that length, shortest first."""
     groups: dict[int, list[int]] = {}
     for i, p in enumerate(pairs):
         groups.setdefault(p.length, []).append(i)
     return dict(sorted(groups.items()))
 
 
-def partners(pairs: Sequence[Pair], seed: int) -> list[int]:
-    """For every pair another one of another polarity (of another sentence, where there is none), drawn once by the seed."""
-    rng = random.Random(seed)
-    chosen = []
-    for i, p in enumerate(pairs):
-        other = [
-            j
-            for j, q in enumerate(pairs)
-            if q.gold != p.gold and q.example.cluster != p.example.cluster
-        ]
-        other = (
-            other
-            or [j for j, q in enumerate(pairs) if q.example.cluster != p.example.cluster]
-            or [j for j in range(len(pairs)) if j != i]
-            or [i]
-        )
-        chosen.append(rng.choice(other))
-    return chosen
-
-
-def same_role_positions(mine: Tokens, theirs: Tokens) -> list[int]:
-    """For every token of `mine` the token of `theirs` with the same role, counted from the role's right end; -1 where it has no such role."""
-    where: dict[int, list[int]] = {}
-    for j, r in enumerate(theirs.roles[0, : theirs.lengths[0]].tolist()):
-        where.setdefault(r, []).append(j)
-    roles = mine.roles[0, : mine.lengths[0]].tolist()
-    left: Counter[int] = Counter(roles)
-    found = []
-    for r in roles:
-        left[r] -= 1
-        places = where.get(r, [])
-        found.append(places[max(0, len(places) - 1 - left[r])] if places else -1)
-    return found
-
-
 __all__ = [
-    "Corruption", "Counterfactual", "Direction", "GaussianNoise", "MeanAblation", "Pair", "Pairs", "Resample", "Runs", "ZeroAblation",
-    "by_length", "make_pairs", "make_runs", "partners", "same_role_positions",
-]  # fmt: skip
+    "AspectSwap",
+    "Corruption",
+    "Counterfactual",
+    "Direction",
+    "GaussianNoise",
+    "Keep",
+    "Lexicon",
+    "MeanAblation",
+    "OpinionSwap",
+    "Pair",
+    "Pairs",
+    "Resample",
+    "Runs",
+    "ZeroAblation",
+    "by_length",
+    "expect_pairs",
+    "make_pairs",
+    "make_runs",
+]

@@ -15,7 +15,7 @@ Ablations have no corrupted run; their source is made from clean states, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,24 +27,12 @@ from ..metrics import Metric, kl
 from ..model import Model
 from ..prompts import Continuation
 from ..sites import HEAD_KINDS, ROLES, Site
-from .pairs import (
-    ABLATIONS,
-    DIRECTIONS,
-    Direction,
-    MeanAblation,
-    Pair,
-    Pairs,
-    Resample,
-    Runs,
-    partners,
-    same_role_positions,
-)
+from .corruption import Source
+from .corruption import States as States
+from .pairs import DIRECTIONS, Direction, Pair, Pairs, Runs
 
 SWEPT = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head", "q", "k", "v")
 """Kinds that can be swept; q, k and v by the loop only."""
-
-States = dict[tuple[int, str], Tensor]
-"""(layer, kind) -> activation `[row pos ...]`."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ class Job:
     n_layers: int
     direction: Direction = "denoise"
     window: int = 1
-    ablation: Ablation | None = None
+    ablation: Source | None = None
 
     @property
     def rows(self) -> int:
@@ -289,108 +277,6 @@ def pass_flops(model: Model, length: int) -> int:
     return model.n_layers * length * token
 
 
-@dataclass(eq=False)
-class Ablation:
-    """Source states for mean, zero and resample ablation, made from clean states.
-
-    Attributes:
-        corruption: which.
-        means: (layer, kind) -> `[role ...]`, for the mean.
-        partner_states: index of a pair -> its partner's clean states at the positions of the same role, for the resampling.
-    """
-
-    corruption: MeanAblation | Resample | object
-    means: States = field(default_factory=dict)
-    partner_states: Callable[[Pair], States] | None = None
-
-    def states(self, clean: States, pairs: Sequence[Pair], length: int) -> States:
-        """Source states of pairs of one length.
-
-        Args:
-            clean: (layer, kind) -> `[pair pos ...]`.
-            pairs: the pairs.
-            length: positions, label tokens included; those are never patched.
-        """
-        if isinstance(self.corruption, MeanAblation):
-            roles = torch.stack(
-                [
-                    torch.nn.functional.pad(p.clean.roles[0, : p.length], (0, length - p.length))
-                    for p in pairs
-                ]
-            )
-            return {
-                key: table.to(clean[key])[roles]
-                for key, table in self.means.items()
-                if key in clean
-            }
-        if isinstance(self.corruption, Resample):
-            assert self.partner_states is not None
-            found = [self.partner_states(p) for p in pairs]
-            return {
-                key: torch.stack([_pad_positions(f[key].to(act), length) for f in found]) for key, act in clean.items()
-            }  # fmt: skip
-        return {key: torch.zeros_like(act) for key, act in clean.items()}
-
-
-def _pad_positions(x: Tensor, length: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(length - x.shape[0], *x.shape[1:])])
-
-
-def make_ablation(
-    pairs: Pairs, kinds: set[tuple[int, str]], states_of: Callable[[Sequence[Pair]], States]
-) -> Ablation | None:
-    """The source of an ablation over all pairs; None for corruptions that have a corrupted run.
-
-    Args:
-        pairs: means run over all of them.
-        kinds: (layer, kind) needed.
-        states_of: pairs of one length -> clean states of their prompts, `[pair pos ...]`.
-    """
-    corruption = pairs.corruption
-    if not isinstance(corruption, ABLATIONS):
-        return None
-    if isinstance(corruption, MeanAblation):
-        sums: States = {}
-        counts = torch.zeros(len(ROLES), dtype=torch.float64)
-        for p in pairs:
-            states = states_of([p])
-            roles = p.clean.roles[0, : p.length]
-            counts.index_add_(0, roles, torch.ones(p.length, dtype=torch.float64))
-            for key in kinds:
-                act = states[key][0].double().cpu()
-                table = sums.setdefault(
-                    key, torch.zeros(len(ROLES), *act.shape[1:], dtype=torch.float64)
-                )
-                table.index_add_(0, roles, act)
-        means = {}
-        for key, table in sums.items():
-            if corruption.by == "role":
-                means[key] = table / counts.clamp(min=1).view(-1, *[1] * (table.ndim - 1))
-            else:
-                means[key] = (table.sum(0) / counts.sum()).expand_as(table)
-        return Ablation(corruption, means)
-    if isinstance(corruption, Resample):
-        chosen = dict(
-            zip((p.id for p in pairs.items), partners(pairs.items, corruption.seed), strict=True)
-        )
-
-        def partner_states(p: Pair) -> States:
-            other = pairs.items[chosen[p.id]]
-            where = same_role_positions(p.clean, other.clean)
-            mine, theirs = states_of([p]), states_of([other])
-            index = torch.tensor(where)
-            out = {}
-            for key in kinds:
-                moved = theirs[key][0][index.clamp(min=0).to(theirs[key].device)]
-                own = mine[key][0]
-                keep = (index < 0).to(own.device).view(-1, *[1] * (own.ndim - 1))
-                out[key] = torch.where(keep, own, moved)  # a role the partner lacks stays as it is
-            return out
-
-        return Ablation(corruption, partner_states=partner_states)
-    return Ablation(corruption)
-
-
 def check_request(
     model: Model, pairs: Pairs, direction: str, window: int, sites: Sequence[Site]
 ) -> Direction:
@@ -407,7 +293,7 @@ def check_request(
         raise ConfigError(
             "a window over layers makes no sense for heads, whose numbers mean nothing across layers; leave heads out or use --window 1"
         )
-    return "noise" if isinstance(pairs.corruption, ABLATIONS) else direction  # type: ignore[return-value]
+    return "noise" if pairs.corruption.is_ablation else direction  # type: ignore[return-value]
 
 
 def comparable(metric: Metric, continuations: Sequence[Continuation]) -> Metric:

@@ -21,25 +21,24 @@ import pandas as pd
 import torch
 
 from ..errors import ConfigError, SelfCheckError, SiteError, choices
-from ..metrics import Metric, get_metric
+from ..metrics import Metric, foil_indices, get_metric
 from ..model import Model
 from ..prompts import Continuation
 from ..sites import ROLES, Site
+from ..words import expect
 from . import gradients, loop, wave
+from .corruption import Source, States, ZeroStates
 from .effects import COLUMNS, PAIR_COLUMNS, Effects
-from .pairs import ABLATIONS, DIRECTIONS, Direction, Pair, Pairs, by_length, make_runs
+from .pairs import DIRECTIONS, Direction, Pair, Pairs, by_length, expect_pairs, make_runs
 from .sweep import (
     SPANS,
     SWEPT,
-    Ablation,
     Answers,
     Job,
     Span,
-    States,
     check_request,
     comparable,
     components,
-    make_ablation,
     reads_of,
 )
 
@@ -164,6 +163,9 @@ def plan(
     Raises:
         ConfigError, SiteError: something asked for does not exist.
     """
+    expect(model, Model, "trace(model=...)", "a Model, from load_model()")
+    expect_pairs(pairs, "trace(pairs=...)")
+    pairs.check_model(model)
     kinds = [s for s in sites if isinstance(s, str) and "." not in s]
     check_names(kinds, by, metric, direction, method, engine)
     if steps < 1:
@@ -186,7 +188,7 @@ def plan(
     )  # fmt: skip
     if method != "exact":
         one = make_runs(model, pairs.items[:1], reads_of(pairs, made.metric)[0])
-        nothing = Ablation(pairs.corruption) if isinstance(pairs.corruption, ABLATIONS) else None
+        nothing = ZeroStates() if pairs.corruption.is_ablation else None
         gradients.check(
             model,
             Job(one, chosen, [[]], made.metric, model.n_layers, way, window, nothing),
@@ -213,12 +215,13 @@ def _states_of(p: Plan) -> Callable[[Sequence[Pair]], States]:
     return states
 
 
-def ablation(p: Plan) -> Ablation | None:
+def ablation(p: Plan) -> Source | None:
     """The source of an ablation, made once over all pairs; None where there is a corrupted run."""
-    if not isinstance(p.pairs.corruption, ABLATIONS):
+    if not p.pairs.corruption.is_ablation:
         return None
     states_of = _states_of(p)
-    return make_ablation(p.pairs, set(states_of(p.pairs.items[:1])), states_of)
+    kinds = set(states_of(p.pairs.items[:1]))
+    return p.pairs.corruption.source(p.pairs.items, kinds, states_of)
 
 
 @dataclass(eq=False)
@@ -237,13 +240,13 @@ def measure(
     p: Plan,
     pairs: Sequence[Pair],
     spans: Sequence[Sequence[Span]],
-    source: Ablation | None,
+    source: Source | None,
     tick: Callable[[int], None] | None = None,
 ) -> Values:
     """The metric of every cell of pairs of one length, by the plan's engine."""
     draws = pairs[0].draws
     rows = [q for q in pairs for _ in range(draws)]
-    gold, foil = torch.tensor([q.gold for q in rows]), torch.tensor([q.foil for q in rows])
+    gold, foil = torch.tensor([q.gold for q in rows]), foil_indices(q.foil for q in rows)
 
     def job(continuation: Continuation) -> Job:
         return Job(
@@ -343,7 +346,7 @@ def _table(
 
 
 def trace_batch(
-    p: Plan, index: int, source: Ablation | None = None, tick: Callable[[int], None] | None = None
+    p: Plan, index: int, source: Source | None = None, tick: Callable[[int], None] | None = None
 ) -> pd.DataFrame:
     """The effects of one batch of a plan."""
     pairs = [p.pairs[i] for i in p.batches[index]]
@@ -373,7 +376,7 @@ def about(p: Plan) -> dict[str, Any]:
     corruption = p.pairs.corruption
     return {
         "model": p.model.name, "n_layers": p.model.n_layers, "n_heads": p.model.n_heads, "dtype": str(p.model.dtype).removeprefix("torch."),
-        "corruption": type(corruption).__name__, "corruption_settings": dict(vars(corruption)), "direction": p.direction,
+        "corruption": corruption.name, "corruption_settings": corruption.settings(), "direction": p.direction,
         "metric": p.metric.name, "unit": p.metric.unit, "method": p.method, "steps": p.steps if p.method == "ig" else None, "by": p.by,
         "window": p.window, "kinds": list(dict.fromkeys(c.kind for c in p.components)), "labels": [w for _, w in p.pairs.verbalizer.words],
         "changed_roles": _changed_roles(p.pairs),

@@ -31,15 +31,15 @@ from mech_absa.patch.pairs import (
     Pairs,
     make_pairs,
 )
-from mech_absa.prompts import ROLE, Continuation, PromptTemplate, Tokens, Verbalizer
+from mech_absa.prompts import ROLE, Continuation, PromptTemplate, Tokenised, Verbalizer
 from mech_absa.scoring import question
 from mech_absa.sites import Site
 
 
-def tokens_of(ids: torch.Tensor) -> Tokens:
+def tokens_of(ids: torch.Tensor) -> Tokenised:
     roles = torch.full_like(ids, ROLE["template"])
     roles[:, -1] = ROLE["answer"]
-    return Tokens(ids, roles, (ids.shape[1],))
+    return Tokenised(ids, roles, (ids.shape[1],))
 
 
 def planted_pairs(planted, n: int = 3) -> tuple[Model, Pairs]:

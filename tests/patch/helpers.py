@@ -31,7 +31,6 @@ from mech_absa.patch.sweep import (
     Job,
     check_request,
     components,
-    make_ablation,
     reads_of,
 )
 from mech_absa.prompts import Continuation, PromptTemplate, Verbalizer
@@ -145,7 +144,7 @@ def jobs(
                 used,
                 window,
             )
-            job.ablation = make_ablation(
+            job.ablation = pairs.corruption.source(
                 pairs, job.kinds(), lambda chosen, job=job: clean_states(model, chosen, job.kinds())
             )
             yield job

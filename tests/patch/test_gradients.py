@@ -19,22 +19,23 @@ from mech_absa.metrics import get_metric
 from mech_absa.model import Model, load_model
 from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.patch import gradients, loop
+from mech_absa.patch.corruption import ZeroStates
 from mech_absa.patch.gradients import METHODS, agreement
-from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, ZeroAblation, make_runs
-from mech_absa.patch.sweep import SWEPT, Ablation, Job, components, role_spans, token_spans
-from mech_absa.prompts import Continuation, Tokens
-from mech_absa.sites import HEAD_KINDS, ROLES, Site
+from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
+from mech_absa.patch.sweep import SWEPT, Job, components, role_spans, token_spans
+from mech_absa.prompts import Continuation, Tokenised
+from mech_absa.sites import HEAD_KINDS, Site
 
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
 LABELS = (5, 6, 7)  # token ids
 P = Polarity.POSITIVE
 
 
-def tokens(ids: torch.Tensor) -> Tokens:
+def tokens(ids: torch.Tensor) -> Tokenised:
     """Ids [pos] with roles that repeat, so that a role is several positions."""
     names = ["template", "before", "aspect.first", "aspect.last", "opinion", "after", "query.last"]
     roles = [names[i % len(names)] for i in range(len(ids) - 1)] + ["answer"]
-    return Tokens(ids[None], torch.tensor([[ROLES.index(r) for r in roles]]), (len(ids),))
+    return Tokenised.of(ids.tolist(), roles)
 
 
 def make_job(
@@ -513,7 +514,7 @@ def test_ablations_are_estimated_without_a_source_run():
         clean.flip(1),
         (*STREAM, "v"),
         direction="noise",
-        ablation=Ablation(ZeroAblation()),
+        ablation=ZeroStates(),
     )
     job = replace(
         job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs))

@@ -15,7 +15,7 @@ from mech_absa.model.hooks import intervene
 from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, Resample, make_runs
 from mech_absa.patch.sweep import Job, Span, components, token_spans
-from mech_absa.prompts import Continuation, Tokens
+from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES, Site
 
 from .helpers import BLOCK, EXAMPLES, LONG, furthest, jobs, nothing_skipped, pairs_of, the_job, tiny
@@ -158,7 +158,7 @@ def native(seed: int = 0) -> Model:
 def test_heads_sum_to_their_attention_where_the_read_out_is_linear():
     model = native()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 4, 5, 10, 7]])
-    tokens = [Tokens(row[None], torch.full((1, 7), ROLES.index("before")), (7,)) for row in ids]
+    tokens = [Tokenised(row[None], torch.full((1, 7), ROLES.index("before")), (7,)) for row in ids]
     pair = Pair(
         Example("a sentence", "sentence", Polarity.POSITIVE, (2, 10)),
         tokens[0],

@@ -14,7 +14,7 @@ from mech_absa.model import Model
 from mech_absa.patch import loop, wave
 from mech_absa.patch.pairs import Counterfactual, Pair, make_runs
 from mech_absa.patch.sweep import SPANS, Job, components
-from mech_absa.prompts import Continuation, Tokens
+from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
@@ -28,7 +28,7 @@ def pairs_of(planted: Planted, n: int = 2) -> list[Pair]:
     for role, position in (("opinion", "opinion"), ("aspect.last", "aspect"), ("answer", "last")):
         roles[0, planted.positions[position]] = ROLES.index(role)
     roles[0, 0] = ROLES.index("template")
-    tokens = lambda ids: Tokens(ids[None], roles, (ids.shape[0],))  # noqa: E731
+    tokens = lambda ids: Tokenised(ids[None], roles, (ids.shape[0],))  # noqa: E731
     first = min(planted.positions["opinion"], planted.positions["distractor"])
     sample = Example("a planted sentence", "planted", Polarity.POSITIVE, (2, 9))
     return [

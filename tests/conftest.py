@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from oracles.tiny_models import ARCHITECTURES, tiny_folder
+from support.tiny_models import ARCHITECTURES, tiny_folder
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 transformers.utils.logging.disable_progress_bar()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.tiny_models import ARCHITECTURES
+from support.tiny_models import ARCHITECTURES
 
 sys.path.insert(0, str(Path(__file__).parent / "edits"))
-from edit_cases import loud, prompts, tiny_model
+from support.edit_cases import loud, prompts, tiny_model
 
 from mech_absa.edits import Part, Shape
 from mech_absa.errors import HookError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 
 from mech_absa.errors import HookError, SiteError
 from mech_absa.model import Model, load_model

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from oracles.tiny_models import METASPACE, byte_level_tokenizer, tiny_folder, tiny_model
+from support.tiny_models import METASPACE, byte_level_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mech_absa.errors import ConfigError, ModelError, SiteError

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.numpy_transformer import NumpyTransformer
-from patch.helpers import EXAMPLES, LONG, ONE_TOKEN, TEMPLATE, clean_states, example, pairs_of, tiny
+from support.jobs import EXAMPLES, LONG, ONE_TOKEN, TEMPLATE, clean_states, example, pairs_of, tiny
+from support.numpy_transformer import NumpyTransformer
 
 from mech_absa.errors import AlignmentError, ConfigError, DataError
 from mech_absa.examples import Example, Polarity

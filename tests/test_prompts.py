@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.tiny_models import byte_level_tokenizer, metaspace_tokenizer
+from support.tiny_models import byte_level_tokenizer, metaspace_tokenizer
 from transformers import AutoTokenizer
 
 from mech_absa.errors import PromptError

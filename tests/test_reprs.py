@@ -8,7 +8,7 @@ from html import unescape
 import pandas as pd
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 
 import mech_absa as ma
 from mech_absa.edits.base import Part

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.errors import PromptError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 
 from mech_absa.errors import ConfigError, SiteError
 from mech_absa.examples import Example, Polarity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edit_cases import logits, loud, prompts, tiny_model
+from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
 
 from mech_absa.edits import Edit, Part
 from mech_absa.edits.lowrank import DoRA
@@ -85,8 +85,6 @@ def test_reft_equals_pyreft_on_copied_weights(family, theirs):
 
 def test_an_edit_of_many_families_gives_a_batch_what_it_gives_its_rows():
     """All families at once, in one edit: the order of the hooks does not depend on the batch."""
-    from test_edits import EVERYWHERE
-
     model = tiny_model("llama")
     edit: Edit = loud(model, *[Part(f, p) for f, p in EVERYWHERE.items()], size=0.1)
     rows = prompts(model)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edit_cases import logits, loud, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.tiny_models import tiny_folder
+from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import FAMILIES, LLAMA_2_7B, Edit, Part, Shape, count, parse_place
@@ -18,11 +18,6 @@ from mech_absa.prompts import Continuation, Tokens
 from mech_absa.scoring import extend
 from mech_absa.sites import Site
 
-EVERYWHERE = {  # one part of every family, on the last layers of a model of three
-    "loreft": "L1.resid_post@query.last", "noreft": "L1.resid_mid@aspect", "direft": "L2.resid_pre@-1", "red": "L1.attn_out@all",
-    "steering": "L1.head1@query", "lora": "L1.W_O", "dora": "L1.W_Q", "prefix": "L1", "adapter": "L2.mlp_out", "bitfit": "L1.W_V",
-    "full": "L2.W_out", "head_gate": "L1.head0",
-}  # fmt: skip
 WEIGHT = ("lora", "dora", "bitfit", "full")
 
 

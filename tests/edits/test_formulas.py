@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edit_cases import hugging_face, logits, loud, prompts, tiny_model
-from oracles.tiny_models import tiny_folder
+from support.edit_cases import hugging_face, logits, loud, prompts, tiny_model
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mech_absa.edits import Matrix, Part, Shape

@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from edit_cases import logits, loud, prompts, tiny_model
-from oracles.tiny_models import tiny_folder
-from test_edits import EVERYWHERE
+from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from oracles.tiny_models import tiny_folder
-from small_cases import NEG, NEU, POS, example
+from support.small_cases import NEG, NEU, POS, example
+from support.tiny_models import tiny_folder
 
 from mech_absa.examples import Examples
 from mech_absa.model import load_model

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
-from small_cases import NEG, NEU, POS, Push, example
+from support.small_cases import NEG, NEU, POS, Push, example
+from support.tiny_models import tiny_folder
 
 from mech_absa.commands import card
 from mech_absa.commands.card import Goal, Row, continuation_prompts, continue_naturally, markdown

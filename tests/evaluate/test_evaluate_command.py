@@ -6,8 +6,8 @@ import json
 
 import pandas as pd
 import pytest
-from oracles.tiny_models import tiny_folder
-from small_cases import Push
+from support.small_cases import Push
+from support.tiny_models import tiny_folder
 
 from mech_absa.commands import evaluate as command
 from mech_absa.evaluate import evaluate, predict

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles.planted import LABELS, WORDS, planted_absa, random_planted
-from small_cases import POS, Push, example
+from support.planted import LABELS, WORDS, planted_absa, random_planted
+from support.small_cases import POS, Push, example
 
 from mech_absa.errors import ConfigError, SiteError
 from mech_absa.evaluate.faithfulness import (

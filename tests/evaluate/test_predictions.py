@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
-from small_cases import NEG, NEU, POS, Push, example
+from support.small_cases import NEG, NEU, POS, Push, example
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.errors import ConfigError, DataError, EditError, PromptError

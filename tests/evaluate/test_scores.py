@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn.metrics import accuracy_score, f1_score
-from small_cases import NEG, NEU, POS, example
+from support.small_cases import NEG, NEU, POS, example
 
 from mech_absa import stats
 from mech_absa.errors import ConfigError

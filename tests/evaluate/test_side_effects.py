@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from small_cases import NEG, NEU, POS, NoEdit, Push
+from support.small_cases import NEG, NEU, POS, NoEdit, Push
 
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.evaluate.predictions import Predictions, predict

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 
 from mech_absa.commands.patch import cli
 from mech_absa.examples import Example, Polarity

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles.tiny_models import ARCHITECTURES
+from support.jobs import BLOCK, EXAMPLES, LONG, ONE_TOKEN, furthest, jobs, pairs_of, the_job, tiny
+from support.tiny_models import ARCHITECTURES
 from torch.utils.flop_counter import FlopCounterMode
 
 from mech_absa.errors import HookError, ModelError
@@ -26,8 +27,6 @@ from mech_absa.patch.sweep import Job, components, token_spans
 from mech_absa.patch.trace import measure, plan
 from mech_absa.patch.wave.walk import Walk
 from mech_absa.sites import Site
-
-from .helpers import BLOCK, EXAMPLES, LONG, ONE_TOKEN, furthest, jobs, pairs_of, the_job, tiny
 
 COMBINATIONS = {  # name: corruption, labels, kinds, direction, window, metric, spans, bytes in flight
     "noise restored": (GaussianNoise(draws=2), ONE_TOKEN, BLOCK, "denoise", 1, "logit_diff", "token", 1 << 20),

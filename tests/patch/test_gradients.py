@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from oracles.planted import LOUDNESS, planted_absa
-from oracles.tiny_models import ARCHITECTURES, tiny_folder
+from support.planted import LOUDNESS, planted_absa
+from support.tiny_models import ARCHITECTURES, tiny_folder
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mech_absa.errors import ConfigError, ModelError

@@ -6,6 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.jobs import (
+    BLOCK,
+    EXAMPLES,
+    LONG,
+    furthest,
+    jobs,
+    nothing_skipped,
+    pairs_of,
+    the_job,
+    tiny,
+)
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from mech_absa.examples import Example, Polarity
@@ -17,8 +28,6 @@ from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, Resample,
 from mech_absa.patch.sweep import Job, Span, components, token_spans
 from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES, Site
-
-from .helpers import BLOCK, EXAMPLES, LONG, furthest, jobs, nothing_skipped, pairs_of, the_job, tiny
 
 ENGINES = (loop, wave)
 models = pytest.mark.parametrize("arch", ["gpt2", "pythia", "gemma2"])

@@ -5,20 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.numpy_transformer import NumpyTransformer
-from oracles.tiny_models import ARCHITECTURES
-from transformer_lens import patching
-
-from mech_absa.patch import loop, wave
-from mech_absa.patch.pairs import (
-    Counterfactual,
-    GaussianNoise,
-    MeanAblation,
-    Resample,
-    ZeroAblation,
-)
-
-from .helpers import (
+from support.jobs import (
     BLOCK,
     EXAMPLES,
     LONG,
@@ -30,6 +17,18 @@ from .helpers import (
     the_job,
     tiny,
     tiny32,
+)
+from support.numpy_transformer import NumpyTransformer
+from support.tiny_models import ARCHITECTURES
+from transformer_lens import patching
+
+from mech_absa.patch import loop, wave
+from mech_absa.patch.pairs import (
+    Counterfactual,
+    GaussianNoise,
+    MeanAblation,
+    Resample,
+    ZeroAblation,
 )
 
 ENGINES = (loop, wave)

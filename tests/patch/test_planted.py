@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.planted import Planted, planted_absa, random_planted
 from sklearn.metrics import roc_auc_score
+from support.planted import Planted, planted_absa, random_planted
 
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric

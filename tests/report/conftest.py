@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_runs import (
+from support.made_runs import (
     NASTY,
     evaluate_folder,
     made_effects,

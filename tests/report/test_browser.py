@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from made_runs import NASTY
+from support.made_runs import NASTY
 
 BROWSER = next(
     (

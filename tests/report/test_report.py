@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import (
+from support.made_runs import (
     NASTY,
     evaluate_folder,
     importance_of,

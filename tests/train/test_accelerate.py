@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
-from test_fit import WORDING
-from test_train_commands import TEMPLATE, write
+from support.tiny_models import tiny_folder
+from support.training_cases import TEXT, WORDING, write
 
 from mech_absa.commands.train import cli
 from mech_absa.edits import load_edit
@@ -30,7 +29,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
 def flags(tmp_path) -> list[str]:
     """Two halves of an edit, no dropout, batches of three (so that the processes' shares differ), a validation share."""
     data = write(tmp_path / "toys.jsonl", WORDING)
-    return ["--data", data, "--model", str(tiny_folder("llama")), "--template", TEMPLATE, "--layers", "1-2", "--epochs", "4", "--batch-size", "3",
+    return ["--data", data, "--model", str(tiny_folder("llama")), "--template", TEXT, "--layers", "1-2", "--epochs", "4", "--batch-size", "3",
             "--validation", "0.3", "--device", "cpu", "--checkpoint-every", "1"]  # fmt: skip
 
 

@@ -11,9 +11,8 @@ import shutil
 
 import pandas as pd
 import pytest
-from oracles.tiny_models import tiny_folder
-from test_fit import WORDING
-from test_train_commands import TEMPLATE, write
+from support.tiny_models import tiny_folder
+from support.training_cases import TEXT, WORDING, write
 
 from mech_absa.commands.evaluate import cli as evaluate
 from mech_absa.commands.matrix import cli as matrix
@@ -51,7 +50,7 @@ def refuse(files, tmp_path, capsys):
     def runner(command, *flags: str, without: str = "") -> str:
         given = {
             "--model": [MODEL],
-            "--template": [TEMPLATE],
+            "--template": [TEXT],
             "--out": [str(tmp_path / "out")],
         } | usual[command]
         given.pop(without, None)
@@ -62,7 +61,7 @@ def refuse(files, tmp_path, capsys):
             else:
                 given[name].append(word)
         words = [
-            w.format(**files) if w.startswith("{") and w != TEMPLATE else w
+            w.format(**files) if w.startswith("{") and w != TEXT else w
             for k, v in given.items()
             for w in (k, *v)
         ]
@@ -174,7 +173,7 @@ def test_a_review_too_long_for_the_model_is_refused_before_the_first_training(
 def test_a_folder_in_use_is_refused_by_all(files, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    common = ["--model", MODEL, "--template", TEMPLATE, "--out", str(tmp_path / "out")]
+    common = ["--model", MODEL, "--template", TEXT, "--out", str(tmp_path / "out")]
     for command, flags in (
         (train, ["--data", files["toys_train"], "--layers", "1"]),
         (
@@ -279,7 +278,7 @@ def warnings_of(folder, capsys) -> list[str]:
 
 
 def test_every_command_warns_in_three_places(files, tmp_path, capsys):
-    common = ["--model", MODEL, "--template", TEMPLATE, "--out", str(tmp_path / "run")]
+    common = ["--model", MODEL, "--template", TEXT, "--out", str(tmp_path / "run")]
     assert (
         train(
             [
@@ -343,7 +342,7 @@ def test_every_command_warns_in_three_places(files, tmp_path, capsys):
 def test_the_matrix_warns_and_records_a_training_that_broke(files, tmp_path, capsys):
     out = tmp_path / "run"
     words = [
-        "--train", files["plain"], "--test", files["toys_test"], "--model", MODEL, "--template", TEMPLATE, "--methods", "red@all", "zero_shot",
+        "--train", files["plain"], "--test", files["toys_test"], "--model", MODEL, "--template", TEXT, "--methods", "red@all", "zero_shot",
         "--positions", "all", "--lr-scale", "1e38", "--seeds", "0", "--epochs", "9", "--validation", "0", "--out", str(out),
     ]  # fmt: skip
     assert matrix(words) == 0

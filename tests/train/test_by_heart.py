@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
-from test_fit import EIGHT, TEMPLATE
+from support.tiny_models import tiny_folder
+from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Part

@@ -7,37 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.planted import WORDS, planted_absa
-from oracles.tiny_models import tiny_folder
+from support.planted import WORDS, planted_absa
+from support.tiny_models import tiny_folder
+from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import LLAMA_2_7B, Edit, Part, count
 from mech_absa.errors import ConfigError, RunFolderError
-from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import METRICS
 from mech_absa.model import Model, load_model, weights_hash
 from mech_absa.model.hooks import capture, live_hooks
-from mech_absa.prompts import PromptTemplate, Tokens, Verbalizer
+from mech_absa.prompts import Tokens, Verbalizer
 from mech_absa.scoring import gold_indices, label_scores, question
 from mech_absa.sites import ROLES, Site
 from mech_absa.train import PrefixCache, Preset, fit, presets
 from mech_absa.train.fit import Task, batches, schedule
 
-TEMPLATE = PromptTemplate("{sentence} aspect {aspect} :")
-WORDING = [
-    ("the food was great", "food", "positive"),
-    ("awful service", "service", "negative"),
-    ("the screen is fine", "screen", "neutral"),
-    ("dreadful wine list", "wine list", "negative"),
-    ("i loved the pizza", "pizza", "positive"),
-    ("a cheap keyboard , awful", "keyboard", "negative"),
-    ("the staff", "staff", "neutral"),
-    ("excellent battery life", "battery life", "positive"),
-]
-EIGHT = [
-    Example(s, a, Polarity(p), (s.index(a), s.index(a) + len(a)), id=str(i))
-    for i, (s, a, p) in enumerate(WORDING)
-]
 BOTH = (
     Part("lora", "L1.W_O", {"rank": 4, "dropout": 0.1}, 1e-2),
     Part("loreft", "L1.resid_post@query.last", {"rank": 4}, 1e-2),

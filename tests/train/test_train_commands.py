@@ -9,8 +9,8 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
-from test_fit import WORDING
+from support.tiny_models import tiny_folder
+from support.training_cases import TEXT, WORDING, write
 
 from mech_absa.commands.matrix import cli as matrix_cli
 from mech_absa.commands.patch import cli as patch_cli
@@ -25,17 +25,9 @@ from mech_absa.train import matrix
 from mech_absa.train.matrix import Method, domain_name, summary
 from mech_absa.train.places import random_layers, random_windows
 
-TEMPLATE = "{sentence} aspect {aspect} :"
 fitting = importlib.import_module(
     "mech_absa.train.fit"
 )  # the package's own name for it is the function
-
-
-def write(path, rows) -> str:
-    path.write_text(
-        "".join(json.dumps({"sentence": s, "aspect": a, "label": p}) + "\n" for s, a, p in rows)
-    )
-    return str(path)
 
 
 @pytest.fixture
@@ -50,7 +42,7 @@ def run(data, *flags, out) -> int:
     given = {
         "--data": data["train"],
         "--model": str(tiny_folder("llama")),
-        "--template": TEMPLATE,
+        "--template": TEXT,
         "--layers": "1",
         "--epochs": "1",
         "--out": str(out),
@@ -187,7 +179,7 @@ def test_sites_of_another_model_where_they_are_asked_for(data, tmp_path, capsys)
         "--model",
         str(tiny_folder("llama")),
         "--template",
-        TEMPLATE,
+        TEXT,
         "--epochs",
         "1",
         "--sites",
@@ -230,7 +222,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
 
 
 def test_a_broken_loss_is_said_again_when_the_run_is_resumed(data, tmp_path, capsys):
-    words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEMPLATE, "--preset", "red", "--layers", "all", "--positions",
+    words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEXT, "--preset", "red", "--layers", "all", "--positions",
              "all", "--lr-representation", "1e37", "--clip", "0", "--epochs", "4", "--out", str(tmp_path / "run"), "--quiet"]  # fmt: skip
     assert cli(words) == 2
     first = capsys.readouterr().err
@@ -258,7 +250,7 @@ def test_a_report_that_fails_loses_no_run(data, tmp_path, monkeypatch, capsys):
 
 def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path, capsys):
     """The paper's order, by its commands: adapt, trace the adapted model, edit the base where the trace points; and nowhere else."""
-    common = ["--template", TEMPLATE, "--quiet", "--no-report"]
+    common = ["--template", TEXT, "--quiet", "--no-report"]
     base = ["--model", str(tiny_folder("llama")), *common]
     assert (
         cli(
@@ -372,7 +364,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch)
         "--model",
         str(tiny_folder("llama")),
         "--template",
-        TEMPLATE,
+        TEXT,
         "--layers",
         "1",
         *words,
@@ -410,7 +402,7 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     monkeypatch.setattr(matrix, "fit", counted)
     command = [
         "--train", files["a_train"], files["b_train"], "--test", files["a_test"], files["b_test"], "--model", str(tiny_folder("llama")),
-        "--template", TEMPLATE, "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1",
+        "--template", TEXT, "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1",
         "--validation", "0", "--out", str(tmp_path / "run"), "--quiet",
     ]  # fmt: skip
     assert matrix_cli(command) == 130

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.tiny_models import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.tiny_models import (
     ARCHITECTURES,
     METASPACE,
     WINDOW,
@@ -13,7 +15,6 @@ from oracles.tiny_models import (
     tiny_folder,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 AWKWARD = "The café's food☃ was  great,\nbut the staff… not."
 

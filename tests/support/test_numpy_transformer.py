@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.numpy_transformer import KINDS, NumpyTransformer, alibi_slopes
-from oracles.tiny_models import ARCHITECTURES, float64_throughout, hf_float64, tiny_folder
 
 from mech_absa.model import hooked_from_hf
+from support.numpy_transformer import KINDS, NumpyTransformer, alibi_slopes
+from support.tiny_models import ARCHITECTURES, float64_throughout, hf_float64, tiny_folder
 
 TOKENS = [1, 77, 270, 33, 140, 9, 251, 300, 60, 18, 299, 145]  # longer than the sliding window
 

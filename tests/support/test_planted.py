@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.numpy_transformer import NumpyTransformer
-from oracles.planted import Planted, planted_absa, random_planted
 from transformer_lens import patching
+
+from support.numpy_transformer import NumpyTransformer
+from support.planted import Planted, planted_absa, random_planted
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
 

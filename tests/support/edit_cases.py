@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from oracles.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import Edit, Part
@@ -13,6 +12,7 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.model import Model, load_model
 from mech_absa.prompts import PromptTemplate, Tokens
 from mech_absa.scoring import question
+from support.tiny_models import tiny_folder
 
 TEMPLATE = PromptTemplate("{sentence} aspect {aspect} :")
 SENTENCES = (
@@ -20,6 +20,11 @@ SENTENCES = (
     ("awful service and the wine list was terrible", "wine list", Polarity.NEGATIVE),
     ("the screen is fine", "screen", Polarity.NEUTRAL),
 )
+EVERYWHERE = {  # one part of every family, on the last layers of a model of three
+    "loreft": "L1.resid_post@query.last", "noreft": "L1.resid_mid@aspect", "direft": "L2.resid_pre@-1", "red": "L1.attn_out@all",
+    "steering": "L1.head1@query", "lora": "L1.W_O", "dora": "L1.W_Q", "prefix": "L1", "adapter": "L2.mlp_out", "bitfit": "L1.W_V",
+    "full": "L2.W_out", "head_gate": "L1.head0",
+}  # fmt: skip
 
 
 @cache

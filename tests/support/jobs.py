@@ -8,8 +8,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from oracles.numpy_transformer import NumpyTransformer
-from oracles.tiny_models import float64_throughout, hf_float64, tiny_folder
 from transformers import AutoTokenizer
 
 from mech_absa.examples import Example, Polarity
@@ -34,6 +32,8 @@ from mech_absa.patch.sweep import (
     reads_of,
 )
 from mech_absa.prompts import Continuation, PromptTemplate, Verbalizer
+from support.numpy_transformer import NumpyTransformer
+from support.tiny_models import float64_throughout, hf_float64, tiny_folder
 
 P = Polarity
 TEMPLATE = PromptTemplate("{sentence} {aspect}?")

@@ -24,7 +24,7 @@ FLOORS = {
     "prompts": 2, "model": 2,
     "scoring": 3, "edits": 3, "widgets": 3,
     "patch": 4, "train": 4, "evaluate": 4,
-    "plots": 5, "report": 5, "": 5,
+    "plots": 5, "report": 5, "patching": 5, "": 5,
     "commands": 6,
     "__main__": 7,
 }  # fmt: skip

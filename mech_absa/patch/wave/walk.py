@@ -13,14 +13,17 @@ output and an MLP. Inside a window of layers, `put_back` restores the source's s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...model import LayerStates, Model
-from ..sweep import Job, States, window_layers
+from ...sites import Site
+from ..sweep import States, window_layers
 from .attention import attention
 from .enter import ENTER, Here
 from .packed import Packed
@@ -39,8 +42,18 @@ class BaseRun:
     last: Float[Tensor, "run pos d_model"]
 
 
+@runtime_checkable
+class Swept(Protocol):
+    """What a walk has to know of a sweep: its components, and how many layers go together."""
+
+    @property
+    def components(self) -> Sequence[Site]: ...
+    @property
+    def window(self) -> int: ...
+
+
 class Walk:
-    """Walks chunks of rows of one job.
+    """Walks chunks of rows of one sweep.
 
     Args:
         model: what is traced.
@@ -50,7 +63,7 @@ class Walk:
         memory: bytes that rows in flight may take.
     """
 
-    def __init__(self, model: Model, job: Job, base: BaseRun, source: States, memory: int):
+    def __init__(self, model: Model, job: Swept, base: BaseRun, source: States, memory: int):
         self.model, self.job, self.base, self.source = model, job, base, source
         on_cpu = model.device.type == "cpu"
         self.attention_bytes = max(1 << 20, min(memory // 8, 64 << 20 if on_cpu else memory))

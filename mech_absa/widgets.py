@@ -1,15 +1,15 @@
 """Pictures of tokens for notebooks, by CircuitsVis, without a network.
 
+    prompt_effects(effects, id)         one prompt of a trace, its tokens coloured by effect, with title and scale
     coloured_tokens(tokens, values)     a prompt whose tokens carry numbers
     attention(model, example)           the attention patterns of every head of a layer
     patterns(model, example, layer)     the same as numbers
 
-CircuitsVis 1.43 looks for the internet whenever one of its pictures is shown, and then loads its script from a content network; offline it
-falls back to a copy of the script inside the package. Here that copy is always taken, so that a notebook shows the same picture on a train
-and in ten years.
+CircuitsVis 1.43 loads its script from a content network if it finds one, and else uses a copy inside the package. Here the
+copy is always used, so that a notebook shows the same picture offline and in ten years.
 
-The copy weighs 1.3 MB and goes into every output that a notebook keeps, and readers on the web run no scripts. So a still picture stands
-where the script will draw: it is what shows until then, and all that is left after `without_script`.
+The copy weighs 1.3 MB and goes into every output that a notebook keeps, and readers on the web run no scripts. So a still
+picture stands where the script will draw: it shows until then, and it is all that is left after `without_script`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from .errors import ConfigError, SiteError
+from .errors import ConfigError, DataError, SiteError, choices
 
 if TYPE_CHECKING:
     from .examples import Example
     from .model import Model
+    from .patch.effects import Effects
     from .prompts import PromptTemplate
 
 NEGATIVE, POSITIVE = "#2f79b5", "#c94741"
@@ -38,7 +39,7 @@ NEGATIVE, POSITIVE = "#2f79b5", "#c94741"
 
 @dataclass(frozen=True)
 class Widget:
-    """A piece of HTML that a notebook shows; the whole of it, script included, is in `html`."""
+    """A piece of HTML that a notebook shows; `html` holds all of it, script included."""
 
     html: str
 
@@ -49,17 +50,25 @@ class Widget:
         return f"Widget({len(self.html):,} characters of HTML; the last expression of a notebook cell shows it)"
 
 
+def _titled(widget: Widget, above: str, below: str) -> Widget:
+    """Return a widget with HTML above and below its picture, on the same white ground."""
+    ground = "background:#fff;color:#1a1a1a;padding:.5rem;font-family:sans-serif"
+    return Widget(f'<div style="{ground}">{above}{widget.html}{below}</div>')
+
+
 _CALL = "\n    CircuitsVis.render(\n"
 """Where the package's script ends and the data begins."""
 
 
 def without_script(html: str) -> str:
-    """A widget's HTML with its still picture alone; HTML that is no widget's comes back as it was."""
+    """Return a widget's HTML with only its still picture; other HTML comes back as it was."""
     return re.sub(r"<script\b.*</script>", "", html, flags=re.DOTALL) if _CALL in html else html
 
 
 def _offline(rendered: Any, still: str) -> Widget:
-    """A CircuitsVis picture with the package's own copy of the script; the data in it can neither end the script nor open a comment.
+    """Return a CircuitsVis picture with the package's own copy of the script.
+
+    The data in it can neither end the script nor open a comment.
 
     Args:
         rendered: from CircuitsVis.
@@ -89,11 +98,11 @@ def _offline(rendered: Any, still: str) -> Widget:
 
 
 def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.ndarray) -> Widget:
-    """Tokens coloured by a number each: red above 0, blue below, hover for the number.
+    """Return tokens coloured by one number each: red above 0, blue below, hover for the number.
 
     Args:
         tokens: texts.
-        values: one a token; NaN counts as 0.
+        values: one per token; NaN counts as 0.
 
     Raises:
         ConfigError: there are not as many values as tokens.
@@ -103,7 +112,7 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
     numbers = np.nan_to_num(np.asarray(values, dtype=float))
     if numbers.shape != (len(tokens),):
         raise ConfigError(
-            f"{len(tokens)} tokens came with values of shape {numbers.shape}; one number a token is needed"
+            f"{len(tokens)} tokens came with values of shape {numbers.shape}; one number per token is needed"
         )
     limit = float(np.abs(numbers).max(initial=0.0)) or 1.0
     colours = {"negative_color": NEGATIVE, "positive_color": POSITIVE}
@@ -118,8 +127,74 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
     )
 
 
+def prompt_effects(effects: Effects, example_id: str, kind: str | None = None) -> Widget:
+    """Return the prompt of one pair, its tokens coloured by their largest effect over layers, with title, scale and caption.
+
+    Effects that were traced by role belong to all tokens of the role together: then a table below gives one number per
+    role, and the caption says that its tokens share it.
+
+    Args:
+        effects: from a trace.
+        example_id: of a pair.
+        kind: of state; default the first that was traced.
+
+    Raises:
+        DataError: the example or the kind was not traced.
+    """
+    rows = effects.example(example_id)
+    kinds = list(rows["kind"].unique())
+    kind = kind or str(kinds[0])
+    if kind not in kinds:
+        raise DataError(
+            f"example {example_id!r} has no effects of kind {kind!r}; it was traced at {choices(kinds)}"
+        )
+    rows = rows[rows["kind"] == kind]
+    pair = effects.pairs.set_index("example_id").loc[example_id]
+    tokens, about = [str(t) for t in pair["tokens"]], effects.about
+    single = bool((rows["position"].fillna(-1) >= 0).any())
+    by, places = ("position", range(len(tokens))) if single else ("role", pair["roles"])
+    best = rows.groupby(by, observed=True)["effect"].max()
+    values = np.array([float(best.get(p, 0.0)) for p in places])
+    unit = str(about.get("unit") or about.get("metric") or "metric")
+    corrupted = (
+        "" if np.isnan(float(pair["corrupted"])) else f", corrupted run {pair['corrupted']:.3g}"
+    )
+    title = (
+        f"<b>{escape(str(pair['aspect']))}: {escape(str(pair['polarity']))}</b> · {escape(kind)}, largest effect over layers"
+        f"<br><small>{escape(unit)}: clean run {pair['clean']:.3g}{corrupted}; pair {escape(example_id)}</small>"
+    )
+    limit = float(np.abs(values).max(initial=0.0)) or 1.0
+    caption = "Red: the state carries the answer. Blue: it works against it. Point at a token for its number."
+    table = ""
+    if not single:
+        caption = (
+            "Effects are by role: all tokens of a role were restored together, so they share one number. "
+            + caption
+        )
+        table = _role_table([str(r) for r in pair["roles"]], best.to_dict(), limit)
+    below = f"{_scale_bar(limit, unit)}{table}<p><small>{caption}</small></p>"
+    return _titled(coloured_tokens(tokens, values), title, below)
+
+
+def _scale_bar(limit: float, unit: str) -> str:
+    """Return the colours of a scale from -limit to limit, with their numbers."""
+    stops = f"{NEGATIVE},#ffffff,{POSITIVE}"
+    bar = f"display:inline-block;width:150px;height:10px;background:linear-gradient(90deg,{stops});border:1px solid #d0d4da"
+    return f'<div><small>{-limit:.3g} <span style="{bar}"></span> {limit:.3g} {escape(unit)}</small></div>'
+
+
+def _role_table(roles: Sequence[str], effect: dict[str, float], limit: float) -> str:
+    """Return one row per role of a prompt: its name, its number of tokens, its effect."""
+    lines = "".join(
+        f'<tr><td>{escape(role)}</td><td style="text-align:right">{roles.count(role)}</td>'
+        f'<td style="text-align:right;background:{_tint(effect.get(role, 0.0) / limit)}">{effect.get(role, 0.0):.4f}</td></tr>'
+        for role in dict.fromkeys(roles)
+    )
+    return f"<table><tr><th>role</th><th>tokens</th><th>effect</th></tr>{lines}</table>"
+
+
 def _tint(share: float) -> str:
-    """White towards red for 0 to 1, towards blue for 0 to -1."""
+    """Return a colour from white to red for 0 to 1, and to blue for 0 to -1."""
     colour = POSITIVE if share > 0 else NEGATIVE
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 + abs(share) * (part - 255)):02x}" for part in parts)
@@ -128,7 +203,7 @@ def _tint(share: float) -> str:
 def patterns(
     model: Model, example: Example, layer: int | None = None, template: PromptTemplate | None = None
 ) -> tuple[list[str], Float[np.ndarray, "head query key"]]:
-    """The tokens of an example's prompt, and how much every head of a layer lets each of them read from each.
+    """Return the tokens of an example's prompt, and how much every head of a layer lets each of them read from each.
 
     Args:
         model: from `load_model`.
@@ -167,7 +242,9 @@ def patterns(
 def attention(
     model: Model, example: Example, layer: int | None = None, template: PromptTemplate | None = None
 ) -> Widget:
-    """The attention patterns of all heads of a layer on the prompt of an example: hover to look, click to keep a head large.
+    """Show the attention patterns of all heads of a layer on the prompt of an example.
+
+    Hover to look, click to keep a head large.
 
     Args:
         model, example, layer, template: as in `patterns`.
@@ -194,7 +271,7 @@ def attention(
 
 
 def _thumbnail(name: str, pattern: Float[np.ndarray, "query key"]) -> str:
-    """One head's pattern as a small picture, a pixel for each pair of tokens."""
+    """Return one head's pattern as a small picture, one pixel per pair of tokens."""
     from matplotlib.image import imsave
 
     png = io.BytesIO()

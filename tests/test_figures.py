@@ -217,11 +217,11 @@ def test_methods_are_compared_row_by_row():
 
 
 def test_layers_drawn_by_seed_count_once_per_draw():
-    """Three draws of layers, each with the same gap in four domain pairs: mean -0.05, t interval over -0.1, 0, -0.05.
+    """Three draws of layers, each with the same gap in four domain pairs: mean -0.06, t interval over -0.1, -0.02, -0.06.
 
-    sd 0.05, so the half width is 4.3027 * 0.05 / √3; three units cannot give a p below 2 / 2^3.
+    sd 0.04, so the half width is 4.3027 * 0.04 / √3; three units cannot give a p below 2 / 2^3.
     """
-    gaps, table = {0: -0.1, 1: 0.0, 2: -0.05}, []
+    gaps, table = {0: -0.1, 1: -0.02, 2: -0.06}, []
     for seed, gap in gaps.items():
         for train in ("laptop", "restaurant"):
             for test in ("laptop", "restaurant"):
@@ -231,10 +231,10 @@ def test_layers_drawn_by_seed_count_once_per_draw():
     drawn = matrix["seed"].map({0: "0 1", 1: "3 4", 2: "5 6"})
     matrix["layers"] = np.where(matrix["where"] == "random", drawn, "3 4")
     (row,) = methods.compared(matrix).to_dict("records")
-    half = 4.3027 * 0.05 / 3**0.5
+    half = 4.3027 * 0.04 / 3**0.5
     assert row["units"] == 3 and row["p"] == pytest.approx(2 / 2**3)
     assert (row["difference"], row["low"], row["high"]) == pytest.approx(
-        (-0.05, -0.05 - half, -0.05 + half), abs=1e-5
+        (-0.06, -0.06 - half, -0.06 + half), abs=1e-5
     )
 
 

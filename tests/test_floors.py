@@ -22,9 +22,9 @@ FLOORS = {
     "examples": 1, "readers": 1, "world": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1,
     "progress": 1, "schemas": 1,
     "prompts": 2, "model": 2,
-    "scoring": 3, "edits": 3, "widgets": 3,
+    "scoring": 3, "edits": 3, "widgets": 3, "plots": 3, "report": 3,
     "patch": 4, "train": 4, "evaluate": 4,
-    "plots": 5, "report": 5, "patching": 5, "": 5,
+    "patching": 5, "": 5,
     "commands": 6,
     "__main__": 7,
 }  # fmt: skip

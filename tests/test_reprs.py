@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 
@@ -18,6 +19,7 @@ from mech_absa.evaluate.scores import score
 from mech_absa.examples import Example, Polarity
 from mech_absa.model import Model, load_model
 from mech_absa.patch.effects import COLUMNS, Effects
+from mech_absa.patch.importance import Selection
 
 NASTY = "<script>alert('1')</script> & co"
 
@@ -122,21 +124,49 @@ def effects() -> Effects:
         for role, e in (("before", 0.0), ("answer", a))
     ]
     pairs = pd.DataFrame(
-        {"example_id": ["p", "q"], "cluster": ["one", "two"], "clean": 0.9, "corrupted": 0.1}
-    )
+        {
+            "example_id": ["p", "q"], "cluster": ["one", "two"], "clean": 0.9, "corrupted": 0.1, "sentence": NASTY, "aspect": "co",
+            "polarity": "positive", "tokens": [[NASTY, " co", " ?"]] * 2, "roles": [["before", "before", "answer"]] * 2,
+            "labels": [["positive", "negative"]] * 2, "p_clean": [[0.9, 0.1]] * 2, "p_corrupted": [[0.1, 0.9]] * 2,
+            "corrupted_tokens": None,
+        }
+    )  # fmt: skip
     return Effects(
         pd.DataFrame(rows, columns=list(COLUMNS)), pairs, {"method": NASTY, "direction": "denoise"}
     )
 
 
-def test_effects_and_their_map_show_the_largest_cells(effects):
+def embedded_data(html: str) -> dict:
+    """The data of the page inside the frame."""
+    page = unescape(re.search(r'srcdoc="(.*?)"', html, re.S)[1])
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["runs"][0]
+
+
+def test_effects_and_their_map_are_interactive_and_hold_the_largest_cells(effects):
+    """The map of the page and the table below it give 0.6 [0.5, 0.7] at the answer; a hostile text stays text."""
     for shown in (effects, effects.importance()):
-        table = frame(tables(shown._repr_html_())[0])
+        html = shown._repr_html_()
+        table = frame(tables(html)[-1])
         assert table["site"].tolist() == ["L0.resid_post@answer", "L0.resid_post@before"]
-        assert table["aie"].tolist() == ["0.6000", "0.0000"]
-        assert table.loc[0, ["ci_low", "ci_high"]].tolist() == ["0.5000", "0.7000"]
-        assert table["n"].tolist() == ["2", "2"]
-    assert escaped(effects._repr_html_()) and "2 pairs, 4 cells" in effects._repr_html_()
+        assert table["AIE"].tolist() == ["0.6 [0.5, 0.7]", "0 [0, 0]"]
+        assert table["pairs"].tolist() == ["2", "2"]
+        (kind,) = embedded_data(html)["average"]["kinds"]
+        cells = {kind["places"][c[2]]: c[3:6] for c in kind["cells"]}
+        assert cells == {"answer": [0.6, 0.5, 0.7], "before": [0.0, 0.0, 0.0]}
+        assert "allow-same-origin" not in html and 'sandbox="allow-scripts allow-downloads"' in html
+    html = effects._repr_html_()
+    assert "<script" not in html and "2 pairs, 4 cells" in html
+    assert NASTY not in unescape(re.search(r'srcdoc="(.*?)"', html, re.S)[1])
+    (first, _) = embedded_data(html)["examples"]["list"]
+    assert first["s"] == NASTY and first["pc"] == [0.9, 0.1]
+
+
+def test_a_selection_shows_its_sites_and_its_verdict():
+    sites = (ma.Site.parse("L3.resid_post@query.last"),)
+    numbers = {"aie": 0.25, "ci_low": 0.125, "ci_high": 0.5, "control_high": 0.3, "n": 12}
+    html = Selection(sites, rule="<rule>", clear=False, **numbers)._repr_html_()
+    assert "<code>L3.resid_post@query.last</code>" in html and "&lt;rule&gt;" in html
+    assert "<b>0.25</b> [0.125, 0.5] over 12 pairs" in html and "Not clear" in html
 
 
 def test_edit_lists_its_parts_with_sizes_that_add_up(model):

@@ -13,13 +13,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from support.tiny_models import tiny_folder
 
-from mech_absa.errors import ConfigError, SiteError
+from mech_absa.errors import ConfigError, DataError, SiteError
 from mech_absa.examples import Example, Polarity
 from mech_absa.model import load_model
 from mech_absa.model.hooks import live_hooks
+from mech_absa.patch.effects import COLUMNS, Effects
 from mech_absa.scoring import question
 from mech_absa.widgets import (
     NEGATIVE,
@@ -73,6 +75,46 @@ def test_a_widget_is_the_same_every_time_and_needs_nothing():
         and " src=" not in first.partition("<script")[0]
         and "unpkg.com" not in first
     )
+
+
+def effects_of(by: str):
+    """One prompt of three tokens: 0.4 and -0.2 in two layers at `food`, 0.1 at the others."""
+    tokens, roles = ["<b>", " food", " ?"], ["template", "aspect.last", "template"]
+    places = (
+        [(-1, r) for r in ("template", "aspect.last")] if by == "role" else list(enumerate(roles))
+    )
+    rows = [
+        ("e", "resid_post", layer, -1, at, role, 0.9, 0.1, 0.0, (0.4, -0.2)[layer] if role == "aspect.last" else 0.1, 0.0)
+        for at, role in places
+        for layer in (0, 1)
+    ]  # fmt: skip
+    pairs = {
+        "example_id": ["e"], "sentence": ["s"], "aspect": ["<food>"], "polarity": ["positive"], "tokens": [tokens],
+        "roles": [roles], "clean": [0.9], "corrupted": [0.1],
+    }  # fmt: skip
+    about = {"unit": "probability of the gold label", "by": by}
+    return Effects(pd.DataFrame(rows, columns=list(COLUMNS)), pd.DataFrame(pairs), about)
+
+
+@pytest.mark.parametrize("by", ["token", "role"])
+def test_a_prompts_effects_have_a_title_a_scale_and_a_caption(by):
+    html = without_script(effects_of(by).show("e").html)
+    assert "&lt;food&gt;: positive" in html and "clean run 0.9, corrupted run 0.1" in html
+    assert "-0.4 <span" in html and "0.4 probability of the gold label" in html
+    titles = re.findall(r'title="([^"]*)"', html)
+    assert titles == ["0.1", "0.4", "0.1"], "the largest effect over layers of every token"
+    shared = "all tokens of a role were restored together"
+    assert (shared in html) == (by == "role")
+    if by == "role":
+        cells = re.findall(r"<tr><td>(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td></tr>", html)
+        assert cells == [("template", "2", "0.1000"), ("aspect.last", "1", "0.4000")]
+
+
+def test_a_kind_that_was_not_traced_is_refused():
+    with pytest.raises(
+        DataError, match=r"no effects of kind 'mlp_out'; it was traced at resid_post"
+    ):
+        effects_of("token").show("e", "mlp_out")
 
 
 def test_tokens_without_values_are_refused():

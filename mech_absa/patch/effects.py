@@ -143,28 +143,23 @@ class Effects:
         )
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
-        """The prompt of one example, its tokens coloured by the largest effect over layers (CircuitsVis; works offline in a notebook)."""
-        from ..widgets import coloured_tokens
+        """Show the prompt of one pair, its tokens coloured by their largest effect over layers (CircuitsVis, offline).
 
-        rows = self.example(example_id)
-        kind = kind or str(rows["kind"].iloc[0])
-        rows = rows[rows["kind"] == kind]
-        meta = self.pairs.set_index("example_id").loc[example_id]
-        tokens = list(meta["tokens"])
-        values = np.zeros(len(tokens))
-        if (rows["position"] >= 0).any():
-            best = rows.groupby("position")["effect"].max()
-            values[best.index.to_numpy()] = best.to_numpy()
-        else:
-            best = rows.groupby("role", observed=True)["effect"].max()
-            values = np.array([float(best.get(r, 0.0)) for r in meta["roles"]])
-        return coloured_tokens(tokens, values)
+        Args:
+            example_id: of a pair.
+            kind: of state; default the first that was traced.
+
+        Raises:
+            DataError: the example or the kind was not traced.
+        """
+        from ..widgets import prompt_effects
+
+        return prompt_effects(self, example_id, kind)
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from ..report import effects_html
 
-        best = self.importance().top(5)
-        return f"<div><b>{escape(repr(self))}</b></div>{best.to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
+        return effects_html(self, self.importance())
 
     # ---- files -----------------------------------------------------------------------------------------------------------
 

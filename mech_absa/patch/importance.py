@@ -100,9 +100,9 @@ class ImportanceMap:
         return f"ImportanceMap({len(self.table)} cells of {', '.join(self.table['kind'].unique())}; {self.about.get('n_pairs')} pairs)"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from ..report import importance_html
 
-        return f"<div><b>{escape(repr(self))}</b></div>{self.top(8).to_html(index=False, float_format=lambda x: f'{x:.4f}')}"
+        return importance_html(self)
 
     def top(self, n: int = 10) -> pd.DataFrame:
         """The cells with the largest effects, as a table with their sites spelled out."""
@@ -278,6 +278,11 @@ class Selection(Sequence[Site]):
     def __str__(self) -> str:
         verdict = "" if self.clear else " (not clear: no interval lies above the control's)"
         return f"{', '.join(map(str, self.sites))}: mean effect {self.aie:.4g} [{self.ci_low:.4g}, {self.ci_high:.4g}], n = {self.n}{verdict}"
+
+    def _repr_html_(self) -> str:
+        from ..report import selection_html
+
+        return selection_html(self)
 
     def save(self, path: str | Path, model: Mapping[str, Any] | None = None) -> None:
         """`sites.json`, with the model they were found in where that is known (`traced_in`)."""

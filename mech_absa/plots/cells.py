@@ -100,7 +100,7 @@ def colour_bar(figure: Figure, mesh: Any, axes: Any, label: str) -> None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, width=0.5)
     if isinstance(mesh.norm, FuncNorm):
-        ticks = [0.0, *_root_ticks(mesh.norm.vmax)]
+        ticks = [0.0, *_root_ticks(float(mesh.norm.vmax or 1.0))]
         bar.set_ticks(ticks, labels=[f"{t:g}".replace("-", "−") for t in ticks])
         label = f"{label}\n(square-root colours)"
     else:

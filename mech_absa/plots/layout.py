@@ -126,7 +126,8 @@ def interval_lengths(rows: pd.DataFrame, value: str) -> Float[np.ndarray, "2 row
         return None
     y = rows[value].to_numpy(float)
     down, up = y - rows[low].to_numpy(float), rows[high].to_numpy(float) - y
-    return np.nan_to_num(np.clip(np.stack([down, up]), 0, None))
+    lengths: np.ndarray = np.nan_to_num(np.clip(np.stack([down, up]), 0, None))
+    return lengths
 
 
 def curve(

@@ -8,10 +8,9 @@ half a 127th of the map's largest effect. Where even that is too much, a sample 
 from __future__ import annotations
 
 import base64
-import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,20 +19,12 @@ from jaxtyping import Float
 
 from ..sites import HEAD_KINDS, ROLES
 from .runs import Run
+from .text import digits
 
 BUDGET = 8 << 20
 """Bytes of the maps of single examples in one page, before base64 makes four of three."""
 NOTHING = -128
 """A cell that does not exist."""
-
-
-def digits(value: Any, n: int = 4) -> float | None:
-    """A number to `n` significant digits; None where it is none."""
-    try:
-        x = float(value)
-    except (TypeError, ValueError):
-        return None
-    return float(f"{x:.{n}g}") if math.isfinite(x) else None
 
 
 def quantised(values: Float[np.ndarray, "row layer"]) -> tuple[float, str]:
@@ -68,11 +59,15 @@ def spaced(tokens: Sequence[str], text: str) -> list[str]:
     return made
 
 
-def average(run: Run) -> dict[str, Any]:
-    """The importance map of a run: one object a kind, with its cells as rows."""
-    table = run.tables["importance.csv"]
+def average(table: pd.DataFrame, sites: Iterable[str] = ()) -> dict[str, Any]:
+    """Return an importance map as one object per kind, with its cells as rows.
+
+    Args:
+        table: an importance.csv.
+        sites: names of the chosen sites.
+    """
     by = "role" if "role" in table else "position"
-    chosen = set(map(str, (run.notes.get("sites.json") or {}).get("sites", [])))
+    chosen = set(map(str, sites))
     kinds = []
     for kind, rows in table.groupby("kind", sort=False):
         present = set(rows[by])
@@ -81,7 +76,8 @@ def average(run: Run) -> dict[str, Any]:
         heads = kind in HEAD_KINDS
         cells: list[list[Any]] = [
             [
-                int(r.layer), int(r.head), index[getattr(r, by)], digits(r.aie), digits(r.ci_low), digits(r.ci_high), digits(r.p_adjusted, 2), int(r.n),
+                int(r.layer), int(r.head), index[getattr(r, by)], digits(r.aie), digits(r.ci_low), digits(r.ci_high),
+                digits(r.p_adjusted, 2), int(r.n),
                 int(f"L{r.layer}.{kind}{r.head if heads else ''}@{getattr(r, by)}" in chosen),
             ]
             for r in rows.itertuples()
@@ -95,8 +91,55 @@ def average(run: Run) -> dict[str, Any]:
     return {"by": by, "kinds": kinds}
 
 
+class _Cells:
+    """The effects of a trace as columns of numbers, sorted by example."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.kind, self.kinds = _codes(frame["kind"])
+        self.layers = sorted(int(x) for x in frame["layer"].unique())
+        self.layer = np.searchsorted(self.layers, frame["layer"].to_numpy())
+        self.head = frame["head"].to_numpy()
+        self.position = frame["position"].to_numpy()
+        self.by_role = bool((self.position < 0).all())
+        self.effect = frame["effect"].to_numpy(float)
+        self.patched = frame["patched"].to_numpy(float)
+        role, names = _codes(frame["role"])
+        self.role = np.array([ROLES.index(r) for r in names])[role]
+        ids, examples = pd.factorize(frame["example_id"])
+        order = np.argsort(ids, kind="stable")
+        starts = np.searchsorted(ids[order], np.arange(len(examples) + 1))
+        self.rows = {name: order[starts[i] : starts[i + 1]] for i, name in enumerate(examples)}
+
+    def of(self, example_id: str) -> np.ndarray:
+        """Return the rows of one example."""
+        return self.rows.get(example_id, np.array([], dtype=int))
+
+    def maps(self, rows: np.ndarray, places: Sequence[int]) -> list[tuple[float, str]]:
+        """Return one small map per kind; of several heads in a cell the largest effect is kept."""
+        place = np.searchsorted(places, self.role[rows]) if self.by_role else self.position[rows]
+        drawn = []
+        for k in range(len(self.kinds)):
+            here = np.flatnonzero(self.kind[rows] == k)
+            # Small effects first, so that of several heads the largest is written last.
+            here = here[np.argsort(np.abs(self.effect[rows][here]), kind="stable")]
+            grid = np.full((len(places), len(self.layers)), np.nan)
+            grid[place[here], self.layer[rows][here]] = self.effect[rows][here]
+            drawn.append(quantised(grid))
+        return drawn
+
+    def best(self, rows: np.ndarray) -> list[Any] | None:
+        """Return the cell with the largest effect: kind, layer, head, position, role, metric, effect."""
+        if not len(rows) or not np.isfinite(self.effect[rows]).any():
+            return None
+        b = rows[int(np.nanargmax(self.effect[rows]))]
+        return [
+            int(self.kind[b]), self.layers[self.layer[b]], int(self.head[b]), int(self.position[b]), int(self.role[b]),
+            digits(self.patched[b]), digits(self.effect[b]),
+        ]  # fmt: skip
+
+
 def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
-    """The maps of single prompts, with tokens, roles and probabilities.
+    """Return the maps of single prompts, with tokens, roles and probabilities.
 
     For kinds that have heads, a cell is the effect of the layer's head with the largest one.
 
@@ -105,74 +148,48 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
         budget: bytes of maps; a random sample of the pairs is kept where all would need more.
         seed: of the sample.
     """
-    pairs, frame = run.tables["pairs.parquet"], run.tables["effects.parquet"]
+    pairs, cells = run.tables["pairs.parquet"], _Cells(run.tables["effects.parquet"])
     template = str(run.notes["about.json"].get("template") or "")
-    kind_of, kinds = _codes(frame["kind"])
-    layers = sorted(int(x) for x in frame["layer"].unique())
-    by_role = bool((frame["position"] < 0).all())
-    lengths = [len(t) for t in pairs["tokens"]]
-    need = (
-        sum(len(set(r)) if by_role else n for r, n in zip(pairs["roles"], lengths, strict=True))
-        * len(layers)
-        * len(kinds)
-    )
+    sizes = [len(set(r)) if cells.by_role else len(r) for r in pairs["roles"]]
+    need = sum(sizes) * len(cells.layers) * len(cells.kinds)
     keep = len(pairs) if need <= budget else max(1, len(pairs) * budget // need)
-    rows = sorted(random.Random(seed).sample(range(len(pairs)), keep))
-
-    ids, names = pd.factorize(frame["example_id"])
-    order = np.argsort(ids, kind="stable")
-    starts = np.searchsorted(ids[order], np.arange(len(names) + 1))
-    where = {name: order[starts[i] : starts[i + 1]] for i, name in enumerate(names)}
-    layer_of = np.searchsorted(layers, frame["layer"].to_numpy())
-    position, effect, patched = (
-        frame["position"].to_numpy(),
-        frame["effect"].to_numpy(float),
-        frame["patched"].to_numpy(float),
-    )
-    role, named = _codes(frame["role"])
-    role_of = np.array([ROLES.index(r) for r in named])[role]
     words: dict[str, int] = {}
-    made = []
-    for i in rows:
-        pair = pairs.iloc[i]
-        roles = [ROLES.index(r) for r in pair["roles"]]
-        parts = {"{sentence}": str(pair["sentence"]), "{aspect}": str(pair["aspect"])}
-        asked = re.sub(r"\{sentence\}|\{aspect\}", lambda m: parts[m[0]], template)  # noqa: B023 - called at once
-        places = sorted(set(roles)) if by_role else list(range(len(roles)))
-        mine = where.get(pair["example_id"], np.array([], dtype=int))
-        place = np.searchsorted(places, role_of[mine]) if by_role else position[mine]
-        maps = []
-        for k in range(len(kinds)):
-            here = kind_of[mine] == k
-            # Small effects first, so that of several heads the largest is written last.
-            at = np.flatnonzero(here)[np.argsort(np.abs(effect[mine][here]), kind="stable")]
-            grid = np.full((len(places), len(layers)), np.nan)
-            grid[place[at], layer_of[mine][at]] = effect[mine][at]
-            maps.append(quantised(grid))
-        best = None
-        if len(mine) and np.isfinite(effect[mine]).any():
-            b = mine[int(np.nanargmax(effect[mine]))]
-            best = [
-                int(kind_of[b]),
-                layers[layer_of[b]],
-                int(frame["head"].iat[b]),
-                int(position[b]),
-                int(role_of[b]),
-                digits(patched[b]),
-                digits(effect[b]),
-            ]
-        made.append(
-            {
-                "id": str(pair["example_id"]), "s": str(pair["sentence"]), "a": str(pair["aspect"]), "g": str(pair["polarity"]),
-                "t": [words.setdefault(t, len(words)) for t in spaced([str(t) for t in pair["tokens"]], asked)], "r": roles,
-                "pc": _numbers(pair.get("p_clean")), "px": _numbers(pair.get("p_corrupted")),
-                "x": None if np.ndim(pair.get("corrupted_tokens")) == 0 else [words.setdefault(str(t), len(words)) for t in pair["corrupted_tokens"]],
-                "c": digits(pair.get("clean")), "d": digits(pair.get("corrupted")), "b": best, "m": maps,
-            }
-        )  # fmt: skip
+    drawn = [
+        _one_example(pairs.iloc[i], cells, template, words)
+        for i in sorted(random.Random(seed).sample(range(len(pairs)), keep))
+    ]
     labels = next((list(map(str, x)) for x in pairs["labels"]), []) if len(pairs) else []
     return {
-        "kinds": kinds, "layers": layers, "byRole": by_role, "roles": list(ROLES), "labels": labels, "words": list(words), "total": len(pairs), "list": made,
+        "kinds": cells.kinds, "layers": cells.layers, "byRole": cells.by_role, "roles": list(ROLES), "labels": labels,
+        "words": list(words), "total": len(pairs), "list": drawn,
+    }  # fmt: skip
+
+
+def _one_example(
+    pair: pd.Series, cells: _Cells, template: str, words: dict[str, int]
+) -> dict[str, Any]:
+    """Return one pair: texts, tokens as numbers of `words`, probabilities, maps."""
+    roles = [ROLES.index(r) for r in pair["roles"]]
+    parts = {"{sentence}": str(pair["sentence"]), "{aspect}": str(pair["aspect"])}
+    asked = re.sub(r"\{sentence\}|\{aspect\}", lambda m: parts[m[0]], template)
+    places = sorted(set(roles)) if cells.by_role else list(range(len(roles)))
+    rows = cells.of(pair["example_id"])
+
+    def tokens(column: str) -> list[int] | None:
+        value = pair.get(column)
+        if np.ndim(value) == 0:
+            return None
+        texts = [str(t) for t in value]
+        return [
+            words.setdefault(t, len(words))
+            for t in spaced(texts, asked if column == "tokens" else "")
+        ]
+
+    return {
+        "id": str(pair["example_id"]), "s": str(pair["sentence"]), "a": str(pair["aspect"]), "g": str(pair["polarity"]),
+        "t": tokens("tokens"), "r": roles, "pc": _numbers(pair.get("p_clean")), "px": _numbers(pair.get("p_corrupted")),
+        "x": tokens("corrupted_tokens"), "c": digits(pair.get("clean")), "d": digits(pair.get("corrupted")),
+        "b": cells.best(rows), "m": cells.maps(rows, places),
     }  # fmt: skip
 
 

@@ -115,6 +115,9 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             raise DataError(
                 f"{path} is damaged ({str(error).splitlines()[0]}); make the run again"
             ) from None
+    for file in ("effects.parquet", "importance.csv"):
+        if file in tables:
+            tables[file] = with_whole_numbers(tables[file])
     record = notes.pop("run.json", {})
     return Run(
         folder,
@@ -124,6 +127,12 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         tables,
         notes,
     )
+
+
+def with_whole_numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with -1 for "no head" and "no position": older runs have that, newer ones leave them empty."""
+    columns = [c for c in ("head", "position") if c in table and table[c].isna().any()]
+    return table.assign(**{c: table[c].fillna(-1).astype(int) for c in columns})
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

@@ -15,6 +15,8 @@ from html import unescape
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import pytest
 from support.made_runs import NASTY
 
@@ -93,8 +95,9 @@ def test_a_page_opens_cleanly(pages, kind, tmp_path):
     assert 'data-theme="dark"' in opened.dom
     assert "<title>owned" not in opened.dom
     body = re.sub(r"<script.*?</script>", "", opened.dom, flags=re.S)
-    assert body.count('class="grid"') == {"trace": 4, "train": 0, "evaluate": 0, "matrix": 0}.get(
-        kind, 8
+    grids = {"trace": 4, "train": 0, "evaluate": 0, "matrix": 0}.get(kind, 9)
+    assert len(re.findall(r'class="grid( opens)?"', body)) == grids, (
+        "and the difference of two traces"
     )
     if kind in ("trace", "evaluate"):
         assert NASTY in unescape(body) and NASTY not in body, "shown, as text"
@@ -111,7 +114,7 @@ def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
       const holder = document.querySelector('[data-examples]');
       const search = holder.querySelector('input');
       search.value = 'made:3'; search.dispatchEvent(new Event('input'));
-      const found = holder.querySelector('.soft').textContent, shown = holder.querySelector('.example').textContent;
+      const found = holder.querySelector('.picker .soft').textContent, shown = holder.querySelector('.example').textContent;
       const before = document.documentElement.dataset.theme;
       document.getElementById('theme').click();
       return {at, tip, stops, found, shown: shown.includes('made:3'), turned: before !== document.documentElement.dataset.theme};
@@ -124,11 +127,143 @@ def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
         and "AIE" in got["tip"]
     )
     assert got["stops"] == 1, "one tab stop a map"
-    assert got["found"] == "1 of 6" and got["shown"]
+    assert got["found"] == "1 of 1 (6 in all)" and got["shown"], "the place among the matches"
     assert got["turned"] and not opened.console
 
 
-@pytest.mark.parametrize("kind", ("trace", "matrix", "comparison"))
+def test_a_cell_opens_its_examples_and_the_address_keeps_them(pages, runs, tmp_path):
+    """Click a cell: examples are sorted by their effect there; the same address opens the same example and cell."""
+    script = """
+      const cell = [...document.querySelectorAll('[data-average] .grid td')].find(td => td.dataset.at === '3,4');
+      cell.click();
+      const holder = document.querySelector('[data-examples]');
+      const which = holder.querySelector('select.which');
+      const order = [...which.options].map(o => DATA.runs[0].examples.list[Number(o.value)].id);
+      holder.querySelector('button[aria-label="next example"]').click();
+      return {order, sorted: holder.querySelector('.sorted code').textContent, hash: location.hash, second: which.selectedIndex};
+    """
+    got = answer(open_page(with_script(pages["trace"], tmp_path, script), tmp_path))
+    table = pd.read_parquet(runs["trace"] / "effects.parquet")
+    cell = re.match(r"L(\d+)\.resid_post@(.+)", got["sorted"])
+    here = table[
+        (table["kind"] == "resid_post")
+        & (table["layer"] == int(cell[1]))
+        & (table["role"] == cell[2])
+    ]
+    size = here.groupby("example_id")["effect"].mean()
+    in_order = size[got["order"]].to_numpy()
+    assert len(in_order) == 6 and (np.diff(in_order) <= size.abs().max() / 100).all(), (
+        "largest first, to a byte"
+    )
+    assert (
+        got["second"] == 1
+        and "run0.cell=" in got["hash"]
+        and f"run0.ex={got['order'][1].replace(':', '%3A')}" in got["hash"]
+    )
+    again = """
+      const holder = document.querySelector('[data-examples]');
+      return [holder.querySelector('.sorted code').textContent, holder.querySelector('.example').textContent.includes(ID)];
+    """.replace("ID", json.dumps(got["order"][1]))
+    back = open_page(with_script(pages["trace"], tmp_path, again), tmp_path, "?all" + got["hash"])
+    assert answer(back) == [got["sorted"], True]
+
+
+def test_fixed_and_broken_rows_are_those_of_the_table(pages, runs, tmp_path):
+    script = """
+      const holder = document.querySelector('[data-predictions]'), show = holder.querySelector('select[aria-label="which rows"]');
+      const ids = () => [...holder.querySelectorAll('.answers tbody tr')].map(r => r.querySelector('.soft').textContent.split(' · ')[0]);
+      const result = {};
+      for (const name of ['wrong', 'fixed', 'broken', 'onlywrong']) { show.value = name; show.dispatchEvent(new Event('input')); result[name] = ids(); }
+      return {...result, hash: location.hash};
+    """
+    got = answer(open_page(with_script(pages["evaluate"], tmp_path, script), tmp_path))
+    table = pd.read_parquet(runs["evaluate"] / "predictions.parquet")
+    right = table.pivot(index="id", columns="system", values="correct").astype(bool)
+    assert set(got["fixed"]) == set(right.index[~right["base"] & right["paper"]])
+    assert set(got["broken"]) == set(right.index[right["base"] & ~right["paper"]])
+    wrong = set(right.index[~right["paper"]])
+    assert set(got["onlywrong"]) == wrong and set(got["wrong"][: len(wrong)]) == wrong, (
+        "wrong ones first"
+    )
+    assert "run0.show=onlywrong" in got["hash"]
+
+
+def test_the_difference_map_subtracts_the_averages_of_two_runs(pages, runs, tmp_path):
+    script = """
+      const map = [...document.querySelectorAll('[data-compare] .map')].pop(), td = map.querySelector('td[data-at="0,2"]');
+      td.dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));
+      return {title: map.querySelector('h4').textContent, words: document.getElementById('tip').textContent};
+    """
+    got = answer(open_page(with_script(pages["comparison"], tmp_path, script), tmp_path))
+    a, b = (pd.read_csv(runs[k] / "importance.csv") for k in ("trace", "trace2"))
+    at = {"kind": "resid_post", "layer": 2, "role": "template"}
+    x, y = (float(t[(t[list(at)] == pd.Series(at)).all(axis=1)]["aie"].iloc[0]) for t in (a, b))
+    assert got["title"] == "trace − trace2" and got["words"].startswith("L2.resid_post@template")
+    number = float(got["words"].split("\n")[1].split(" = ")[0].replace("−", "-"))
+    assert number == pytest.approx(x - y, rel=1e-2)
+
+
+def test_downloads_hold_what_is_shown(pages, runs, tmp_path):
+    """The CSV of a map is the table's rows; a text that a spreadsheet would run is quoted; the picture is a PNG."""
+    script = """
+      const made = [];
+      URL.createObjectURL = blob => { made.push(blob); return '#'; };
+      const gets = document.querySelector('[data-average] .gets');
+      gets.querySelectorAll('button').forEach(b => b.click());
+      await new Promise(done => setTimeout(done, 300));
+      const head = [...new Uint8Array(await made[1].arrayBuffer()).slice(0, 8)];
+      return {csv: await made[0].text(), head, formula: csvOf([['=1+1', '-2', '-x', 'a"b,c']])};
+    """
+    got = answer(open_page(with_script(pages["trace"], tmp_path, script), tmp_path))
+    table = pd.read_csv(runs["trace"] / "importance.csv")
+    own = table[table["kind"] == "resid_post"]
+    lines = [line.split(",") for line in got["csv"].splitlines()]
+    assert lines[0][:5] == ["kind", "layer", "head", "role", "aie"] and len(lines) == len(own) + 1
+    kept = {(int(r[1]), r[3]): float(r[4]) for r in lines[1:]}
+    for row in own.itertuples():
+        assert kept[row.layer, row.role] == pytest.approx(row.aie, rel=1e-3)
+    assert bytes(got["head"]) == b"\x89PNG\r\n\x1a\n"
+    assert got["formula"] == '\'=1+1,-2,\'-x,"a""b,c"\n'
+
+
+@pytest.mark.parametrize("theme", ("light", "dark"))
+def test_the_legend_has_the_colours_of_the_cells(pages, tmp_path, theme):
+    """A cell of 0.29 and the legend at 0.29 of its half are one colour, on the screen."""
+    from PIL import Image
+
+    page = tmp_path / "legend.html"
+    text = pages["trace"].read_text(encoding="utf-8")
+    style = re.search(r"<style>.*?</style>", text, re.S)[0]
+    values = (0.0, 0.29, 0.6, 0.97)
+    cells = "".join(
+        f'<td class="{look}" style="--v:{v};--w:60px;height:60px"></td>'
+        for look in ("", "neg")
+        for v in values
+    )
+    bar = '<i style="width:400px;height:40px;border-radius:0;box-shadow:none"></i>'
+    at = "position:absolute;left:0;margin:0"
+    page.write_text(
+        f'<!doctype html><html data-theme="{theme}">{style}<body><div class="scale" style="{at};gap:0;top:0">{bar}</div>'
+        f'<table class="grid" style="{at};top:60px"><tr>{cells}</tr></table>',
+        encoding="utf-8",
+    )
+    picture = tmp_path / "legend.png"
+    subprocess.run(
+        [str(BROWSER), *FLAGS, "--window-size=800,300", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", f"file://{page}"],
+        capture_output=True, timeout=240, check=True, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    image = Image.open(picture).convert("RGB")
+    for i, value in enumerate((0.0, 0.29, 0.6, 0.97, 0.0, -0.29, -0.6, -0.97)):
+        legend = image.getpixel((min(399, round(200 + 200 * value)), 20))
+        cell = image.getpixel((1 + 61 * i + 30, 90))
+        assert max(abs(a - b) for a, b in zip(legend, cell, strict=True)) <= 4, (
+            value,
+            legend,
+            cell,
+        )
+
+
+@pytest.mark.parametrize("kind", ("trace", "evaluate", "matrix", "comparison"))
 def test_nothing_sticks_out_of_a_narrow_page(pages, kind, tmp_path):
     # A window of a browser is never narrower than 500 px, a frame is.
     frame = tmp_path / "frame.html"
@@ -140,4 +275,4 @@ def test_nothing_sticks_out_of_a_narrow_page(pages, kind, tmp_path):
         encoding="utf-8",
     )
     wide, room, grids = answer(open_page(frame, tmp_path))
-    assert wide <= room and grids == (0 if kind == "matrix" else 4 if kind == "trace" else 8)
+    assert wide <= room and grids == {"matrix": 0, "evaluate": 0, "trace": 4}.get(kind, 9)

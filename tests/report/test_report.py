@@ -26,9 +26,11 @@ from support.made_runs import (
 from mech_absa.commands.report import cli
 from mech_absa.errors import DataError
 from mech_absa.report import leave_report, write_report
-from mech_absa.report.charts import Line, line_chart, ticks
+from mech_absa.report.charts import Line, interval_chart, line_chart, ticks, y_range
 from mech_absa.report.maps import NOTHING, quantised, spaced
-from mech_absa.report.page import embedded
+from mech_absa.report.runs import read_runs
+from mech_absa.report.text import embedded
+from mech_absa.report.views.evaluate import answers
 
 VOID = {
     "meta",
@@ -107,6 +109,40 @@ def test_the_page_is_well_formed_and_loads_nothing(pages, kind):
     assert "default-src 'none'" in text
 
 
+def test_the_conclusion_comes_first_and_holds_the_side_effects(pages, tmp_path):
+    """The first words of the page are the conclusion; side effects stand in it, or that nobody measured them."""
+    text = read(pages["evaluate"])[0]
+    main = text[text.index("<main") :]
+    assert main.index('class="conclusion"') < main.index("What was run") < main.index("Scores")
+    said = main[: main.index("What was run")]
+    assert (
+        "paper minus base on test.jsonl: +30.0 points [−10.0, +50.0]; 14 rows fixed, 2 broken; no difference is shown."
+        in said
+    )
+    assert (
+        "Side effects of paper: unrelated text: KL 0.0120 nats, top-1 the same at 98.0 % of 878"
+        in said
+    )
+    folder = evaluate_folder(tmp_path / "e")
+    (folder / "side_effects.json").unlink()
+    assert "Side effects were not measured" in read(write_report(folder))[0]
+
+
+def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
+    effects = made_effects(6, 4, ("resid_post",))
+    folder = trace_folder(tmp_path / "t", effects)
+    sites = json.loads((folder / "sites.json").read_text())
+    (folder / "sites.json").write_text(json.dumps(sites | {"clear": False}))
+    said = " ".join(" ".join(read(write_report(folder))[1].said).split())
+    top = importance_of(effects).sort_values("aie").iloc[-1]
+    assert (
+        f"The largest average effect is {top.aie:.4g} [{top.ci_low:.4g}, {top.ci_high:.4g}] at L{top.layer}.resid_post@{top.role}"
+        in said
+    )
+    assert "6 pairs from 6 sentences; with so few, p-values cannot get small" in said
+    assert "The choice is not clear" in said.split("What was run")[1]
+
+
 @pytest.mark.parametrize("kind", ("trace", "evaluate", "comparison"))
 def test_a_review_is_text(pages, kind):
     text, page, data = read(pages[kind])
@@ -158,7 +194,7 @@ def test_what_was_run_and_why_pairs_were_dropped(pages):
     for fact in (
         "made-up-12l, 1,234,567 parameters", "Gaussian noise on all tokens, 3 sd, mean of 10 draws", "clean states restored", "reviews & more.jsonl",
         "2 (conflict)", "6 pairs were kept of 12 examples looked at", "clean run wrong 4", "corrupted run right 2", "L5.resid_post@query.last",
-        "The choice is clear", "the engine agrees with one forward pass a cell 3.1e−07 0.0001 holds", "Chosen by a rule",
+        "The choice is clear", "the engine agrees with one forward pass per cell 3.1e−07 0.0001 holds", "Chosen by a rule",
     ):  # fmt: skip
         assert fact in said, fact
 
@@ -251,22 +287,24 @@ def test_blanks_come_back_from_the_prompt():
     )
 
 
-def test_wrong_answers_are_kept_first(tmp_path, monkeypatch):
-    from mech_absa.report import page as module
-
-    folder = evaluate_folder(tmp_path / "e", n=30)
-    run = module.read_runs([folder])[0]
+def test_examples_that_a_system_got_wrong_are_kept_first(tmp_path):
+    """Each row holds the answers of all systems to one example; the order is by wrong, then by file."""
+    run = read_runs([evaluate_folder(tmp_path / "e", n=30)])[0]
     table = run.tables["predictions.parquet"]
-    wrong = int((~table["correct"]).sum())
-    kept, total = module.predictions(run, most=wrong + 1)
-    assert (
-        total == 60
-        and len(kept["rows"]) == wrong + 1
-        and sum(1 - r[6] for r in kept["rows"]) == wrong
-    )
-    assert [r[4] for r in kept["rows"] if not r[6]] == table.loc[
-        ~table["correct"], "gold"
-    ].tolist(), "in the order of the file"
+    wrong = table[~table["correct"]].drop_duplicates("id")["id"]
+    in_order = [i for i in table["id"].drop_duplicates() if i in set(wrong)]
+    kept, total = answers(table, most=len(in_order) + 1)
+    assert total == 30 and kept["systems"] == ["base", "paper"] and kept["sets"] == ["test.jsonl"]
+    assert [r[1] for r in kept["rows"][:-1]] == in_order
+    assert all(a[1] for a in kept["rows"][-1][5]), "the one row more is right in both"
+    for row in kept["rows"]:
+        for system, answer in zip(kept["systems"], row[5], strict=True):
+            own = table[(table["system"] == system) & (table["id"] == row[1])].iloc[0]
+            assert (answer[0], bool(answer[1]), row[4]) == (
+                own["predicted"],
+                own["correct"],
+                own["gold"],
+            )
 
 
 def test_scores_and_confusions_are_printed(pages, runs):
@@ -302,9 +340,8 @@ def test_the_matrix_is_that_of_the_table(pages, runs):
         where = text.index(f'title="{html.escape(told)}"')
         assert f">{sum(seeds) / len(seeds):.1f}<small>{spread}</small>" in text[where : where + 400]
     assert text.count('class="n own"') == 4, "the same domain in both, for each of two methods"
-    assert text.count('style="--v:0.000') == 1 == text.count('style="--v:1.000'), (
-        "one scale for all maps"
-    )
+    means = table.groupby(["method", "train", "test"])["accuracy"].mean()
+    assert text.count('style="--v:1.000') == int((means == means.max()).sum()), "one scale for all"
     short = pd.read_csv(runs["matrix"] / "summary.csv")
     for row in short.itertuples():
         assert f"{row.method} {row.trainable:,}" in said and f"{100 * row.accuracy_in:.1f}" in said
@@ -332,6 +369,7 @@ def test_a_comparison_sets_runs_side_by_side(pages, runs):
     rho = both["aie_x"].rank().corr(both["aie_y"].rank())
     assert f"ρ = {rho:.3g}" in said and f"over {len(both)} cells" in said
     assert text.count("data-compare") == 2, "the place, and the script that fills it"
+    assert "Side effects" in said and "selected sites L5.resid_post@query.last" in said
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -441,6 +479,26 @@ def test_ticks_stay_in_range(low, width, n):
     found = ticks(low, low + width, n)
     slack = 1e-6 * max(abs(low), width)
     assert all(low - slack <= t <= low + width + slack for t in found) and len(found) <= n + 2
+
+
+def test_panels_share_one_scale_and_shares_end_at_one():
+    """The axis holds all curves of all panels and 0; an accuracy has no room above 1."""
+    a, b = Line("a", [0, 1], [0.2, 0.4]), Line("b", [0, 1], [-0.5, 1.5])
+    low, high = y_range([a, b])
+    assert low == pytest.approx(-0.5 - 0.04 * 2.0) and high == pytest.approx(1.5 + 0.04 * 2.0)
+    assert y_range([Line("accuracy", [0, 1], [0.9, 1.0])], zero=False, most=1.0)[1] == 1.0
+    assert y_range([Line("none", [0], [None])]) is None
+
+
+def test_interval_rows_stand_where_their_values_are():
+    """The axis runs from 3 below the least end to 100: 60 is at (60 - 37) / 63 of the track."""
+    text = str(interval_chart([("<a>", 60.0, 40.0, 98.0)], "accuracy (%)", [50.0]))
+    assert "&lt;a&gt;" in text and "<a>" not in text and "60.0 [40.0, 98.0]" in text
+    assert (
+        f'<b style="left:{100 * 23 / 63:.2f}%"' in text
+        and f'<u style="left:{100 * 13 / 63:.2f}%"' in text
+    )
+    assert f'<i style="left:{100 * 3 / 63:.2f}%;right:calc(100% - {100 * 61 / 63:.2f}%)"' in text
 
 
 def test_a_chart_says_its_numbers():

@@ -54,9 +54,10 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import DTYPES, Model, hooked_from_hf
 from mech_absa.patch import loop, wave
+from mech_absa.patch.job import SPANS, Job, Span, components
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
-from mech_absa.patch.sweep import SPANS, Job, Span, components
-from mech_absa.patch.trace import default_memory
+from mech_absa.patch.plan import default_memory
+from mech_absa.patch.request import By
 from mech_absa.prompts import ROLE, Continuation, Tokenised
 from mech_absa.records import versions, write_json, write_text
 
@@ -199,7 +200,7 @@ class Question:
 
     @property
     def spans(self) -> list[list[Span]]:
-        return [SPANS[self.shape.by](p) for p in self.pairs]
+        return [SPANS[By(self.shape.by)](p) for p in self.pairs]
 
     @property
     def cells(self) -> int:
@@ -209,7 +210,7 @@ class Question:
         continuation = Continuation((), ((0, self.labels[:1]), (1, self.labels[1:])))
         sites = components(self.model, self.shape.kinds)
         runs = make_runs(self.model, self.pairs, continuation)
-        return Job(runs, sites, spans or self.spans, get_metric("logit_diff"), self.model.n_layers)
+        return Job(self.model, runs, sites, spans or self.spans, get_metric("logit_diff"))
 
 
 def roles(tokens: int) -> list[int]:
@@ -251,7 +252,7 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
 def ours(q: Question) -> Tensor:
     """The wavefront engine at the default budget: effects `[component span row]`."""
     answers = wave.sweep(
-        q.model, q.job(), default_memory(q.model) // 2
+        q.job(), default_memory(q.model) // 2
     )  # half is for what is kept, as in `trace`
     return _effects(answers)
 
@@ -372,7 +373,7 @@ def loop_side(q: Question, fraction: float, clock: Clock = time.perf_counter) ->
     part = q.job([[spans[i] for i in index] for spans in q.spans])
     ticks = []
     start = clock()
-    answers = loop.sweep(q.model, part, lambda _: ticks.append(clock() - start))
+    answers = loop.sweep(part, tick=lambda _: ticks.append(clock() - start))
     total = clock() - start
     run, whole = int((~part.zero()).sum()), int((~q.job().zero()).sum())
     first = int((~part.zero()[0]).sum())

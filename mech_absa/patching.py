@@ -52,7 +52,7 @@ from .patch.wave import refusal, token_bytes
 from .patch.wave.cells import Rows
 from .patch.wave.enter import needed
 from .patch.wave.packed import Packed
-from .patch.wave.walk import BaseRun, Walk
+from .patch.wave.walk import Unpatched, Walk
 from .sites import Site
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
@@ -187,7 +187,7 @@ def _by_engine(
         for layer in {s.layer for s in sites}
     }
     rows = _rows(model, cells, sites, source, _first_difference(x, cache), len(tokens), x.shape[1])
-    walk = Walk(model, Grid(tuple(sites)), BaseRun(states, last), source, MEMORY)
+    walk = Walk(model, Grid(tuple(sites)), Unpatched(states, last), source, MEMORY)
     patched = last[:, -1].expand(len(sites), -1, -1).clone()
     for p in _chunks(model, rows):
         patched[p.rows.component, p.rows.base_run] = walk(p)[:, 0]
@@ -262,6 +262,7 @@ def _rows(
     return Rows(
         component=long(component),
         span=torch.zeros(len(listed), dtype=torch.long),
+        row=long(run_),
         base_run=long(run_),
         source_run=long([b if clean_run else 0 for b in run_]),
         entry=long(entry_),

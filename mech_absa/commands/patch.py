@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from ..errors import ConfigError, DataError, choices
@@ -37,8 +36,9 @@ from ..patch.effects import Effects, read_frame, write_frame
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
 from ..patch.pairs import make_pairs
-from ..patch.sweep import SPANS
-from ..patch.trace import Plan, ablation, check_names, gather, iterate, measure, plan, self_check
+from ..patch.plan import Plan, plan
+from ..patch.request import Request
+from ..patch.self_check import self_check
 from ..progress import bar
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
@@ -99,13 +99,17 @@ class Config:
     metric: str = "prob"
     """prob (P of the right label, the paper's), prob_label (among the labels only), logprob, logit_diff or kl."""
     direction: str = "denoise"
-    """denoise puts clean states into the corrupted run; noise puts corrupted states into the clean run. Ablations are always noise."""
+    """denoise puts clean states into the corrupted run; noise puts corrupted states into the clean run; both does both. Ablations are noise."""
     window: int = 1
     """Neighbouring layers restored together (ROME: 10 for attention and MLP)."""
     method: str = "exact"
-    """exact, or an estimate from gradients, compared with an exact sample of cells: atp, atpstar, ig."""
+    """exact, or an estimate from gradients, compared with an exact sample of cells: atp, atpstar, relp, ig."""
     steps: int = 16
     """Steps of integrated gradients."""
+    rules: tuple[str, ...] = ("ln", "identity", "half")
+    """Rules of RelP: ln, identity, half, pattern."""
+    exact_top: int = 0
+    """Of an estimate, compute this many leading cells of the map exactly afterwards."""
     control: int = 200
     """Cells computed exactly beside an estimate; in half precision, cells computed again in float32."""
     engine: str = "wavefront"
@@ -223,8 +227,10 @@ def check_flags(config: Config) -> None:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} {value} was given; it must be 1 or more")
-    if config.memory is not None and config.memory <= 0:
-        raise ConfigError(f"--memory {config.memory:g} was given; it is a number of GiB above 0")
+    if config.memory is not None and not 2**-10 <= config.memory <= 2**20:
+        raise ConfigError(
+            f"--memory {config.memory:g} was given; accepted: GiB between 0.001 and 1048576"
+        )
     if not 0 < config.level < 1:
         raise ConfigError(f"--level {config.level:g} was given; it must lie between 0 and 1")
     if config.adjustment not in ("holm", "bh", "none"):
@@ -248,17 +254,29 @@ def check_flags(config: Config) -> None:
     if config.corruption in ("auto", "noise"):
         GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
     PromptTemplate(config.template)
-    check_names(
-        [s for s in config.sites if "." not in s],
-        config.by,
-        config.metric,
-        config.direction,
-        config.method,
-        config.engine,
+    request_of(config)
+
+
+def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
+    """Return what the flags ask for.
+
+    Raises:
+        ConfigError, SiteError: a word or a number is not accepted.
+    """
+    return Request.parse(
+        config.sites,
+        layers=layers,
+        by=config.by,
+        metric=config.metric,
+        direction=config.direction,
+        window=config.window,
+        method=config.method,
+        steps=config.steps,
+        rules=config.rules,
+        exact_top=config.exact_top,
+        engine=config.engine,
+        memory=None if config.memory is None else config.memory * 2**30,
     )
-    for site in config.sites:
-        if "." in site:
-            Site.parse(site)
 
 
 def main(config: Config) -> Path | None:
@@ -313,16 +331,13 @@ def main(config: Config) -> Path | None:
         f"{len(pairs)} pairs kept of {pairs.considered}"
         + "".join(f"; {n} dropped: {reason}" for reason, n in pairs.dropped.items())
     )
-    p = plan(
-        model, pairs, config.sites, by=config.by, layers=layers, metric=config.metric, direction=config.direction, window=config.window,
-        method=config.method, steps=config.steps, engine=config.engine, memory=None if config.memory is None else int(config.memory * 2**30),
-    )  # fmt: skip
+    p = plan(model, pairs, request_of(config, layers))
     e = p.estimate()
     say(
         f"{e['cells']:,} cells by {e['engine']} in {e['batches']} batches; activations in flight up to {p.memory / 2**20:,.0f} MiB, "
         f"{e['pair_bytes'] / 2**20:,.1f} MiB a pair of {e['longest_prompt']} tokens"
     )
-    if p.direction != config.direction:
+    if p.request.direction != config.direction:
         say(
             "an ablation has no corrupted run to restore: its states are put into the clean run (direction noise)"
         )
@@ -338,7 +353,7 @@ def main(config: Config) -> Path | None:
     group.wait()
     if not group.first:
         return None
-    effects = gather(p, [read_frame(folder.part(_part(i))) for i in range(len(p.batches))])
+    effects = p.gather([read_frame(folder.part(_part(i))) for i in range(len(p.batches))])
     effects.about["self_checks"] = checks
     effects.about["adapter"] = adapter
     extra: dict[str, Any] = {}
@@ -360,14 +375,10 @@ def _sweep(p: Plan, folder: RunFolder, group: _Group, config: Config) -> None:
     """This process's share of the batches, each written as soon as it is there."""
     mine = [i for i in range(len(p.batches)) if i % group.size == group.rank]
     todo = [i for i in mine if not folder.part(_part(i)).exists()]
-    cells = {
-        i: len(p.components)
-        * sum(len(SPANS[p.by](p.pairs[j])) * p.pairs[j].draws for j in p.batches[i])
-        for i in mine
-    }
+    cells = {i: p.cells_of(i) for i in mine}
     with bar("tracing", sum(cells.values()), quiet=config.quiet or not group.first) as tick:
         tick(sum(cells[i] for i in mine if i not in todo))
-        for index, frame in iterate(p, todo, tick):
+        for index, frame in p.iterate(todo, tick):
             write_frame(frame, folder.part(_part(index)))
 
 
@@ -377,9 +388,10 @@ def _part(index: int) -> str:
 
 def compare_with_exact(p: Plan, effects: Effects, cells: int, seed: int) -> dict[str, Any]:
     """An estimate against the exact effects of cells drawn at random among those that are not zero for certain."""
-    frame = effects.frame[effects.frame["effect"] != 0].sample(frac=1.0, random_state=seed)
-    exact = _measure_rows(p, frame.head(cells))
-    estimate = frame.head(cells)["effect"].to_numpy()
+    column = "estimate" if "estimate" in effects.frame else "effect"
+    frame = effects.frame[effects.frame[column] != 0].sample(frac=1.0, random_state=seed)
+    exact = p.exact(frame.head(cells))
+    estimate = frame.head(cells)[column].to_numpy()
     return {"cells": len(exact), **agreement(exact, estimate, k=max(1, len(exact) // 10))}
 
 
@@ -396,38 +408,13 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
         config,
         load_model(config.model, device=config.device, dtype="float32", n_devices=config.n_devices),
     )
-    exact = _measure_rows(replace(p, model=wide), frame)
+    exact = replace(p, model=wide).exact(frame)
     difference = abs(exact - frame["effect"].to_numpy())
     return {
         "cells": len(frame),
         "largest_difference": float(difference.max(initial=0.0)),
         "mean_difference": float(difference.mean()) if len(frame) else 0.0,
     }
-
-
-def _measure_rows(p: Plan, rows: pd.DataFrame) -> Any:
-    """Exact effects of the cells that some rows of a table name."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from ..patch.effects import cell_site
-
-    source = ablation(p)
-    pairs = {q.id: q for q in p.pairs}
-    sign = 1.0 if p.direction == "denoise" else -1.0
-    found = []
-    for _, row in rows.iterrows():
-        pair = pairs[row["example_id"]]
-        span = next(
-            s for s in SPANS[p.by](pair) if s.role == row["role"] and s.position == row["position"]
-        )
-        one = replace(
-            p, method="exact", components=(cell_site(row["kind"], row["layer"], row["head"]),)
-        )
-        v = measure(one, [pair], [[span]], source)
-        found.append(sign * float((v.patched[0, 0] - v.base).double().mean()))
-    return np.array(found)
 
 
 def _finish(

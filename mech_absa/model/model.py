@@ -376,6 +376,7 @@ class Model:
         label_ids: Int[Tensor, " label"] | None = None,
         need: Need = "normaliser",
         bytes_row: int = 1 << 28,
+        normalise: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "token column"]:
         """The last residual stream -> scores of the labels' tokens, float32 or wider.
 
@@ -385,10 +386,13 @@ class Model:
             need: `labels` gives bare logits and touches those columns only; `normaliser` gives log-probabilities, and needs the whole
                 vocabulary once a row; `vocabulary` gives all logits.
             bytes_row: whole-vocabulary rows are made in slices of this size.
+            normalise: takes the place of the final norm.
         """
         hooked = self.hooked
         x = x.to(hooked.unembed.W_U.device)
-        if self.cfg.normalization_type is not None:
+        if normalise is not None:
+            x = normalise(x)
+        elif self.cfg.normalization_type is not None:
             x = norm_of(hooked.ln_final, x)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -3,8 +3,8 @@
     for every component c and span s:
         run the base input with c overwritten at s by the source's state; read the labels
 
-Slow and obvious. Everything else in this package has to agree with it, and what the wavefront refuses is run here. Rows (pairs x draws)
-of a job share a forward pass; nothing else is shared.
+It is slow and obvious. Everything else in this package has to agree with it, and what the wave
+cannot run is run here. Rows (pairs x draws) of a job share a forward pass; nothing else is shared.
 """
 
 from __future__ import annotations
@@ -12,90 +12,84 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ..model import Model
 from ..model.hooks import capture, intervene
 from ..sites import HEAD_KINDS, Site
 from .corruption import States
-from .sweep import Answers, Job, Reader, pass_flops, window_layers
-
-
-def _any_head(layer: int, kind: str) -> Site:
-    return Site(layer, kind, 0 if kind in HEAD_KINDS else None)
+from .job import Answers, Job, Reader, Tick, pass_flops, window_layers
 
 
 @torch.inference_mode()
 def states(model: Model, x: Tensor, kinds: set[tuple[int, str]]) -> tuple[Tensor, States]:
-    """One hooked pass: the last residual stream, and the activations at (layer, kind)."""
-    sites = {key: _any_head(*key) for key in kinds}
+    """Run once with hooks; return the last residual stream and the activations at (layer, kind)."""
+    sites = {key: Site(*key, 0 if key[1] in HEAD_KINDS else None) for key in kinds}
     with capture(model.hooked, sites.values()) as seen:
         last = model.hooked.forward(x, start_at_layer=0, stop_at_layer=model.n_layers)
     return last, {key: seen[site] for key, site in sites.items()}
 
 
 @torch.inference_mode()
-def sweep(model: Model, job: Job, tick: Callable[[int], None] | None = None) -> Answers:
-    """Every cell of a job, exactly.
+def sweep(job: Job, memory: int = 0, tick: Tick | None = None) -> Answers:
+    """Compute every cell of a job exactly.
 
     Args:
-        model: what is traced.
         job: pairs of one length and what is asked of them.
+        memory: not used; all rows of a cell share a pass.
         tick: told how many cells are done.
     """
-    read = Reader(model, job)
-    pair_of_row = job.pair_of_row()
-    columns = list(read.positions)
-    source_x, source_row = job.source()
-    _, source = states(model, source_x, job.kinds())
+    read = Reader(job)
+    _, source = states(job.model, job.source.inputs, job.kinds())
     if job.ablation is not None:
         source = job.ablation.states(source, job.runs.pairs, job.runs.length)
+    clean = _last(job.model, job.runs.clean)
+    corrupted = None if job.ablation is not None else _last(job.model, job.runs.corrupted)
+    answers = read.unpatched(clean, corrupted)
 
-    def last_of(x: Tensor) -> Tensor:
-        return model.hooked.forward(x, start_at_layer=0, stop_at_layer=model.n_layers)[:, columns]
-
-    clean_last = last_of(job.runs.clean)
-    read.remember_clean(clean_last)
-    draws = job.runs.draws
-    clean = read(clean_last, torch.arange(len(job.runs.pairs))).repeat_interleave(draws, dim=0)
-    corrupted = (
-        torch.full_like(clean, torch.nan)
-        if job.ablation is not None
-        else read(last_of(job.runs.corrupted), pair_of_row)
-    )
-    base_x = job.base()
-    base = read(last_of(base_x), pair_of_row)
-
-    zero = job.zero()
-    passes = len(source_x) + 3 * job.rows
-    patched = base.expand(len(job.components), job.n_spans, *base.shape).clone()
+    base = job.base.inputs[job.base.run.to(job.base.inputs.device)]
+    zero, exists, pair_of_row = job.zero(), job.exists(), job.pair_of_row()
+    passes = len(job.source.inputs) + len(clean) + (0 if corrupted is None else len(corrupted))
     for c, component in enumerate(job.components):
-        layers = window_layers(component.layer, job.window, model.n_layers)
         for s in range(job.n_spans):
-            if bool(zero[c, s].all()):
-                continue
-            passes += job.rows
-            mask = torch.zeros(job.rows, job.runs.length, dtype=torch.bool)
-            for row, b in enumerate(pair_of_row.tolist()):
-                if not zero[c, s, b]:
-                    mask[row, list(job.spans[b][s].positions)] = True
+            if not bool(zero[c, s].all()):
+                passes += job.rows
+                mask = _mask(job, c, s, zero)
+                layers = window_layers(component.layer, job.window, job.model.n_layers)
+                sites = {
+                    Site(layer, component.kind, component.head): _put(
+                        source[layer, component.kind], component.head, job, mask
+                    )
+                    for layer in layers
+                }
+                with intervene(job.model.hooked, sites, times=1):
+                    last = _last(job.model, base)[:, list(read.positions)]
+                touched = mask.any(1)
+                answers.patched[c, s, touched] = read(last, pair_of_row).cpu()[touched]
+            if tick is not None:
+                tick(int(exists[c, s].sum()) * job.runs.draws)
+    answers.flops = passes * pass_flops(job.model, job.runs.length) + read.flops(passes)
+    return answers
 
-            def put(
-                layer: int, mask: Tensor = mask, component: Site = component
-            ) -> Callable[[Tensor], Tensor]:
-                value = source[layer, component.kind]
-                value = (
-                    value[source_row.to(value.device)]
-                    if component.head is None
-                    else value[source_row.to(value.device)][:, :, component.head]
-                )
-                return lambda act: torch.where(mask[..., None].to(act.device), value.to(act), act)
 
-            sites = {Site(layer, component.kind, component.head): put(layer) for layer in layers}
-            with intervene(model.hooked, sites, times=1):
-                touched = mask.any(1).to(base.device)
-                patched[c, s, touched] = read(last_of(base_x), pair_of_row)[touched]
-        if tick is not None:
-            tick(job.n_spans * job.rows)
-    flops = passes * pass_flops(model, job.runs.length) + read.flops(passes)
-    return Answers(patched.cpu(), base.cpu(), clean.cpu(), corrupted.cpu(), flops)
+def _last(model: Model, x: Tensor) -> Tensor:
+    return model.hooked.forward(x, start_at_layer=0, stop_at_layer=model.n_layers)
+
+
+def _mask(job: Job, c: int, s: int, zero: Tensor) -> Bool[Tensor, "row pos"]:
+    """Return the positions of every row that a cell patches."""
+    mask = torch.zeros(job.rows, job.runs.length, dtype=torch.bool)
+    for row, b in enumerate(job.pair_of_row().tolist()):
+        if not zero[c, s, b]:
+            mask[row, list(job.spans[b][s].positions)] = True
+    return mask
+
+
+def _put(
+    state: Tensor, head: int | None, job: Job, mask: Bool[Tensor, "row pos"]
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that overwrites an activation by the source's state where the mask says."""
+    value = state[job.source.run.to(state.device)]
+    value = value if head is None else value[:, :, head]
+    return lambda act: torch.where(mask[..., None].to(act.device), value.to(act), act)

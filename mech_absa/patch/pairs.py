@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -36,10 +36,6 @@ from .corruption import (
     ZeroAblation,
     as_corruption,
 )
-
-Direction = Literal["denoise", "noise"]
-"""`denoise` restores clean states in the corrupted run; `noise` puts corrupted states into the clean run."""
-DIRECTIONS = ("denoise", "noise")
 
 
 class Keep(Choice):
@@ -548,7 +544,6 @@ __all__ = [
     "AspectSwap",
     "Corruption",
     "Counterfactual",
-    "Direction",
     "GaussianNoise",
     "Keep",
     "Lexicon",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from mech_absa.metrics import get_metric
 from mech_absa.model import weights_hash
 from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.patch import loop, wave
+from mech_absa.patch.job import Job, components, token_spans
 from mech_absa.patch.pairs import (
     Counterfactual,
     GaussianNoise,
@@ -23,8 +26,8 @@ from mech_absa.patch.pairs import (
     ZeroAblation,
     make_runs,
 )
-from mech_absa.patch.sweep import Job, components, token_spans
-from mech_absa.patch.trace import measure, plan
+from mech_absa.patch.plan import plan
+from mech_absa.patch.request import Request
 from mech_absa.patch.wave.walk import Walk
 from mech_absa.sites import Site
 
@@ -48,7 +51,7 @@ def test_the_wave_is_the_loop(arch, name):
     for job in jobs(
         model, pairs_of(model, corruption, labels), kinds, direction, window, metric, by
     ):
-        expected, got = loop.sweep(model, job), wave.sweep(model, job, memory=memory)
+        expected, got = loop.sweep(job), wave.sweep(job, memory=memory)
         assert expected.patched.dtype == torch.float64
         assert furthest(expected, got) < 1e-10
         moved = max(moved, float((expected.patched - expected.base).abs().max()))
@@ -93,7 +96,7 @@ def test_the_wave_is_the_loop_whatever_is_asked(
         metric,
         by,
     ):
-        assert furthest(loop.sweep(model, job), wave.sweep(model, job, memory=memory)) < 1e-10
+        assert furthest(loop.sweep(job), wave.sweep(job, memory=memory)) < 1e-10
 
 
 def test_some_layers_only():
@@ -102,12 +105,12 @@ def test_some_layers_only():
     pairs = pairs_of(model, Counterfactual(), LONG)
     whole = the_job(model, pairs, BLOCK)
     part = the_job(model, pairs, BLOCK)
-    part.components = [site for site in whole.components if site.layer in (1, 3)]
+    part = replace(part, components=[site for site in whole.components if site.layer in (1, 3)])
     index = [i for i, site in enumerate(whole.components) if site.layer in (1, 3)]
     for engine in (loop, wave):
         torch.testing.assert_close(
-            engine.sweep(model, part).patched,
-            engine.sweep(model, whole).patched[index],
+            engine.sweep(part).patched,
+            engine.sweep(whole).patched[index],
             atol=1e-11,
             rtol=0,
         )
@@ -120,8 +123,8 @@ def test_both_engines_count_every_cell_once():
     )
     for engine in (loop, wave):
         told: list[int] = []
-        engine.sweep(model, job, tick=told.append)
-        assert sum(told) == len(job.components) * job.n_spans * job.rows
+        engine.sweep(job, tick=told.append)
+        assert sum(told) == len(job.components) * job.n_spans * job.rows == job.cells
 
 
 @pytest.mark.parametrize("metric", ["logit_diff", "prob_label"])
@@ -130,8 +133,8 @@ def test_labels_of_one_token_and_of_two_are_compared_as_log_probabilities(metric
     model = tiny("gpt2")
     pairs = pairs_of(model, Counterfactual(), ("staff", "the staff", "was"), EXAMPLES[:2])
     for engine in ("loop", "wavefront"):
-        made = plan(model, pairs, ["mlp_out"], metric=metric, engine=engine)
-        got = measure(made, list(pairs), [token_spans(p) for p in pairs], None)
+        made = plan(model, pairs, Request.parse(["mlp_out"], metric=metric, engine=engine))
+        (got,) = made.measure(list(pairs), [token_spans(p) for p in pairs]).values()
         for b, p in enumerate(pairs):
             for scores, found in (
                 (p.clean_scores, got.clean),
@@ -180,10 +183,10 @@ class Spy:
 def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch, error):
     model = tiny("llama")
     job = the_job(model, pairs_of(model, Counterfactual()), BLOCK)
-    expected = wave.sweep(model, job)
+    expected = wave.sweep(job)
     spy = Spy(monkeypatch, 1, error)
     told: list[int] = []
-    got = wave.sweep(model, job, tick=told.append)  # a budget far larger than the work
+    got = wave.sweep(job, tick=told.append)  # a budget far larger than the work
     whole, *rest = spy.rows
     assert sum(rest) == whole and len(rest) >= 2
     assert 0.3 * whole < rest[0] < 0.8 * whole  # half of the tokens
@@ -196,7 +199,7 @@ def test_out_of_memory_ends_where_one_row_does_not_fit(monkeypatch):
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_pre",))
     spy = Spy(monkeypatch, 1000)
     with pytest.raises(torch.OutOfMemoryError):
-        wave.sweep(model, job)
+        wave.sweep(job)
     assert (
         2 < len(spy.rows) < 12
         and spy.rows == sorted(set(spy.rows), reverse=True)
@@ -208,7 +211,6 @@ def test_another_error_is_not_swallowed(monkeypatch):
     spy = Spy(monkeypatch, 1, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         wave.sweep(
-            tiny("llama"),
             the_job(tiny("llama"), pairs_of(tiny("llama"), Counterfactual()), ("resid_pre",)),
         )
     assert len(spy.rows) == 1
@@ -218,7 +220,7 @@ def test_a_budget_of_one_token_runs_row_by_row_at_most_one_prompt_at_a_time(monk
     model = tiny("gpt2")
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_mid",))
     spy = Spy(monkeypatch)
-    wave.sweep(model, job, memory=1)
+    wave.sweep(job, memory=1)
     computed = int((~job.zero()).sum())
     assert sum(spy.rows) == computed and len(spy.rows) > computed / 4
 
@@ -233,7 +235,7 @@ def test_states_inside_the_attention_are_refused_by_name(kind):
     with pytest.raises(
         ModelError, match=rf"kind {kind} are inside the attention; use --engine loop"
     ):
-        wave.sweep(model, job)
+        wave.sweep(job)
     assert wave.refusal(model, [Site(0, "resid_pre")]) is None
 
 
@@ -244,8 +246,8 @@ def test_a_model_with_a_live_hook_is_refused():
         intervene(model.hooked, {Site(1, "mlp_out"): lambda x: x}, times=None),
         pytest.raises(ModelError, match=r"hooks \(blocks\.1\.hook_mlp_out\)"),
     ):
-        wave.sweep(model, job)
-    wave.sweep(model, job)  # the hook is gone, and so is the refusal
+        wave.sweep(job)
+    wave.sweep(job)  # the hook is gone, and so is the refusal
 
 
 def test_the_loop_obeys_the_hooks_of_an_outer_context_and_leaves_them():
@@ -254,18 +256,18 @@ def test_the_loop_obeys_the_hooks_of_an_outer_context_and_leaves_them():
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_pre", "mlp_out", "head"))
     mlp = model.hooked.blocks[1].mlp
     with intervene(model.hooked, {Site(1, "mlp_out"): lambda x: 0.5 * x}, times=None):
-        got = loop.sweep(model, job)
+        got = loop.sweep(job)
         assert live_hooks(model.hooked) == ["blocks.1.hook_mlp_out"]
     assert live_hooks(model.hooked) == []
     with torch.no_grad():
         kept = mlp.W_out.clone(), mlp.b_out.clone()
         try:
             mlp.W_out.mul_(0.5), mlp.b_out.mul_(0.5)
-            expected = loop.sweep(model, job)
+            expected = loop.sweep(job)
         finally:
             mlp.W_out.copy_(kept[0]), mlp.b_out.copy_(kept[1])
     assert furthest(expected, got) < 1e-11
-    assert furthest(expected, loop.sweep(model, job)) > 0.01
+    assert furthest(expected, loop.sweep(job)) > 0.01
 
 
 def test_a_forward_pass_too_many_is_an_error_and_leaves_no_hook(monkeypatch):
@@ -279,7 +281,7 @@ def test_a_forward_pass_too_many_is_an_error_and_leaves_no_hook(monkeypatch):
 
     monkeypatch.setattr(model.hooked, "forward", twice)
     with pytest.raises(HookError, match=r"L0\.resid_post fired \[2\] times; planned was 1"):
-        loop.sweep(model, job)
+        loop.sweep(job)
     assert live_hooks(model.hooked) == []
 
 
@@ -297,7 +299,7 @@ def test_no_hook_is_left_after_an_exception(monkeypatch):
 
     monkeypatch.setattr(model.hooked, "forward", fail_later)
     with pytest.raises(KeyboardInterrupt):
-        loop.sweep(model, job)
+        loop.sweep(job)
     assert seen and live_hooks(model.hooked) == []
 
 
@@ -306,7 +308,7 @@ def test_the_engines_write_into_nothing_they_were_given():
     model = tiny("gemma2")
     job = the_job(model, pairs_of(model, Resample()), (*BLOCK, "head"))
     before, runs = model.sha256, (job.runs.clean.clone(), job.runs.corrupted.clone())
-    loop.sweep(model, job), wave.sweep(model, job)
+    loop.sweep(job), wave.sweep(job)
     assert weights_hash(model.hooked) == before
     assert torch.equal(job.runs.clean, runs[0]) and torch.equal(job.runs.corrupted, runs[1])
 
@@ -320,12 +322,12 @@ def test_planned_flops_are_those_that_torch_counts(arch):
     ]
     for continuation in pairs.continuations[:2]:
         job = Job(
+            model,
             make_runs(model, pairs.items, continuation),
             components(model, kinds),
             [token_spans(pairs[0])],
             get_metric("prob"),
-            model.n_layers,
         )
         with FlopCounterMode(display=False) as counted:
-            answers = wave.sweep(model, job)
+            answers = wave.sweep(job)
         assert answers.flops == counted.get_total_flops()

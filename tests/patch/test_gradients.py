@@ -20,9 +20,10 @@ from mech_absa.model import Model, load_model
 from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.patch import gradients, loop
 from mech_absa.patch.corruption import ZeroStates
-from mech_absa.patch.gradients import METHODS, agreement
+from mech_absa.patch.gradients import METHODS, Estimator, agreement
+from mech_absa.patch.job import Job, components, role_spans, token_spans
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
-from mech_absa.patch.sweep import SWEPT, Job, components, role_spans, token_spans
+from mech_absa.patch.request import SWEPT, Method
 from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import HEAD_KINDS, Site
 
@@ -69,11 +70,11 @@ def make_job(
     )
     runs = make_runs(model, pairs, continuation)
     return Job(
+        model,
         runs,
         components(model, kinds),
         [by(p) for p in pairs],
         get_metric(metric),
-        model.n_layers,
         **more,
     )
 
@@ -102,7 +103,7 @@ def nudged(job: Job, size: float) -> Job:
 
 def exact(model: Model, job: Job) -> torch.Tensor:
     """metric(patched) - metric(base) by the loop, [component span row]."""
-    answers = loop.sweep(model, job)
+    answers = loop.sweep(job)
     if job.metric.need == "vocabulary":
         return (answers.patched - answers.base)[..., 0]
     pairs = [job.runs.pairs[b] for b in job.pair_of_row().tolist()]
@@ -115,7 +116,7 @@ def exact(model: Model, job: Job) -> torch.Tensor:
 
 
 def estimated(model: Model, job: Job, method: str = "atp", steps: int = 16, **more) -> torch.Tensor:
-    return gradients.sweep(model, job, method, steps, **more).effect
+    return gradients.sweep(job, how=Estimator(Method(method), steps), **more).effect
 
 
 def of_kind(job: Job, effect: torch.Tensor, *kinds: str) -> torch.Tensor:
@@ -187,7 +188,7 @@ def test_a_foil_of_minus_one_is_the_mean_of_the_other_labels():
 def test_integrated_gradients_are_complete_at_the_inputs(arch):
     model = tiny_double(arch)
     job = make_job(model, *random_ids(model), ("resid_pre",), metric="prob_label")
-    scores = gradients.sweep(model, job)
+    scores = gradients.sweep(job).unpatched
     gold, foil = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
     whole = job.metric(scores.clean, gold, foil) - job.metric(scores.corrupted, gold, foil)
     assert whole.abs().max() > 0.01
@@ -423,15 +424,15 @@ def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch):
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]
     job = make_job(model, *random_ids(model), kinds, metric="prob", by=role_spans)
-    answers = loop.sweep(model, job)
+    answers = loop.sweep(job)
     for method in METHODS:
-        found = gradients.sweep(model, job, method, steps=2)
+        found = gradients.sweep(job, how=Estimator(method, 2))
         assert found.effect.shape == (len(job.components), job.n_spans, job.rows) and bool(
             found.effect.isfinite().all()
         )
         for name in ("base", "clean", "corrupted"):
             torch.testing.assert_close(
-                getattr(found, name), getattr(answers, name), atol=1e-12, rtol=0
+                getattr(found.unpatched, name), getattr(answers, name), atol=1e-12, rtol=0
             )
         assert found.effect[job.zero()].abs().max() == 0 and found.effect.abs().max() > 0
 
@@ -458,8 +459,8 @@ def test_noise_draws_are_rows_of_their_own():
     continuation = Continuation((), tuple((i, (t,)) for i, t in enumerate(LABELS)))
     for direction in ("denoise", "noise"):
         job = Job(
-            make_runs(model, pairs, continuation), components(model, ("mlp_out", "v")), [token_spans(p) for p in pairs],
-            get_metric("logit_diff"), model.n_layers, direction,
+            model, make_runs(model, pairs, continuation), components(model, ("mlp_out", "v")), [token_spans(p) for p in pairs],
+            get_metric("logit_diff"), direction,
         )  # fmt: skip
         assert job.rows == 6
         assert distance(estimated(model, job), exact(model, job)) < 0.02
@@ -489,7 +490,7 @@ def test_edits_on_the_model_are_in_force():
     with intervene(model.hooked, {Site(1, "mlp_out"): lambda act: 2 * act}, times=None):
         edited, truth = estimated(model, job), exact_with_edit(model, job)
         with pytest.raises(ModelError, match="carries hooks"):
-            gradients.sweep(model, job, "atpstar")
+            gradients.sweep(job, how=Estimator(Method.ATPSTAR))
     torch.testing.assert_close(
         of_kind(job, edited, "resid_pre"), of_kind(job, truth, "resid_pre"), atol=1e-10, rtol=0
     )
@@ -519,11 +520,11 @@ def test_ablations_are_estimated_without_a_source_run():
     job = replace(
         job, runs=replace(job.runs, pairs=tuple(replace(p, first=0) for p in job.runs.pairs))
     )
-    found = gradients.sweep(model, job)
+    found = gradients.sweep(job)
     torch.testing.assert_close(found.effect, exact(model, job), atol=1e-10, rtol=0)
-    assert bool(found.corrupted.isnan().all())
+    assert bool(found.unpatched.corrupted.isnan().all())
     with pytest.raises(ConfigError, match="an ablation has none; use --method atp"):
-        gradients.sweep(model, job, "ig")
+        gradients.sweep(job, how=Estimator(Method.IG))
 
 
 def test_labels_that_need_several_runs_are_refused_by_name():
@@ -531,20 +532,10 @@ def test_labels_that_need_several_runs_are_refused_by_name():
     job = make_job(model, *random_ids(model), ("resid_pre",))
     longer = Continuation((9,), ((2, (9, 10)),))
     with pytest.raises(ConfigError, match=r"only '.+' .* single token"):
-        gradients.sweep(model, replace(job, runs=make_runs(model, job.runs.pairs, longer)))
+        gradients.sweep(replace(job, runs=make_runs(model, job.runs.pairs, longer)))
     known = tuple(replace(p, clean_scores=torch.zeros(4)) for p in job.runs.pairs)
     with pytest.raises(ConfigError, match=r"only .+, .+, .+ \(of 4\)"):
-        gradients.sweep(model, replace(job, runs=replace(job.runs, pairs=known)))
-
-
-@pytest.mark.parametrize(
-    ("method", "steps", "match"),
-    [("atp*", 1, "atp, atpstar or ig"), ("ig", 0, "must be 1 or more")],
-)
-def test_what_is_no_method_is_refused(method, steps, match):
-    model = linear_model()
-    with pytest.raises(ConfigError, match=match):
-        gradients.check(model, make_job(model, *random_ids(model), ("resid_pre",)), method, steps)
+        gradients.sweep(replace(job, runs=replace(job.runs, pairs=known)))
 
 
 # ---- agreement ------------------------------------------------------------------------------------------------------------------

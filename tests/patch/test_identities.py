@@ -24,8 +24,8 @@ from mech_absa.metrics import get_metric
 from mech_absa.model import Model
 from mech_absa.model.hooks import intervene
 from mech_absa.patch import loop, wave
+from mech_absa.patch.job import Job, Span, components, token_spans
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, Resample, make_runs
-from mech_absa.patch.sweep import Job, Span, components, token_spans
 from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES, Site
 
@@ -41,8 +41,8 @@ def cells(job: Job, kind: str) -> list[int]:
 def test_corrupted_onto_corrupted_is_nothing(arch):
     model = tiny(arch)
     job = nothing_skipped(the_job(model, pairs_of(model, Counterfactual()), (*BLOCK, "head")))
-    job.runs = replace(job.runs, clean=job.runs.corrupted)
-    slow, fast = (engine.sweep(model, job) for engine in ENGINES)
+    job = replace(job, runs=replace(job.runs, clean=job.runs.corrupted))
+    slow, fast = (engine.sweep(job) for engine in ENGINES)
     assert torch.equal(
         slow.patched, slow.base.expand_as(slow.patched)
     )  # the very same numbers went in
@@ -60,9 +60,9 @@ def test_the_whole_stream_restored_is_the_other_run(arch, direction):
         if not job.runs.continuation.tokens:
             continue
         whole = [[Span(tuple(range(p.length)), "template")] for p in job.runs.pairs]
-        job.spans = whole
+        job = replace(job, spans=whole)
         for engine in ENGINES:
-            got = engine.sweep(model, job)
+            got = engine.sweep(job)
             other = got.clean if direction == "denoise" else got.corrupted
             assert (got.base - other).abs().max() > 0.1
             # Label tokens come after the prompt and read its keys and values, so a later layer restores less than everything there.
@@ -70,9 +70,10 @@ def test_the_whole_stream_restored_is_the_other_run(arch, direction):
     job = the_job(
         model, pairs_of(model, GaussianNoise(draws=2)), ("resid_pre", "resid_post"), direction
     )
-    job.spans = [[Span(tuple(range(p.length)), "template")] for p in job.runs.pairs]
+    whole = [[Span(tuple(range(p.length)), "template")] for p in job.runs.pairs]
+    job = replace(job, spans=whole)
     for engine in ENGINES:
-        got = engine.sweep(model, job)
+        got = engine.sweep(job)
         other = got.clean if direction == "denoise" else got.corrupted
         assert (
             got.patched - other
@@ -84,7 +85,7 @@ def test_after_a_block_is_before_the_next(arch):
     model = tiny(arch)
     job = the_job(model, pairs_of(model, Counterfactual()), ("resid_pre", "resid_post"))
     for engine in ENGINES:
-        patched = engine.sweep(model, job).patched
+        patched = engine.sweep(job).patched
         after, before = patched[cells(job, "resid_post")[:-1]], patched[cells(job, "resid_pre")[1:]]
         assert (after - before).abs().max() < 1e-11
         assert (after[0] - before[1]).abs().max() > 1e-3
@@ -94,8 +95,8 @@ def test_after_a_block_is_before_the_next(arch):
 def test_nothing_happens_left_of_the_first_difference(arch):
     model = tiny(arch)
     job = the_job(model, pairs_of(model, Counterfactual()), (*BLOCK, "head"))
-    skipped = {engine: engine.sweep(model, job) for engine in ENGINES}
-    computed = {engine: engine.sweep(model, nothing_skipped(job)) for engine in ENGINES}
+    skipped = {engine: engine.sweep(job) for engine in ENGINES}
+    computed = {engine: engine.sweep(nothing_skipped(job)) for engine in ENGINES}
     firsts = [p.first for p in job.runs.pairs]
     assert max(firsts) > 2 and len(set(firsts)) > 1
     for b, first in enumerate(firsts):
@@ -125,7 +126,7 @@ def test_a_block_is_the_sum_of_its_parts_at_the_last_token():
             pairs_of(model, Counterfactual()),
             ("resid_post", *(["resid_mid"] if not model.parallel else [])),
         )
-        answers = wave.sweep(model, job)
+        answers = wave.sweep(job)
         last = job.runs.length - 1
         _, clean = loop.states(
             model,
@@ -179,14 +180,14 @@ def test_heads_sum_to_their_attention_where_the_read_out_is_linear():
     )
     runs = make_runs(model, [pair], Continuation((), ((0, (4,)), (1, (8,)))))
     job = Job(
+        model,
         runs,
         components(model, ["attn_out", "head"]),
         [token_spans(pair)],
         get_metric("logit_diff"),
-        2,
     )
     for engine in ENGINES:
-        answers = engine.sweep(model, job)
+        answers = engine.sweep(job)
         effect = (answers.patched - answers.base)[:, -1, 0]
         heads = [i for i in cells(job, "head") if job.components[i].layer == 1]
         whole = [i for i in cells(job, "attn_out") if job.components[i].layer == 1]
@@ -206,15 +207,13 @@ def test_pairs_do_not_feel_their_companions(arch, engine):
     corruption = GaussianNoise(draws=2)
     kinds = ("resid_pre", "attn_out", "head")
     together = engine.sweep(
-        model, the_job(model, pairs_of(model, corruption, LONG), kinds)
+        the_job(model, pairs_of(model, corruption, LONG), kinds)
     ).patched.unflatten(2, (3, 2))
     pairs = pairs_of(model, corruption, LONG)  # the noise was measured on all of them
     turned = replace(pairs, items=tuple(pairs.items[i] for i in (2, 0, 1)))
-    got = engine.sweep(model, the_job(model, turned, kinds)).patched.unflatten(2, (3, 2))
+    got = engine.sweep(the_job(model, turned, kinds)).patched.unflatten(2, (3, 2))
     torch.testing.assert_close(got, together[:, :, [2, 0, 1]], atol=1e-10, rtol=0)
-    alone = engine.sweep(
-        model, the_job(model, replace(pairs, items=pairs.items[1:2]), kinds)
-    ).patched
+    alone = engine.sweep(the_job(model, replace(pairs, items=pairs.items[1:2]), kinds)).patched
     torch.testing.assert_close(alone, together[:, :, 1], atol=1e-10, rtol=0)
     assert (together[:, :, 0] - together[:, :, 1]).abs().max() > 0.1
 
@@ -225,7 +224,7 @@ def test_no_noise_has_no_effect():
     assert pairs.sigma == 0 and pairs.draw_sd == pytest.approx(0, abs=1e-15)
     for direction in ("denoise", "noise"):
         for engine in ENGINES:
-            answers = engine.sweep(model, the_job(model, pairs, BLOCK, direction))
+            answers = engine.sweep(the_job(model, pairs, BLOCK, direction))
             assert (answers.clean - answers.corrupted).abs().max() < 1e-12
             assert torch.equal(answers.patched, answers.base.expand_as(answers.patched))
 
@@ -242,7 +241,7 @@ def test_a_pair_and_its_edit_exchange_roles():
         runs=replace(job.runs, clean=job.runs.corrupted, corrupted=job.runs.clean),
     )
     for engine in ENGINES:
-        a, b = engine.sweep(model, job), engine.sweep(model, turned)
+        a, b = engine.sweep(job), engine.sweep(turned)
         torch.testing.assert_close(a.patched, b.patched, atol=1e-11, rtol=0)
         torch.testing.assert_close(a.clean, b.corrupted, atol=1e-11, rtol=0)
 
@@ -252,6 +251,6 @@ def test_ablations_have_one_direction_and_no_corrupted_run():
     pairs = pairs_of(model, Resample())
     a, b = (the_job(model, pairs, ("resid_pre",), direction) for direction in ("denoise", "noise"))
     assert a.direction == b.direction == "noise"
-    answers = [engine.sweep(model, a) for engine in ENGINES]
+    answers = [engine.sweep(a) for engine in ENGINES]
     assert all(x.corrupted.isnan().all() and torch.equal(x.base, x.clean) for x in answers)
     assert furthest(*answers) < 1e-10

@@ -42,7 +42,7 @@ def test_transformer_lens_patching_cell_by_cell(arch):
     gold, foil = (torch.tensor([getattr(p, name) for p in pairs]) for name in ("gold", "foil"))
     found = [
         torch.stack(
-            [job.metric(span, gold, foil) for cell in e.sweep(model, job).patched for span in cell]
+            [job.metric(span, gold, foil) for cell in e.sweep(job).patched for span in cell]
         )
         for e in ENGINES
     ]
@@ -80,7 +80,7 @@ def test_transformer_lens_patching_cell_by_cell(arch):
 
 def errors(model, job, sources=None):
     expected = Expected(model, job, sources)
-    return [expected.error(engine.sweep(model, job)) for engine in ENGINES]
+    return [expected.error(engine.sweep(job)) for engine in ENGINES]
 
 
 def tolerance(arch: str) -> float:
@@ -119,7 +119,7 @@ def test_numpy_do_gives_queries_keys_and_values(arch):
     job = the_job(model, pairs_of(model, Counterfactual(), examples=EXAMPLES[:2]), ("q", "k", "v"))
     groups = {kind: 1 + max(c.head for c in job.components if c.kind == kind) for kind in "qkv"}
     assert groups == ({"q": 4, "k": 2, "v": 2} if arch == "llama" else {"q": 4, "k": 4, "v": 4})
-    expected, got = Expected(model, job), loop.sweep(model, job)
+    expected, got = Expected(model, job), loop.sweep(job)
     assert expected.error(got) < 1e-10
     assert all(
         np.abs(expected.patched[[c.kind == k for c in job.components]] - expected.base).max() > 0.01

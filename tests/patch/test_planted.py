@@ -12,8 +12,8 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import Model
 from mech_absa.patch import loop, wave
+from mech_absa.patch.job import SPANS, Job, components
 from mech_absa.patch.pairs import Counterfactual, Pair, make_runs
-from mech_absa.patch.sweep import SPANS, Job, components
 from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES
 
@@ -52,15 +52,15 @@ def effects(
     measure = get_metric(metric)
     runs = make_runs(model, pairs, Continuation((), ((0, (good,)), (1, (bad,)), (2, (3,)))))
     job = Job(
+        model,
         runs,
         components(model, [kind]),
         [SPANS[by](p) for p in pairs],
         measure,
-        model.n_layers,
         direction,
         window,
     )
-    answers = engine.sweep(model, job)
+    answers = engine.sweep(job)
     gold, foil = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
     value = lambda scores: measure(scores, gold, foil)  # noqa: E731
     total = value(answers.clean) - value(answers.corrupted)

@@ -14,6 +14,7 @@ from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import Model, load_model
 from mech_absa.patch import loop
+from mech_absa.patch.job import SPANS, Answers, Job, check_window, components, reads_of
 from mech_absa.patch.pairs import (
     Corruption,
     GaussianNoise,
@@ -22,14 +23,6 @@ from mech_absa.patch.pairs import (
     by_length,
     make_pairs,
     make_runs,
-)
-from mech_absa.patch.sweep import (
-    SPANS,
-    Answers,
-    Job,
-    check_request,
-    components,
-    reads_of,
 )
 from mech_absa.prompts import Continuation, PromptTemplate, Verbalizer
 from support.numpy_transformer import NumpyTransformer
@@ -131,23 +124,25 @@ def jobs(
 ) -> Iterator[Job]:
     """One job for every length of prompt and every continuation of the labels."""
     sites = components(model, [kind for kind in kinds if kind in model.kinds])
-    used, measure = check_request(model, pairs, direction, window, sites), get_metric(metric)
+    check_window(window, sites)
+    used = "noise" if pairs.corruption.is_ablation else direction
+    measure = get_metric(metric)
     for indices in by_length(pairs).values():
         group = [pairs[i] for i in indices]
         for continuation in reads_of(pairs, measure):
             job = Job(
+                model,
                 make_runs(model, group, continuation),
                 sites,
                 [SPANS[by](p) for p in group],
                 measure,
-                model.n_layers,
                 used,
                 window,
             )
-            job.ablation = pairs.corruption.source(
+            source = pairs.corruption.source(
                 pairs, job.kinds(), lambda chosen, job=job: clean_states(model, chosen, job.kinds())
             )
-            yield job
+            yield replace(job, ablation=source)
 
 
 def the_job(*args, **kwargs) -> Job:

@@ -31,14 +31,16 @@ Label tokens are positions like any other. What this engine cannot run it refuse
 (`refusal`), and `trace` runs the loop instead.
 """
 
-from .sweep import FIELD, base_bytes, refusal, source_bytes, states_of, sweep, token_bytes
+from .enter import FIELD
+from .sweep import Ran, base_bytes, refusal, run_unpatched, source_bytes, sweep, token_bytes
 
 __all__ = [
     "FIELD",
+    "Ran",
     "base_bytes",
     "refusal",
+    "run_unpatched",
     "source_bytes",
-    "states_of",
     "sweep",
     "token_bytes",
 ]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..sweep import Job, window_layers
+from ..job import Job, window_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,8 @@ class Rows:
     """Rows sorted by the layer at which they enter.
 
     Attributes:
-        component, span, base_run, source_run: indices that say which cell of which run a row is.
+        component, span, row: indices that say which cell of which row of the job a row is.
+        base_run, source_run: the run that is patched, and the one that states are taken from.
         entry: layer at which it enters; the number of layers where it enters after the last.
         first: its leftmost patched position; tokens before it are the base run's.
         n_patched: how many positions it patches.
@@ -26,6 +27,7 @@ class Rows:
 
     component: Int[Tensor, " row"]
     span: Int[Tensor, " row"]
+    row: Int[Tensor, " row"]
     base_run: Int[Tensor, " row"]
     source_run: Int[Tensor, " row"]
     entry: Int[Tensor, " row"]
@@ -35,7 +37,7 @@ class Rows:
     length: int
 
     def __len__(self) -> int:
-        return len(self.base_run)
+        return len(self.row)
 
     def chunk(self, start: int, tokens: int) -> Rows:
         """Return the rows from `start` on that have at most so many tokens; at least one row."""
@@ -45,6 +47,7 @@ class Rows:
         return Rows(
             self.component[start:stop],
             self.span[start:stop],
+            self.row[start:stop],
             self.base_run[start:stop],
             self.source_run[start:stop],
             self.entry[start:stop],
@@ -55,14 +58,10 @@ class Rows:
         )
 
 
-def rows_of(job: Job, source_run: Int[Tensor, " run"]) -> Rows:
+def rows_of(job: Job) -> Rows:
     """List the rows of a job.
 
     Positions left of the first difference hold the same state in both runs and are not patched.
-
-    Args:
-        job: what is computed.
-        source_run: which source run each base run takes its states from.
     """
     draws = job.runs.draws
     c, s, b = (~job.zero()).nonzero(as_tuple=True)
@@ -73,7 +72,7 @@ def rows_of(job: Job, source_run: Int[Tensor, " run"]) -> Rows:
     ]
     entry = torch.tensor(
         [
-            window_layers(x.layer, job.window, job.n_layers)[0] + (x.kind != "resid_pre")
+            window_layers(x.layer, job.window, job.model.n_layers)[0] + (x.kind != "resid_pre")
             for x in job.components
         ]
     )[c]
@@ -85,12 +84,13 @@ def rows_of(job: Job, source_run: Int[Tensor, " run"]) -> Rows:
     def per_draw(x: Tensor) -> Tensor:
         return x.repeat_interleave(draws)
 
-    base_run = (b[order][:, None] * draws + torch.arange(draws)).flatten()
+    row = (b[order][:, None] * draws + torch.arange(draws)).flatten()
     return Rows(
         per_draw(c[order]),
         per_draw(s[order]),
-        base_run,
-        source_run[base_run],
+        row,
+        job.base.run[row],
+        job.source.run[row],
         per_draw(entry[order]),
         per_draw(first[order]),
         per_draw(n_patched),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,12 +13,14 @@ from ...errors import ModelError
 from ...model import Model, run
 from ...model.hooks import live_hooks
 from ...sites import Site
-from ..sweep import Answers, Job, Reader, States, pass_flops
+from ..corruption import States
+from ..job import Answers, Job, Reader, Tick, pass_flops
+from ..request import Direction
 from .cells import Rows, rows_of
 from .enter import FIELD, needed
 from .flops import walk_flops
 from .packed import Packed
-from .walk import BaseRun, Walk
+from .walk import Unpatched, Walk
 
 
 def refusal(model: Model, components: Sequence[Site]) -> str | None:
@@ -32,85 +35,91 @@ def refusal(model: Model, components: Sequence[Site]) -> str | None:
     return None
 
 
+class Ran(NamedTuple):
+    """Both unpatched runs of a job; the corrupted one is None for ablations."""
+
+    clean: Unpatched
+    corrupted: Unpatched | None
+
+
+@torch.inference_mode()
+def run_unpatched(job: Job, directions: Iterable[str]) -> Ran:
+    """Run clean and corrupted prompts once, keeping all that these directions need."""
+    kinds = {c.kind for c in job.components}
+    as_base, as_source = needed(job.model, kinds), {FIELD[kind] for kind in kinds}
+    ablation, directions = job.ablation is not None, set(directions)
+    denoise, noise = Direction.DENOISE in directions, Direction.NOISE in directions
+    clean = (as_source if denoise or ablation else set()) | (as_base if noise else set())
+    last, states = run(job.model, job.runs.clean, clean)
+    if ablation:
+        return Ran(Unpatched(states, last), None)
+    corrupted = (as_base if denoise else set()) | (as_source if noise else set())
+    corrupted_last, corrupted_states = run(job.model, job.runs.corrupted, corrupted)
+    return Ran(Unpatched(states, last), Unpatched(corrupted_states, corrupted_last))
+
+
 @torch.inference_mode()
 def sweep(
-    model: Model, job: Job, memory: int = 512 << 20, tick: Callable[[int], None] | None = None
+    job: Job, memory: int = 512 << 20, tick: Tick | None = None, ran: Ran | None = None
 ) -> Answers:
     """Compute every cell of a job exactly.
 
     Args:
-        model: what is traced.
         job: pairs of one length and what is asked of them.
         memory: bytes that rows in flight may take.
         tick: told how many cells are done.
+        ran: the unpatched runs, where they are known.
 
     Raises:
         ModelError: this engine cannot run the job; `refusal` says why.
     """
+    model = job.model
     if (why := refusal(model, job.components)) is not None:
         raise ModelError(f"the wavefront engine cannot run this: {why}; use --engine loop")
-    read = Reader(model, job)
-    base, source, source_last, source_run = both_runs(model, job)
-    answers = unpatched(job, read, base.last, source_last)
-    rows = rows_of(job, source_run)
-    walk = Walk(model, job, base, source, memory)
+    read = Reader(job)
+    ran = run_unpatched(job, [job.direction]) if ran is None else ran
+    answers = read.unpatched(ran.clean.last, ran.corrupted and ran.corrupted.last)
+    rows = rows_of(job)
+    walk = Walk(model, job, *_base_and_source(job, ran), memory)
     if tick is not None:
         tick(job.cells - len(rows))
     pair_of_row = job.pair_of_row()
 
     def answer(p: Packed) -> Tensor:
-        return read(walk(p), pair_of_row[p.rows.base_run]).cpu()
+        return read(walk(p), pair_of_row[p.rows.row]).cpu()
 
-    for p, scores in _chunks(model, job, rows, memory // token_bytes(model), answer):
-        answers.patched[p.rows.component, p.rows.span, p.rows.base_run] = scores
+    for p, scores in _chunks(job, rows, memory // token_bytes(model), answer):
+        answers.patched[p.rows.component, p.rows.span, p.rows.row] = scores
         answers.flops += walk_flops(model, p, job.components)
         if tick is not None:
             tick(len(p.rows))
-    runs = len(source_last) + job.rows
+    runs = len(job.runs.clean) + (0 if ran.corrupted is None else job.rows)
     answers.flops += runs * pass_flops(model, job.runs.length) + read.flops(len(rows) + runs)
     return answers
 
 
-def both_runs(model: Model, job: Job) -> tuple[BaseRun, States, Tensor, Tensor]:
-    """Run base and source unpatched.
-
-    Returns:
-        the base run; the states that are put into it; the source's last stream; and the source
-        run of every base run. For ablations, the states are made from the clean run's.
-    """
-    source_x, source_run = job.source()
-    source_last, source = states_of(model, source_x, job.kinds())
-    if job.ablation is not None:
-        source = job.ablation.states(source, job.runs.pairs, job.runs.length)
-    last, states = run(model, job.base(), needed(model, {c.kind for c in job.components}))
-    return BaseRun(states, last), source, source_last, source_run
-
-
-def unpatched(job: Job, read: Reader, base_last: Tensor, source_last: Tensor) -> Answers:
-    """Read the answers of the unpatched runs; until it is computed, a cell holds the base run's."""
-    draws, n_reads = job.runs.draws, len(read.positions)
-    of_row, of_pair = job.pair_of_row(), torch.arange(len(job.runs.pairs))
-    base_tail, source_tail = base_last[:, -n_reads:], source_last[:, -n_reads:]
-    if job.direction == "denoise":
-        read.remember_clean(source_tail)
-        clean = read(source_tail, of_pair).repeat_interleave(draws, dim=0)
-        corrupted = base = read(base_tail, of_row)
+def _base_and_source(job: Job, ran: Ran) -> tuple[Unpatched, States]:
+    """Return the run that is patched, and the states that are put into it."""
+    clean, corrupted = ran
+    if corrupted is None:
+        base, source = clean, clean
+    elif job.direction == Direction.DENOISE:
+        base, source = corrupted, clean
     else:
-        read.remember_clean(base_tail[::draws])
-        clean = base = read(base_tail, of_row)
-        no_run = job.ablation is not None
-        corrupted = torch.full_like(clean, torch.nan) if no_run else read(source_tail, of_row)
-    patched = base.expand(len(job.components), job.n_spans, *base.shape).cpu().clone()
-    return Answers(patched, base.cpu(), clean.cpu(), corrupted.cpu())
+        base, source = clean, corrupted
+    states = {(layer, kind): source.states[layer][FIELD[kind]] for layer, kind in job.kinds()}
+    if job.ablation is not None:
+        states = job.ablation.states(states, job.runs.pairs, job.runs.length)
+    return base, states
 
 
 def _chunks(
-    model: Model, job: Job, rows: Rows, tokens: int, answer: Callable[[Packed], Tensor]
+    job: Job, rows: Rows, tokens: int, answer: Callable[[Packed], Tensor]
 ) -> Iterator[tuple[Packed, Tensor]]:
     """Answer chunks of at most so many tokens; where memory runs out, halve the chunk and go on."""
     start, cap = 0, max(rows.length, tokens)
     while start < len(rows):
-        p = Packed(rows.chunk(start, cap), job.runs.continuation.reads, model.n_layers)
+        p = Packed(rows.chunk(start, cap), job.runs.continuation.reads, job.model.n_layers)
         scores = None
         try:
             scores = answer(p)
@@ -124,12 +133,6 @@ def _chunks(
             continue
         yield p, scores
         start += len(p.rows)
-
-
-def states_of(model: Model, x: Tensor, kinds: set[tuple[int, str]]) -> tuple[Tensor, States]:
-    """Run once; return the last residual stream and the activations at (layer, kind)."""
-    last, layers = run(model, x, {FIELD[kind] for _, kind in kinds})
-    return last, {(layer, kind): layers[layer][FIELD[kind]] for layer, kind in kinds}
 
 
 def token_bytes(model: Model) -> int:

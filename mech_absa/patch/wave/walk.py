@@ -18,24 +18,26 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...model import LayerStates, Model
+from ...model import LayerStates, Model, Tap, Taps
+from ...model.block import block
 from ...sites import Site
-from ..sweep import States, window_layers
+from ..corruption import States
+from ..job import window_layers
 from .attention import attention
 from .enter import ENTER, Here
 from .packed import Packed
 
 
 @dataclass(frozen=True, eq=False)
-class BaseRun:
-    """The unpatched base runs.
+class Unpatched:
+    """Unpatched runs.
 
     Attributes:
         states: what was kept of every block, `[run pos ...]`.
-        last: the stream after the last block, `[run pos d_model]`.
+        last: the stream after the last block.
     """
 
     states: list[LayerStates]
@@ -63,7 +65,7 @@ class Walk:
         memory: bytes that rows in flight may take.
     """
 
-    def __init__(self, model: Model, job: Swept, base: BaseRun, source: States, memory: int):
+    def __init__(self, model: Model, job: Swept, base: Unpatched, source: States, memory: int):
         self.model, self.job, self.base, self.source = model, job, base, source
         on_cpu = model.device.type == "cpu"
         self.attention_bytes = max(1 << 20, min(memory // 8, 64 << 20 if on_cpu else memory))
@@ -95,30 +97,30 @@ class Walk:
 
     def block(self, p: Packed, layer: int, x: Tensor) -> Float[Tensor, "kept d_model"]:
         """Run one block; in the last one, only the tokens that are read go on."""
-        model, tokens, device = self.model, p.stage(layer).tokens, x.device
-        everything = torch.arange(tokens)
-        kept = p.read(layer) if layer == model.n_layers - 1 else everything
-        changed = p.changed(layer).to(device)
-        whole, at_kept = len(changed) == tokens, kept.to(device)
+        model, device = self.model, x.device
+        reading = layer == model.n_layers - 1
+        tokens, kept = torch.arange(p.stage(layer).tokens), p.read(layer)
+        changed, pos = p.changed(layer).to(device), p.pos[: len(tokens)].to(device)
 
-        x = self.put_back("resid_pre", layer, x, p, everything)
-        moved = x if whole else x[changed]
-        new = model.qkv(layer, moved, p.pos[:tokens].to(device)[changed])
-        qkv = [self.or_base(p, layer, *named) for named in zip("qkv", new, strict=True)]
-        del new
-        z = attention(model, layer, p, qkv, self.base.states[layer], self.attention_bytes)
-        del qkv
-        attn_out = model.attn_out(layer, model.project(layer, z))
-        del z
-        attn_out = self.put_back("attn_out", layer, attn_out, p, kept)
-        if len(kept) < tokens:
-            x = moved = x[at_kept]
-        mid = self.put_back("resid_mid", layer, x + attn_out, p, kept)
-        mlp_out = model.mlp_out(layer, moved if model.parallel else mid)
-        if model.parallel and len(kept) == tokens:
-            mlp_out = self.or_base(p, layer, "mlp_out", mlp_out)
-        mlp_out = self.put_back("mlp_out", layer, mlp_out, p, kept)
-        return self.put_back("resid_post", layer, mid + mlp_out, p, kept)
+        def attend(layer: int, x: Tensor) -> Tensor:
+            new = model.qkv(layer, x if len(changed) == len(x) else x[changed], pos[changed])
+            qkv = [self.or_base(p, layer, *named) for named in zip("qkv", new, strict=True)]
+            return attention(model, layer, p, qkv, self.base.states[layer], self.attention_bytes)
+
+        def mlp(layer: int, x: Tensor) -> Tensor:
+            if not model.parallel or reading:
+                return model.mlp_out(layer, x)
+            return self.or_base(p, layer, "mlp_out", model.mlp_out(layer, x[changed]))
+
+        return block(
+            model,
+            layer,
+            x,
+            attend,
+            self.put_back(p, layer, tokens, kept if reading else tokens),
+            keep=(lambda x: x[kept.to(device)]) if reading else None,
+            mlp=mlp,
+        )
 
     def late(self, p: Packed) -> Float[Tensor, "row read d_model"]:
         """Return the streams of rows that enter after the last block.
@@ -176,31 +178,39 @@ class Walk:
         return torch.cat([new[: before.tokens], fresh])
 
     def put_back(
-        self, kind: str, layer: int, x: Tensor, p: Packed, kept: Int[Tensor, " kept"]
-    ) -> Tensor:
-        """Restore the source's state in rows whose window goes on in this layer.
+        self, p: Packed, layer: int, tokens: Int[Tensor, " token"], kept: Int[Tensor, " kept"]
+    ) -> Taps:
+        """Return taps that restore the source's state in rows whose window goes on in this layer.
 
         Args:
-            x: a state at the tokens `kept`.
+            tokens: those that enter the block.
+            kept: those that leave the attention.
         """
+        taps: dict[str, Tap] = {}
         if self.job.window == 1:
-            return x
-        goes_on = torch.tensor(
-            [
-                k == kind and layer in w and layer != w[0]
-                for k, w in zip(self.kinds, self.window, strict=True)
-            ]
-        )
-        now = p.stage(layer)
+            return taps
+        goes_on = [layer in window and layer != window[0] for window in self.window]
+        for kind in {k for k, on in zip(self.kinds, goes_on, strict=True) if on}:
+            ours = torch.tensor([k == kind and g for k, g in zip(self.kinds, goes_on, strict=True)])
+            at_hand = tokens if kind == "resid_pre" else kept
+            taps[kind] = self.restore(p, layer, kind, ours, at_hand)
+        return taps
+
+    def restore(
+        self,
+        p: Packed,
+        layer: int,
+        kind: str,
+        ours: Bool[Tensor, " component"],
+        at_hand: Int[Tensor, " token"],
+    ) -> Tap:
+        """Return a tap that puts the source's state back at patched tokens of some components."""
+        now, source = p.stage(layer), self.source[layer, kind]
         place = torch.full((now.tokens,), -1)
-        place[kept] = torch.arange(len(kept))
+        place[at_hand] = torch.arange(len(at_hand))
         place = place[p.patched[: now.patched]]
         row = p.patched_row[: now.patched]
-        mine = (goes_on[p.rows.component[row]] & (place >= 0)).nonzero()[:, 0]
-        if not len(mine):
-            return x
-        source = self.source[layer, kind]
+        mine = (ours[p.rows.component[row]] & (place >= 0)).nonzero()[:, 0]
         run, at = p.rows.source_run[row[mine]], p.rows.patched[mine]
-        x = x.clone()
-        x[place[mine].to(x.device)] = source[run.to(source.device), at.to(source.device)].to(x)
-        return x
+        where, value = place[mine], source[run.to(source.device), at.to(source.device)]
+        return lambda x: x.index_copy(0, where.to(x.device), value.to(x))

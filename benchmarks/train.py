@@ -45,8 +45,9 @@ from mech_absa.records import versions, write_json, write_text
 from mech_absa.scoring import question
 from mech_absa.sites import Site
 from mech_absa.train import PrefixCache, Preset, fit, presets
-from mech_absa.train.fit import Question, Task, batches
 from mech_absa.train.memory import peak, reset_peak
+from mech_absa.train.task import Prepared, Task
+from mech_absa.train.training import batches
 
 HERE = Path(__file__).parent
 BATCH = 8
@@ -141,7 +142,7 @@ class Peer:
     def lora(self, p: Any, scale: float):
         return lambda module, args, output: output + (args[0] @ p["A"]) @ p["B"] * scale
 
-    def loss(self, batch: Sequence[Question], labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Sequence[Prepared], labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy over the label columns of the answer's logits, out of all logits."""
         width = max(q.length for q in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -154,7 +155,7 @@ class Peer:
         return nn.functional.cross_entropy(answer, torch.tensor([q.gold for q in batch]))
 
     def train(
-        self, questions: Sequence[Question], labels: torch.Tensor, preset: Preset, seed: int
+        self, questions: Sequence[Prepared], labels: torch.Tensor, preset: Preset, seed: int
     ) -> float:
         """`fit`'s loop; the loss of the first step."""
         groups = [
@@ -248,7 +249,7 @@ def run(shape: str, config: Config) -> dict[str, Any]:
     hf, model = make()
     examples = load_examples("builtin:restaurant/train").sample(config.examples)
     task = Task(model, "labels", None, None, PrefixCache(model))
-    questions = task.questions(examples.items)
+    questions = task.prepare(examples.items)
     labels = torch.tensor([ids[0] for _, ids in task.continuations[0].labels])
     assert len(task.continuations) == 1
     rows: dict[str, Any] = {}
@@ -274,7 +275,7 @@ def run(shape: str, config: Config) -> dict[str, Any]:
                 how = preset(layers, epochs)
                 peer = Peer(hf, Edit.fresh(model, how.parts, seed))
                 losses.append(
-                    peer.train(task.questions(examples.items), labels, how, seed)
+                    peer.train(task.prepare(examples.items), labels, how, seed)
                 )  # ours tokenises in every training too
                 peer.close()
             return losses[0]

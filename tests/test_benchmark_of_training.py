@@ -14,7 +14,7 @@ from mech_absa.edits import Edit
 from mech_absa.model.kernels import ONEDNN
 from mech_absa.readers import load_examples
 from mech_absa.train import PrefixCache, fit
-from mech_absa.train.fit import Task
+from mech_absa.train.task import Task
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "train.py"
 if not SCRIPT.exists():
@@ -46,7 +46,7 @@ def test_both_sides_train_the_same_edit(arch):
     examples = load_examples("builtin:restaurant/train").sample(20).items
     how = bench.preset(range(1, 3), epochs=2)
     task = Task(model, "labels", None, None, PrefixCache(model))
-    questions = task.questions(examples)
+    questions = task.prepare(examples)
     edit = Edit.fresh(model, how.parts, 0)
     peer = bench.Peer(hf, edit)
     try:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..edits.record import Trained
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
 from ..evaluate.predictions import Decode, Predictions, asked_with, predict, read_predictions
@@ -251,11 +252,9 @@ def seeds_of_one(edits: Sequence[Applicable | None]) -> list[list[int]]:
     """Which edits are one method with several seeds: the same parts, trained in the same way; edits without a like are left out."""
     like: dict[str, list[int]] = {}
     for i, e in enumerate(edits):
-        if (parts := getattr(e, "parts", None)) is not None:
-            like.setdefault(
-                json.dumps([plain(parts), getattr(e, "record", {}).get("preset")], sort_keys=True),
-                [],
-            ).append(i)
+        if isinstance(e, Trained):
+            key = json.dumps([plain(e.parts), plain(e.record.preset)], sort_keys=True)
+            like.setdefault(key, []).append(i)
     return [group for group in like.values() if len(group) > 1]
 
 

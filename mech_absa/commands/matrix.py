@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..edits.base import Shape
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
 from ..model import load_model
@@ -27,12 +26,10 @@ from ..readers import load_examples
 from ..records import RunFolder
 from ..train import presets
 from ..train.matrix import (
-    ZERO_SHOT,
     Domain,
+    Grid,
     Method,
-    check,
     domain_name,
-    n_trainings,
     run_matrix,
     summary,
 )
@@ -170,19 +167,19 @@ def main(config: Config) -> Path:
         given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
         return preset.rates(config.lr_scale).but(**given)
 
-    trained = [m for m in methods if m.preset != ZERO_SHOT]
-    places = [
-        (m, m.sites(sites, positions, model.n_layers, seed))
-        for m in trained
-        for seed in config.seeds
-    ]
-    check(
-        model,
+    grid = Grid(
         domains,
-        [change(presets.named(m.preset, at, Shape.of(model), config.rank)) for m, at in places],
+        methods,
+        config.seeds,
+        sites,
+        positions,
+        config.rank,
+        change,
+        config.validation,
         template,
         verbalizer,
     )
+    grid.check(model)
     notes += dict.fromkeys(
         note for d in domains for note in caveats(d.train.items, [o.test for o in domains], d.name)
     )
@@ -194,19 +191,10 @@ def main(config: Config) -> Path:
         return folder.path
 
     folder.open()
-    with bar("trainings", n_trainings(domains, methods, config.seeds), config.quiet) as advance:
+    with bar("trainings", grid.n_trainings, config.quiet) as advance:
         rows = run_matrix(
             model,
-            domains,
-            methods,
-            config.seeds,
-            sites=sites,
-            positions=positions,
-            rank=config.rank,
-            change=change,
-            validation=config.validation,
-            template=template,
-            verbalizer=verbalizer,
+            grid,
             budget=int(config.cache_gib * 2**30),
             parts=folder.part("rows"),
             on_done=advance,
@@ -214,12 +202,10 @@ def main(config: Config) -> Path:
     table, short = pd.DataFrame(rows), summary(rows)
     folder.write("matrix.csv", partial(table.to_csv, index=False))
     folder.write("summary.csv", partial(short.to_csv, index=False))
-    for row in (
-        table[table["stopped"].fillna("").str.startswith("the loss")]
-        .drop_duplicates(["method", "train", "seed"])
-        .itertuples()
-    ):
+    for row in table[table["diverged"]].drop_duplicates(["method", "train", "seed"]).itertuples():
         notes.append(f"{row.method} trained on {row.train} with seed {row.seed}: {row.stopped}")
+    for row in table[table["warnings"] != ""].drop_duplicates(["train", "warnings"]).itertuples():
+        notes.append(f"{row.train} with seed {row.seed}: {row.warnings}")
     folder.finish(
         {
             "command": "train.matrix",
@@ -233,7 +219,7 @@ def main(config: Config) -> Path:
                 d.name: {"train": d.train.account(), "test": d.test.account()} for d in domains
             },
             "sites": [str(s) for s in sites],
-            "trainings": n_trainings(domains, methods, config.seeds),
+            "trainings": grid.n_trainings,
             "warnings": notes,
         },
         report(config),

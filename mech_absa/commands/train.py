@@ -18,11 +18,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..edits.base import Shape
+from ..edits.record import TrainingRecord
 from ..edits.store import save_edit
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
@@ -225,30 +227,33 @@ def run(config: Config) -> Path:
         }
     )
     if folder.finished:
-        return _ended(
-            folder.path,
-            read_json(folder.path / "run.json", RUNS["train"])["edit"].get("stopped"),
-        )
+        record = read_json(folder.path / "run.json", RUNS["train"])["edit"]
+        return _ended(folder.path, TrainingRecord.from_json(record))
     for note in notes if first and not config.quiet else ():
         print(f"warning: {note}", file=sys.stderr)
-    edit = fit(
-        model,
-        examples,
-        preset,
-        validation=[e for part in held for e in part] or config.validation or None,
-        seed=config.seed,
-        template=PromptTemplate(config.template),
-        verbalizer=Verbalizer.of(config.labels, config.separator),
-        cache=PrefixCache(model, int(config.cache_gib * 2**30)),
-        checkpoint=folder.part("state.safetensors"),
-        checkpoint_every=config.checkpoint_every,
-        progress=first and not config.quiet,
-        on_step=(lambda state: folder.open())
-        if first
-        else None,  # not before: what fit refuses leaves no trace
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are in the record, and are printed with the others
+        edit = fit(
+            model,
+            examples,
+            preset,
+            validation=[e for part in held for e in part] or config.validation or None,
+            seed=config.seed,
+            template=PromptTemplate(config.template),
+            verbalizer=Verbalizer.of(config.labels, config.separator),
+            cache=PrefixCache(model, int(config.cache_gib * 2**30)),
+            checkpoint=folder.part("state.safetensors"),
+            checkpoint_every=config.checkpoint_every,
+            progress=first and not config.quiet,
+            on_step=(lambda state: folder.open())
+            if first
+            else None,  # not before: what fit refuses leaves no trace
+        )
     if not first:
         return config.out
+    for note in edit.record.warnings if not config.quiet else ():
+        print(f"warning: {note}", file=sys.stderr)
+    notes += edit.record.warnings
     folder.open()
     save_edit(edit, folder.path)
     folder.finish(
@@ -269,26 +274,28 @@ def run(config: Config) -> Path:
                 "parameters": edit.n_parameters,
                 "share": edit.share,
                 "layers": edit.layers,
-                **edit.record,
+                **edit.record.to_json(),
             },
             "peak_memory_bytes": peak(model.device),
         },
         report(config),
     )
-    _ended(folder.path, edit.record["stopped"])
+    _ended(folder.path, edit.record)
     if not config.quiet:
         print(f"{edit!r}\nwritten to {folder.path}")
     return folder.path
 
 
-def _ended(folder: Path, stopped: str | None) -> Path:
-    """The folder of a training that is over.
+def _ended(folder: Path, record: TrainingRecord) -> Path:
+    """Return the folder of a training that is over.
 
     Raises:
-        ConfigError: its loss became no number; the folder holds the last good state.
+        ConfigError: its loss was not a number; the folder holds the last good state.
     """
-    if stopped and stopped.startswith("the loss"):
-        raise ConfigError(f"{stopped}, in {folder}; lower the learning rates or clip the gradient")
+    if record.diverged:
+        raise ConfigError(
+            f"{record.stopped}, in {folder}; lower the learning rates or clip the gradient"
+        )
     return folder
 
 

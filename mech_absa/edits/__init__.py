@@ -3,6 +3,7 @@
 from .base import LLAMA_2_7B, Block, Intervention, Matrix, Part, Shape, parse_place
 from .edit import FAMILIES, Edit, count
 from .merge import export_peft, merge
+from .record import HeadChoice, TrainingRecord
 from .store import load_edit, save_edit
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "LLAMA_2_7B",
     "Block",
     "Edit",
+    "HeadChoice",
     "Intervention",
     "Matrix",
     "Part",
     "Shape",
+    "TrainingRecord",
     "count",
     "export_peft",
     "load_edit",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from .base import Intervention, Part, Shape, Where, parse_place
 from .heads import HeadGate
 from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
 from .lowrank import DoRA, LoRA
+from .record import TrainingRecord
 from .rivals import Adapter, BitFit, Full, Prefix
 
 FAMILIES: dict[str, type[Intervention]] = {
@@ -104,14 +105,14 @@ class Edit(nn.Module):
         shape: Shape,
         base: str,
         sha256: str,
-        record: Mapping[str, Any] | None = None,
+        record: TrainingRecord | None = None,
     ):
         super().__init__()
         if not parts:
             raise ConfigError("an edit of no parts was asked for; at least one is needed")
         self.parts = tuple(parts)
         self.shape, self.base, self.sha256 = shape, base, sha256
-        self.record: dict[str, Any] = dict(record or {})
+        self.record = record or TrainingRecord()
         self.history: list[dict[str, Any]] = []
         self.interventions = nn.ModuleList(build(part, shape) for part in self.parts)
 
@@ -164,13 +165,16 @@ class Edit(nn.Module):
             rows.append(
                 row([family, named, options, f"{rate:g}", f"{sum(size for _, size in members):,}"])
             )
-        said = {
-            "trained on examples": self.record.get("examples"), "steps": self.record.get("steps"), "seed": self.record.get("seed"),
-            "loss on validation examples": self.record.get("best_validation_loss"), "stopped": self.record.get("stopped"),
-        }  # fmt: skip
+        r = self.record
+        facts: dict[str, Any] = {}
+        if r.trained:
+            facts = {
+                "trained on examples": r.examples, "steps": r.steps, "seed": r.seed, "loss on validation examples": r.best_validation_loss,
+                "stopped": r.stopped,
+            }  # fmt: skip
         training = "; ".join(
             f"{name}: {f'{v:.3g}' if isinstance(v, float) else v}"
-            for name, v in said.items()
+            for name, v in facts.items()
             if v is not None
         )
         head = f"<b>Edit of {html.escape(self.base)}</b>: {self.n_parameters:,} parameters, {100 * self.share:.3g} % of all"
@@ -269,9 +273,14 @@ class Edit(nn.Module):
             intervention.merge(twin)
         return twin
 
-    def with_record(self, **more: Any) -> Edit:
-        """Itself, with more said about how it came to be."""
-        self.record |= more
+    def with_record(self, record: TrainingRecord | None = None, **changes: Any) -> Edit:
+        """Set how the edit was trained, and return the edit itself.
+
+        Args:
+            record: the whole record; the present one where None.
+            changes: fields of the record to set.
+        """
+        self.record = replace(record or self.record, **changes)
         return self
 
 

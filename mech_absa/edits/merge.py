@@ -252,7 +252,10 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
         "bias": "none",
         "inference_mode": True,
     }
-    folder = Path(folder)
+    return _write_peft(Path(folder), tensors, config)
+
+
+def _write_peft(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", config)

@@ -1,15 +1,19 @@
-"""Keeping an edit: two files, no pickle.
+"""Save and load an edit: two files, no pickle.
 
     edit.safetensors    the parameters, `000.A`, `000.B`, `001.R`, ... in the order of the parts
-    edit.json           schema version, the base model and the hash of its weights, the parts with their formulas, the training record
+    edit.json           schema version, base model and hash of its weights, parts with their formulas, training record, two hashes
 
-Loading refuses a file of another version, a base model with other weights, and tensors that are missing, damaged or of another shape, each
-with one sentence. What is loaded gives the same logits to the last bit.
+`sha256` is the hash of the parameters, `sha256_here` that of all other fields of edit.json: a changed scale or place is noticed as a
+changed parameter is. Loading rejects a file of an unknown version, a base model with other weights, and files that are damaged, each with
+one sentence. A loaded edit gives the same logits to the last bit.
+
+Version 1 had no hash of edit.json, and its head gates divided by the temperature in evaluation too; both are still read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,22 +25,44 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import EditError, MechAbsaError
 from ..model import BUNDLED, Model
-from ..records import atomic, sha256_bytes, write_json, write_text
+from ..records import atomic, finite, plain, sha256_bytes, write_json, write_text
 from .base import Part, Shape
 from .edit import FAMILIES, Edit
+from .record import TrainingRecord
 
-EDIT_SCHEMA = 1
+EDIT_SCHEMA = 2
 WEIGHTS, ABOUT, HISTORY = "edit.safetensors", "edit.json", "history.csv"
 BUNDLED_EDIT = BUNDLED.parent / "adapter"
+MOST_SHOWN = 200
+"""Characters of a library's own error in a message."""
 
 
 def save_edit(edit: Edit, folder: str | Path) -> Path:
-    """Write an edit to a folder, which is made where it is missing; its history too, where it has just been trained."""
+    """Write an edit to a folder, and its history where it has just been trained.
+
+    Args:
+        edit: any edit, trained or not.
+        folder: created where it is missing.
+
+    Returns:
+        The folder.
+
+    Examples:
+        >>> import tempfile
+        >>> from mech_absa import load_edit, load_model
+        >>> model = load_model()
+        >>> edit = load_edit("bundled", model)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = load_edit(save_edit(edit, folder), model)
+        >>> again.n_parameters == edit.n_parameters
+        True
+    """
     folder = Path(folder)
     data = save_tensors({name: p.contiguous() for name, p in _tensors(edit).items()})
     with atomic(folder / WEIGHTS) as temporary:
         temporary.write_bytes(data)
-    write_json(folder / ABOUT, about(edit) | {"sha256": sha256_bytes(data)})
+    fields = finite(plain(about(edit) | {"sha256": sha256_bytes(data)}))
+    write_json(folder / ABOUT, fields | {"sha256_here": _hash(fields)})
     if edit.history:
         columns = dict.fromkeys(name for row in edit.history for name in row)
         lines = [
@@ -48,7 +74,7 @@ def save_edit(edit: Edit, folder: str | Path) -> Path:
 
 
 def about(edit: Edit) -> dict[str, Any]:
-    """What edit.json says, but for the hash of the parameters."""
+    """Return the fields of edit.json without the hashes."""
     return {
         "schema": EDIT_SCHEMA,
         "base": {"name": edit.base, "sha256": edit.sha256, "shape": asdict(edit.shape)},
@@ -60,55 +86,40 @@ def about(edit: Edit) -> dict[str, Any]:
         "n_parameters": edit.n_parameters,
         "share": edit.share,
         "parts": [asdict(p) for p in edit.parts],
-        "record": edit.record,
+        "record": edit.record.to_json(),
     }
 
 
 def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
-    """The edit that a folder holds.
+    """Load the edit that a folder holds.
 
     Args:
         folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation of the bundled model that ships with it.
-        model: what it is for; checked now where it is given, and at the first use where it is not.
+        model: the model it is for; checked now where it is given, and at the first use where it is not.
 
     Raises:
         EditError: the folder holds no edit, a damaged one, or one of another model.
+
+    Examples:
+        >>> from mech_absa import load_edit, load_model
+        >>> load_edit("bundled", load_model()).layers
+        (0, 1, 2, 3, 4, 5, 6, 7)
     """
     folder = BUNDLED_EDIT if str(folder) == "bundled" else Path(folder)
-    for name in (ABOUT, WEIGHTS):
-        if not (folder / name).is_file():
-            raise EditError(
-                f"{folder} holds no edit: {name} is missing; a folder with {ABOUT} and {WEIGHTS} is needed"
-            )
-    try:
-        said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        schema = said["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise EditError(
-            f"{folder / ABOUT} is damaged: it is no JSON object with a schema version"
-        ) from None
-    if schema != EDIT_SCHEMA:
-        raise EditError(
-            f"{folder / ABOUT} has schema version {schema}; this version of the package reads {EDIT_SCHEMA}"
-        )
+    fields = _read(folder)
     data = (folder / WEIGHTS).read_bytes()
-    if sha256_bytes(data) != said.get("sha256"):
+    if sha256_bytes(data) != fields.get("sha256"):
         raise EditError(
             f"{folder / WEIGHTS} is damaged: its hash is not the one that {ABOUT} names"
         )
     try:
+        edit = _build(fields)
         tensors = load_tensors(data)
-        base = said["base"]
-        edit = Edit(
-            [Part(**p) for p in said["parts"]],
-            Shape(**base["shape"]),
-            base["name"],
-            base["sha256"],
-            said.get("record"),
-        )
-    except (SafetensorError, KeyError, TypeError, MechAbsaError) as error:
+    except EditError as error:
+        raise EditError(f"{folder / ABOUT} is damaged: {error}") from None
+    except (SafetensorError, MechAbsaError, *BROKEN) as error:
         raise EditError(
-            f"{folder} is damaged: its files do not describe an edit ({error})"
+            f"{folder} is damaged: its files do not describe an edit ({_short(error)})"
         ) from None
     with torch.no_grad():
         for name, p in _tensors(edit).items():
@@ -121,6 +132,71 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         edit.check(model)
         edit = edit.to(model.device)
     return edit.eval()
+
+
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)
+"""Errors that fields of a wrong type or size cause while an edit is built (a RecursionError is a RuntimeError, and is named for the reader)."""
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's edit.json.
+
+    Raises:
+        EditError: a file is missing, edit.json is no JSON object, of an unknown version, or not the one that was written.
+    """
+    for name in (ABOUT, WEIGHTS):
+        if not (folder / name).is_file():
+            raise EditError(
+                f"{folder} holds no edit: {name} is missing; a folder with {ABOUT} and {WEIGHTS} is needed"
+            )
+    path = folder / ABOUT
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        schema = fields["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise EditError(f"{path} is damaged: it is no JSON object with a schema version") from None
+    if schema not in (1, EDIT_SCHEMA):
+        raise EditError(
+            f"{path} has schema version {_short(schema)}; this version of the package reads 1 and {EDIT_SCHEMA}"
+        )
+    if schema > 1 and fields.pop("sha256_here", None) != _hash(fields):
+        raise EditError(
+            f"{path} is damaged: its hash is not the one that was written with it; save the edit again"
+        )
+    return fields
+
+
+def _build(fields: Mapping[str, Any]) -> Edit:
+    """Return the edit that the fields describe, its parameters without values."""
+    base = fields["base"]
+    return Edit(
+        [_part(p, fields["schema"]) for p in fields["parts"]],
+        Shape(**base["shape"]),
+        str(base["name"]),
+        str(base["sha256"]),
+        TrainingRecord.from_json(fields.get("record") or {}),
+    )
+
+
+def _part(fields: Mapping[str, Any], schema: int) -> Part:
+    """Return one part; a head gate of version 1 becomes the variant that it was trained as."""
+    if not isinstance(options := fields.get("options", {}), Mapping):
+        raise EditError(f"options of a part are {_short(options)}; an object is needed")
+    part = Part(**fields)
+    if schema == 1 and part.family == "head_gate" and part.options.get("gates") != "none":
+        former = {"charge": 1e-3} | dict(part.options) | {"gates": "tempered"}
+        part = Part(part.family, part.place, former, part.lr, part.weight_decay)
+    return part
+
+
+def _hash(fields: Mapping[str, Any]) -> str:
+    """Return the hash of the fields of edit.json, whatever their order and spacing."""
+    return sha256_bytes(json.dumps(fields, sort_keys=True).encode())
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _tensors(edit: Edit) -> dict[str, torch.Tensor]:

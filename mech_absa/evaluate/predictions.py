@@ -157,11 +157,13 @@ def joined(parts: Sequence[Predictions], data: str) -> Predictions:
 
 def asked_with(edit: Applicable | None) -> tuple[PromptTemplate, Verbalizer]:
     """The question and the labels that an edit was trained with; the paper's where it names none."""
-    record = getattr(edit, "record", None) or {}
-    template = PromptTemplate(record["template"]) if "template" in record else PromptTemplate()
-    return template, Verbalizer.of(
-        record["labels"], record.get("separator", " ")
-    ) if "labels" in record else Verbalizer()
+    from ..edits.record import Trained
+
+    if not isinstance(edit, Trained):
+        return PromptTemplate(), Verbalizer()
+    r = edit.record
+    template = PromptTemplate() if r.template is None else PromptTemplate(r.template)
+    return template, Verbalizer() if r.labels is None else Verbalizer.of(r.labels, r.separator)
 
 
 def predict(

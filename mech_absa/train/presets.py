@@ -21,6 +21,7 @@ output at the aspect in the question. `sites` says where; a site's layer and pos
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -87,10 +88,10 @@ class Preset:
             raise ConfigError(f"loss is {self.loss!r}; accepted: {choices(LOSSES)}")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup is {self.warmup}; accepted: a share of the steps, 0 to 1")
-        if bad := [p for p in self.parts if not p.lr >= 0]:
-            raise ConfigError(
-                f"the learning rate of {bad[0].family} is {bad[0].lr}; accepted: 0 or more"
-            )
+        for p in self.parts:
+            for what, value in (("learning rate", p.lr), ("weight decay", p.weight_decay)):
+                if not 0 <= value < math.inf:
+                    raise ConfigError(f"the {what} of {p.family} is {value}; accepted: 0 or more")
 
     def but(self, **changes: Any) -> Preset:
         """The same, with some things otherwise."""
@@ -395,49 +396,17 @@ def bundled(
     Raises:
         ConfigError: there is no such method.
     """
-    found = read_sites(sites)
-    layers = _layers(found)
-    names = (
-        (shape.matrices if shape is not None else ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"))
-        if method in ("bitfit", "full")
-        else ()
-    )
-    heads = range(shape.n_heads if shape is not None else 0)
-    low_rank = {"rank": rank, "alpha": 2.0 * rank, "rank_stabilised": False}
-    rate = RATES.get(method, 0.0)
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; accepted: {choices(METHODS)}")
     if method == "head_gate" and shape is None:
         raise ConfigError("head_gate acts on every head of a layer; give the shape of the model")
-    made = {
-        "both": lambda: both_parts(
-            found,
-            rank=rank,
-            lr_weight=RATES["lora"],
-            lr_representation=RATES["loreft"],
-            alpha=2.0 * rank,
-        ),
-        "lora_o": lambda: parts("lora", matrices(layers, "W_O"), RATES["lora"], **low_rank),
-        "lora": lambda: parts("lora", matrices(layers, *_UP_DOWN), rate, **low_rank),
-        "dora": lambda: parts("dora", matrices(layers, *_UP_DOWN), rate, **low_rank),
-        "prefix": lambda: parts("prefix", (f"L{layer}" for layer in layers), rate, length=rank),
-        "adapter": lambda: parts(
-            "adapter",
-            (Site(layer, kind) for layer in layers for kind in ("attn_out", "mlp_out")),
-            rate,
-            rank=rank,
-        ),
-        "bitfit": lambda: parts("bitfit", matrices(layers, *names), rate),
-        "full": lambda: parts("full", matrices(layers, *names), rate),
-        "head_gate": lambda: parts(
-            "head_gate", (Site(layer, "head", h) for layer in layers for h in heads), rate
-        ),
-        "red": lambda: parts(method, _outputs(found), rate),
-        "steering": lambda: parts(method, _outputs(found), rate),
-    }.get(method, lambda: parts(method, _outputs(found), rate, rank=rank))()
+    if method in ("both", "lora_o", "lora", "dora"):
+        interventions = _bundled_low_rank(read_sites(sites), method, rank)
+    else:
+        interventions = _bundled_rival(read_sites(sites), method, rank, shape)
     return Preset(
         method,
-        made,
+        interventions,
         epochs=epochs,
         batch_size=16,
         schedule="linear",
@@ -445,6 +414,40 @@ def bundled(
         clip=1.0,
         loss="labels",
     )
+
+
+def _bundled_low_rank(sites: Sequence[Site], method: str, rank: int) -> tuple[Part, ...]:
+    """Return the parts of the methods with a low-rank update of weights."""
+    layers, alpha = _layers(sites), 2.0 * rank
+    if method == "both":
+        rates = {"lr_weight": RATES["lora"], "lr_representation": RATES["loreft"]}
+        return both_parts(sites, rank=rank, alpha=alpha, **rates)
+    family = "dora" if method == "dora" else "lora"
+    names = ("W_O",) if method == "lora_o" else _UP_DOWN
+    options = {"rank": rank, "alpha": alpha, "rank_stabilised": False}
+    return parts(family, matrices(layers, *names), RATES[family], **options)
+
+
+def _bundled_rival(
+    sites: Sequence[Site], method: str, rank: int, shape: Shape | None
+) -> tuple[Part, ...]:
+    """Return the parts of the other methods."""
+    layers, rate = _layers(sites), RATES[method]
+    if method == "prefix":
+        return parts(method, (f"L{layer}" for layer in layers), rate, length=rank)
+    if method == "adapter":
+        kinds = ("attn_out", "mlp_out")
+        return parts(method, (Site(x, kind) for x in layers for kind in kinds), rate, rank=rank)
+    if method in ("bitfit", "full"):
+        without_gate = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
+        names = without_gate if shape is None else shape.matrices
+        return parts(method, matrices(layers, *names), rate)
+    if method == "head_gate":
+        heads = range(shape.n_heads if shape is not None else 0)
+        return parts(method, (Site(layer, "head", h) for layer in layers for h in heads), rate)
+    if method in ("red", "steering"):
+        return parts(method, _outputs(sites), rate)
+    return parts(method, _outputs(sites), rate, rank=rank)
 
 
 def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Preset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.edit_cases import hugging_face, logits, loud, prompts, tiny_model
@@ -212,27 +214,76 @@ def test_a_head_edit_sees_one_head_and_changes_one_head(llama):
     torch.testing.assert_close(logits(llama, tokens, edit), want, **CLOSE)
 
 
-def test_hard_concrete_gates():
-    """Closed, half and open by hand; open as often as the closed form says; a shut gate leaves z alone."""
-    shape = Shape.of(tiny_model("llama"))
-    gate = HeadGate(Site(1, "head", 0), shape)
-    gate.reset(tiny_model("llama"), torch.Generator().manual_seed(0))
-    gate.eval()
-    with torch.no_grad():
-        gate.log_alpha.copy_(torch.tensor([-9.0, 0.0]))
-    assert torch.allclose(
-        gate.gates(), torch.tensor([0.0, 0.5]), atol=1e-6
-    )  # sigmoid(0) * 1.2 - 0.1 = 0.5
-    gate.train()
+def head_gate(log_g=None, **options) -> HeadGate:
+    """A gate of the tiny Llama (3 layers of 4 heads), in evaluation."""
+    model = tiny_model("llama")
+    gate = HeadGate(Site(1, "head", 0), Shape.of(model), **options)
+    gate.reset(model, torch.Generator().manual_seed(0))
+    if log_g is not None:
+        with torch.no_grad():
+            gate.log_alpha.copy_(torch.tensor(log_g))
+    return gate.eval()
+
+
+def test_gates_in_evaluation():
+    """By hand: clamp(1.2 sigmoid(x) - 0.1, 0, 1), which is 0.7773 for x = 1 in JoLA's code; the former variant divides x by 0.33 first."""
+    ours = torch.tensor([1.2 / (1 + math.exp(-1.0)) - 0.1, 0.5])
+    assert torch.allclose(head_gate([1.0, 0.0]).gates(), ours, atol=1e-6)
+    assert float(ours[0]) == pytest.approx(0.77727, abs=1e-5)
+    assert head_gate([-9.0, 9.0]).gates().tolist() == [0.0, 1.0]
+    former = head_gate([1.0, 0.3], gates="tempered").gates()
+    assert former[0] == 1 and float(former[1]) == pytest.approx(
+        1.2 / (1 + math.exp(-0.3 / 0.33)) - 0.1, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("gates", ["hard_concrete", "tempered"])
+def test_gates_are_open_as_often_as_the_closed_form_says(gates):
+    gate = head_gate([-0.5, 0.7], gates=gates).train()
     torch.manual_seed(0)
     with torch.no_grad():
-        gate.log_alpha.copy_(torch.tensor([-0.5, 0.7]))
         drawn = torch.stack([gate.gates() for _ in range(4000)])
     assert torch.allclose((drawn > 0).float().mean(0), gate.open(), atol=0.03)
-    assert torch.allclose(
-        gate.open(),
-        torch.sigmoid(gate.log_alpha - TEMPERATURE * torch.log(torch.tensor(-LOW / HIGH))),
+    closed = torch.sigmoid(gate.log_alpha - TEMPERATURE * torch.log(torch.tensor(-LOW / HIGH)))
+    assert torch.allclose(gate.open(), closed)
+
+
+def test_the_charge_is_that_of_jola():
+    """Its code, over all heads: the mean over a layer's heads, summed over layers, lambda for the shifts, over layers x heads."""
+    layers, heads, step = 3, 4, 50
+    model = tiny_model("llama")
+    gates = [
+        HeadGate(Site(layer, "head", h), Shape.of(model))
+        for layer in range(layers)
+        for h in range(heads)
+    ]
+    log_g = torch.randn(2, layers, heads, generator=torch.Generator().manual_seed(1))
+    for i, gate in enumerate(gates):
+        gate.reset(model, torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            gate.log_alpha.copy_(log_g[:, i // heads, i % heads])
+    p = torch.sigmoid(log_g - 0.33 * math.log(0.1 / 1.1)).clamp(1e-6, 1 - 1e-6)
+    multiplicative, additive = p.mean(-1).sum(-1)
+    share = 0.1 * math.exp(-0.01 * step)
+    want = (share * additive + (1 - share) * multiplicative) / (layers * heads)
+    got = torch.stack([gate.penalty(step) for gate in gates]).sum()
+    assert float(got.detach()) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_gates_start_as_in_jola():
+    """Xavier-uniform over [heads, 1]: the bound is sqrt(6 / (heads + 1)), and the draws fill it; the former variant starts at 0."""
+    model, bound = tiny_model("llama"), math.sqrt(6 / 5)
+    gate, generator = (
+        HeadGate(Site(1, "head", 0), Shape.of(model)),
+        torch.Generator().manual_seed(0),
     )
+    drawn = []
+    for _ in range(400):
+        gate.reset(model, generator)
+        drawn += gate.log_alpha.tolist()
+    assert max(map(abs, drawn)) <= bound < max(map(abs, drawn)) + 0.05
+    assert torch.tensor(drawn).std().item() == pytest.approx(math.sqrt(2 / 5), rel=0.1)
+    assert not head_gate(gates="tempered").log_alpha.any()
 
 
 def test_where_counts_inside_the_prompt():

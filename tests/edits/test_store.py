@@ -10,7 +10,17 @@ from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from mech_absa.edits import Part, Shape, export_peft, load_edit, merge, save_edit
+from mech_absa.edits import (
+    HeadChoice,
+    Part,
+    Shape,
+    TrainingRecord,
+    export_peft,
+    load_edit,
+    merge,
+    save_edit,
+    store,
+)  # fmt: skip
 from mech_absa.errors import EditError
 from mech_absa.model import load_model, weights_hash
 from mech_absa.prompts import Tokens
@@ -29,10 +39,14 @@ def test_what_is_loaded_gives_the_same_logits_to_the_bit(llama, tmp_path):
     save_edit(edit, tmp_path)
     back = load_edit(tmp_path, llama)
     assert torch.equal(logits(llama, tokens, back), logits(llama, tokens, edit))
-    assert back.record == {"seed": 7} and back.parts == edit.parts and back.shape == edit.shape
+    assert (
+        back.record == TrainingRecord(seed=7)
+        and back.parts == edit.parts
+        and back.shape == edit.shape
+    )
     said = json.loads((tmp_path / "edit.json").read_text())
     assert (
-        said["schema"] == 1
+        said["schema"] == 2
         and said["base"]["sha256"] == llama.sha256
         and said["n_parameters"] == edit.n_parameters
     )
@@ -75,6 +89,33 @@ def flip(path, at=-3):
         ),
         (lambda f: change(f, parts=[{"family": "magic", "place": "L1.W_O"}]), "unknown family"),
         (lambda f: change(f, base=None), "do not describe an edit"),
+        (lambda f: scale_up(f), "edit.json is damaged: its hash"),
+        (lambda f: drop(f, "sha256_here"), "edit.json is damaged: its hash"),
+        (lambda f: (f / "edit.json").write_text("[" * 100_000), "no JSON object"),
+        (lambda f: (f / "edit.json").write_bytes(b"\xff\xfe{}"), "no JSON object"),
+        (lambda f: change(f, schema=[1] * 500), "schema version"),
+        (lambda f: change(f, parts=[{"family": "lora", "place": "L70.W_O"}]), "has 3 layers"),
+        (lambda f: change(f, parts=[{"family": "prefix", "place": "L70"}]), "has 3 layers"),
+        (
+            lambda f: change(
+                f, parts=[{"family": "prefix", "place": "L1", "options": {"length": 10**15}}]
+            ),
+            "do not describe",
+        ),
+        (
+            lambda f: change(f, parts=[{"family": "lora", "place": "L1.W_O", "options": "alpha"}]),
+            "options of a part",
+        ),
+        (lambda f: change(f, parts=[{"family": "x" * 5000, "place": "L1.W_O"}]), "unknown family"),
+        (lambda f: change(f, parts="L1.W_O"), "do not describe"),
+        (lambda f: change(f, record="good"), "record is 'good'; an object is needed"),
+        (
+            lambda f: change(f, record={"template": 5}),
+            "template of its record is 5; text is needed",
+        ),
+        (lambda f: change(f, record={"labels": "good"}), "a list of two or three words is needed"),
+        (lambda f: change(f, record={"steps": -1}), "steps of its record is -1"),
+        (lambda f: change(f, record={"lofit": [1]}), "lofit of its record"),
     ],
 )
 def test_damage_is_refused_in_one_sentence(llama, tmp_path, spoil, words):
@@ -83,11 +124,63 @@ def test_damage_is_refused_in_one_sentence(llama, tmp_path, spoil, words):
     with pytest.raises(EditError, match=words) as caught:
         load_edit(tmp_path, llama)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def change(folder, **fields):
+    """Other fields, with the hash that belongs to them."""
     path = folder / "edit.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    data = json.loads(path.read_text()) | fields
+    data.pop("sha256_here", None)
+    path.write_text(json.dumps(data | {"sha256_here": store._hash(data)}))
+
+
+def scale_up(folder):
+    """Another alpha, and nothing said of it."""
+    path = folder / "edit.json"
+    data = json.loads(path.read_text())
+    data["parts"][0]["options"] = {"rank": 4, "alpha": 8000.0}
+    path.write_text(json.dumps(data))
+
+
+def drop(folder, name):
+    path = folder / "edit.json"
+    data = json.loads(path.read_text())
+    del data[name]
+    path.write_text(json.dumps(data))
+
+
+def test_edits_of_version_1_are_read(llama, tmp_path):
+    """No hash of edit.json, a record without `diverged`, and head gates that divided by the temperature in evaluation too."""
+    edit = loud(llama, Part("lora", "L1.W_O"), Part("head_gate", "L1.head1", {"gates": "tempered"}))
+    tokens = Tokens.stack(prompts(llama))
+    save_edit(edit, tmp_path)
+    path = tmp_path / "edit.json"
+    data = json.loads(path.read_text())
+    del data["sha256_here"], data["parts"][1]["options"]
+    data |= {
+        "schema": 1,
+        "record": {
+            "seed": 7,
+            "stopped": "the loss was nan at step 3; the last good state was kept",
+        },
+    }
+    path.write_text(json.dumps(data))
+    back = load_edit(tmp_path, llama)
+    assert torch.equal(logits(llama, tokens, back), logits(llama, tokens, edit))
+    assert back.record.diverged and back.record.seed == 7
+    bundled = load_edit("bundled")
+    assert bundled.record.trained and not bundled.record.diverged and bundled.record.labels
+
+
+def test_a_record_comes_back_whole():
+    """Every field with a value of its own, a first phase inside, and plain JSON in between."""
+    record = TrainingRecord(
+        {"name": "both"}, 3, 10, {"positive": 4}, 2, "ab", "{sentence}", ("a", "b"), "", 5, 4, 0.25, "no gain", True, ("w",), 2, 1.5, 6.0,
+        {"torch": "2"}, HeadChoice({"L1.head0": 0.5}, TrainingRecord(seed=9)),
+    )  # fmt: skip
+    assert TrainingRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert "lofit" not in TrainingRecord().to_json()
 
 
 ALL = ["llama", "gpt2", "gemma2", "pythia", "qwen2", "mistral", "gptj", "bloom"]

@@ -137,7 +137,7 @@ def test_only_seeds_of_one_method_are_put_together():
         Push("L1.resid_post", seed=2),
     )
     assert command.seeds_of_one([None, a, elsewhere, again]) == [[1, 3]]
-    again.record = {"preset": {"epochs": 2}}
+    again.record = TrainingRecord(preset={"epochs": 2})
     assert command.seeds_of_one([a, again]) == [], "trained otherwise"
 
 
@@ -199,11 +199,9 @@ def test_bad_input_leaves_one_sentence_and_no_file(run, files, capsys, flags, me
 
 def test_edits_are_asked_with_their_own_question(run, files, monkeypatch, model, capsys):
     own = Push("L2.resid_post", 20.0)
-    own.record = {
-        "template": "{sentence} So the {aspect} is",
-        "labels": ["good", "bad", "fair"],
-        "separator": " ",
-    }
+    own.record = TrainingRecord(
+        template="{sentence} So the {aspect} is", labels=("good", "bad", "fair")
+    )
     monkeypatch.setattr(
         command,
         "load",
@@ -212,7 +210,7 @@ def test_edits_are_asked_with_their_own_question(run, files, monkeypatch, model,
     data = str(files / "test.jsonl")
     assert run("--data", data, "--edit", "none", "own") == 0
     record = json.loads((files / "out" / "run.json").read_text())
-    assert record["template"] == own.record["template"] and record["labels"] == own.record["labels"]
+    assert record["template"] == own.record.template and record["labels"] == list(own.record.labels)
     answers = pd.read_parquet(files / "out" / "predictions.parquet")
     expected = predict(model, load_examples(data), own)
     assert answers[answers.system == "own"].logprob_positive.tolist() == pytest.approx(

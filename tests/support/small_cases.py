@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from mech_absa.edits import TrainingRecord
 from mech_absa.examples import Example, Polarity
 from mech_absa.model.hooks import at_site, hooked_at
 from mech_absa.sites import Site, role_indices
@@ -31,10 +32,8 @@ class Push:
     def __init__(self, site: str, size: float = 5.0, seed: int = 0):
         self.site, self.size, self.seed = Site.parse(site), size, seed
         self.seen = []
-        self.parts = (
-            site,
-            size,
-        )  # what tells one method from another, as the parts of a trained edit do
+        # What tells one method from another, as the parts and the record of a trained edit do.
+        self.parts, self.record = (site, size), TrainingRecord()
 
     def points(self, model, tokens):
         self.seen.append(tokens)

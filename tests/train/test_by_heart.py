@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mech_absa.edits import Part
 from mech_absa.model import Model, load_model
 from mech_absa.train import PrefixCache, Preset, fit
-from mech_absa.train.fit import Task
+from mech_absa.train.task import Task
 
 PARTS = tuple(
     Part("lora", f"L{layer}.{m}", {"rank": 16, "alpha": 32.0}, 1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import LLAMA_2_7B, Edit, Part, count
 from mech_absa.errors import ConfigError, RunFolderError
+from mech_absa.examples import Example, Polarity, split_by_sentence
 from mech_absa.metrics import METRICS
 from mech_absa.model import Model, load_model, weights_hash
 from mech_absa.model.hooks import capture, live_hooks
@@ -21,7 +23,8 @@ from mech_absa.prompts import Tokens, Verbalizer
 from mech_absa.scoring import gold_indices, label_scores, question
 from mech_absa.sites import ROLES, Site
 from mech_absa.train import PrefixCache, Preset, fit, presets
-from mech_absa.train.fit import Task, batches, schedule
+from mech_absa.train.task import Task
+from mech_absa.train.training import batches, schedule
 
 BOTH = (
     Part("lora", "L1.W_O", {"rank": 4, "dropout": 0.1}, 1e-2),
@@ -178,7 +181,7 @@ def test_the_loss_is_the_answers_alone(llama):
     )
     want_text, want_labels = [], []
     for e in EIGHT[:3]:
-        q = text.questions([e])[0]
+        q = text.prepare([e])[0]
         ids = torch.cat([q.prompt.ids[0], torch.tensor(q.answer)])
         with torch.no_grad():
             logp = hf(ids[None]).logits[0].log_softmax(-1)
@@ -191,10 +194,10 @@ def test_the_loss_is_the_answers_alone(llama):
         want_labels.append(
             -float(METRICS["logprob"](scores.log_softmax(-1), torch.tensor([q.gold])))
         )
-    assert text.loss(edit, text.questions(EIGHT[:3])).item() == pytest.approx(
+    assert text.loss(edit, text.prepare(EIGHT[:3])).item() == pytest.approx(
         sum(want_text), rel=1e-4
     )
-    assert labels.loss(edit, labels.questions(EIGHT[:3])).item() == pytest.approx(
+    assert labels.loss(edit, labels.prepare(EIGHT[:3])).item() == pytest.approx(
         sum(want_labels), rel=1e-4
     )
 
@@ -205,7 +208,7 @@ def test_accumulated_steps_are_those_of_the_large_batch(llama):
     )
     large = train(llama, preset)
     small = train(llama, preset.but(batch_size=2, accumulate=4))
-    assert large.record["steps"] == small.record["steps"] == 1
+    assert large.record.steps == small.record.steps == 1
     for a, b in zip(large.parameters(), small.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
@@ -260,7 +263,7 @@ def test_below_the_first_edited_layer_nothing_runs_twice(llama):
     cache = PrefixCache(llama)
     preset = Preset("p", (Part("lora", "L2.W_O", {}, 1e-2),), epochs=3, batch_size=4)
     task = Task(llama, "labels", TEMPLATE, None, PrefixCache(llama))
-    tokens = sum(run.lengths[0] for q in task.questions(EIGHT) for run in q.runs)
+    tokens = sum(run.lengths[0] for q in task.prepare(EIGHT) for run in q.runs)
     a = train(llama, preset, cache=cache)
     assert cache.computed == 2 * tokens  # two blocks, every prompt once
     train(llama, preset, cache=cache, seed=1)
@@ -275,7 +278,9 @@ def test_below_the_first_edited_layer_nothing_runs_twice(llama):
     # Without room nothing is kept, more is run, and the result is that of the kept streams up to rounding.
     none = PrefixCache(llama, budget=0)
     b = train(llama, preset, cache=none)
-    assert none.used == 0 and none.computed == 3 * 2 * tokens
+    # Three epochs, and the first batch once more: the last step is tried.
+    first = sum(run.lengths[0] for q in task.prepare(EIGHT[:4]) for run in q.runs)
+    assert none.used == 0 and none.computed == 2 * (3 * tokens + first)
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
@@ -340,15 +345,13 @@ def test_the_best_epoch_is_kept_and_patience_ends(llama):
     rows = [r for r in edit.history if "validation_loss" in r]
     losses = [r["validation_loss"] for r in rows]
     best = losses.index(min(losses))
-    assert len(rows) == best + 3 < 12 and "no gain" in edit.record["stopped"]
+    assert len(rows) == best + 3 < 12 and "no gain" in edit.record.stopped
     assert (
-        edit.record["best_validation_loss"] == min(losses)
-        and edit.record["best_step"] == rows[best]["step"]
+        edit.record.best_validation_loss == min(losses)
+        and edit.record.best_step == rows[best]["step"]
     )
     task = Task(llama, "labels", TEMPLATE, None, PrefixCache(llama))
-    assert task.quality(edit, task.questions(EIGHT[6:]), 8)[0] == pytest.approx(
-        min(losses), rel=1e-4
-    )
+    assert task.quality(edit, task.prepare(EIGHT[6:]), 8)[0] == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(llama):
@@ -358,9 +361,39 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(llama):
     edit = train(
         llama, Preset("broken", parts, epochs=9, batch_size=8, clip=0.0, schedule="constant")
     )
-    assert "the loss was" in edit.record["stopped"] and edit.record["steps"] < 9
+    assert edit.record.diverged and edit.record.steps < 9
     assert all(bool(torch.isfinite(p).all()) for p in edit.parameters())
     assert all(math.isfinite(row["loss"]) for row in edit.history)
+
+
+def test_the_last_step_can_diverge_too(llama):
+    """One step, of a rate that is a number: no later loss shows that what it left is none."""
+    parts = tuple(Part("red", f"L{layer}.resid_post", {}, 1e37) for layer in range(3))
+    preset = Preset("broken", parts, batch_size=8, clip=0.0, schedule="constant")
+    edit = train(llama, preset)
+    assert edit.record.diverged and edit.record.steps == 1
+    assert "after step 1; the last good state was kept" in edit.record.stopped
+    assert same(edit, Edit.fresh(llama, parts)), "the last good state is the one before the step"
+    # Two epochs of one step each: the end of the first one is not good either.
+    assert same(train(llama, preset.but(epochs=2)), Edit.fresh(llama, parts))
+    edit = train(llama, preset, EIGHT[:6], validation=EIGHT[6:])
+    assert edit.record.diverged and "on the validation examples was nan" in edit.record.stopped
+    assert edit.record.best_validation_loss is None
+
+
+def test_a_split_that_takes_all_of_a_class_warns(llama):
+    """Two neutral examples in one sentence: the share that takes it leaves none to learn from."""
+    neutral = [Example("the screen is fine", a, Polarity.NEUTRAL, None) for a in ("screen", "the")]
+    rows = [*(e for e in EIGHT if e.polarity is not Polarity.NEUTRAL), *neutral]
+    lost = next(
+        s for s in range(50)
+        if {e.polarity for e in split_by_sentence(rows, 0.2, s)[1]} == {Polarity.NEUTRAL}
+    )  # fmt: skip
+    preset = Preset("p", (Part("bitfit", "L2.W_O"),), epochs=0)
+    with pytest.warns(UserWarning, match="took all neutral examples"):
+        edit = train(llama, preset, rows, validation=0.2, seed=lost)
+    (note,) = edit.record.warnings
+    assert note.startswith("the validation split took all neutral examples (2)")
 
 
 def test_bfloat16_trains_a_float32_edit():
@@ -392,12 +425,43 @@ def test_what_cannot_be_trained_is_refused(llama, examples, preset, options, wor
 
 
 @pytest.mark.parametrize(
+    "examples, preset, options, words",
+    [
+        (EIGHT, "both", {}, r"preset is 'both' \(str\); a Preset is needed"),
+        (
+            "builtin:restaurant/train",
+            Preset("p", BOTH),
+            {},
+            "train is 'builtin:rest.*examples of load_examples are needed",
+        ),
+        (["a review"], Preset("p", BOTH), {}, "examples of load_examples are needed"),
+        (
+            EIGHT,
+            Preset("p", BOTH),
+            {"validation": "0.1"},
+            r"validation is '0.1' \(str\); accepted: a share",
+        ),
+        (EIGHT, Preset("p", BOTH), {"validation": True}, "accepted: a share"),
+        (EIGHT, Preset("p", BOTH), {"seed": 1.5}, "seed is 1.5"),
+    ],
+)
+def test_a_wrong_type_is_one_sentence(llama, examples, preset, options, words):
+    """Without the type checks that tests run under, as a user has it."""
+    with pytest.raises(ConfigError, match=words) as caught:
+        inspect.unwrap(fit)(llama, examples, preset, template=TEMPLATE, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "changes, words",
     [
         ({"epochs": -1}, "epochs is -1"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"warmup": 2.0}, "warmup"),
         ({"parts": (Part("lora", "L1.W_O", {}, -1.0),)}, "learning rate of lora is -1.0"),
+        ({"parts": (Part("lora", "L1.W_O", {}, math.nan),)}, "learning rate of lora is nan"),
+        ({"parts": (Part("lora", "L1.W_O", {}, math.inf),)}, "learning rate of lora is inf"),
+        ({"parts": (Part("lora", "L1.W_O", {}, 1.0, math.inf),)}, "weight decay of lora is inf"),
     ],
 )
 def test_presets_refuse_what_they_cannot_mean(changes, words):

@@ -12,7 +12,7 @@ from mech_absa.edits import Edit, Part, load_edit, save_edit
 from mech_absa.errors import ConfigError
 from mech_absa.model import Model, load_model, weights_hash
 from mech_absa.sites import Site
-from mech_absa.train import lofit
+from mech_absa.train import LoFiT, lofit
 
 PLANTED = (Site(0, "head", 2), Site(1, "head", 1), Site(2, "head", 3))
 
@@ -34,12 +34,12 @@ def planted() -> Model:
 
 def test_the_planted_heads_are_chosen_and_only_they_are_edited(planted, tmp_path):
     before = weights_hash(planted.hooked)
-    edit = lofit(planted, EIGHT, heads=3, batch_size=4, epochs=(12, 12), template=TEMPLATE)
+    edit = lofit(planted, EIGHT, LoFiT(3, batch_size=4, epochs=(12, 12)), template=TEMPLATE)
     assert set(edit.places) == {str(s) for s in PLANTED}
     assert {p.family for p in edit.parts} == {
         "steering"
     } and edit.n_parameters == 3 * planted.d_head
-    sizes = edit.record["lofit"]["sizes"]
+    sizes = edit.record.lofit.sizes
     assert len(sizes) == planted.n_layers * planted.n_heads and list(sizes.values()) == sorted(
         sizes.values(), reverse=True
     )
@@ -50,7 +50,7 @@ def test_the_planted_heads_are_chosen_and_only_they_are_edited(planted, tmp_path
         and weights_hash(planted.hooked) == before
     )
     save_edit(edit, tmp_path)
-    assert load_edit(tmp_path, planted).record["lofit"]["sizes"] == sizes
+    assert load_edit(tmp_path, planted).record == edit.record
 
 
 def test_the_first_phase_scales_and_does_not_shift(planted):
@@ -70,4 +70,4 @@ def test_the_first_phase_scales_and_does_not_shift(planted):
 @pytest.mark.parametrize("heads", [0, 13])
 def test_how_many_heads_there_are(planted, heads):
     with pytest.raises(ConfigError, match=f"{heads} heads were asked for; accepted: 1 to 12"):
-        lofit(planted, EIGHT, heads=heads, template=TEMPLATE)
+        lofit(planted, EIGHT, LoFiT(heads), template=TEMPLATE)

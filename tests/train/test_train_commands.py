@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 
@@ -10,24 +9,21 @@ import pandas as pd
 import pytest
 import torch
 from support.tiny_models import tiny_folder
-from support.training_cases import TEXT, WORDING, write
+from support.training_cases import TEMPLATE, TEXT, WORDING, write
 
 from mech_absa.commands.matrix import cli as matrix_cli
 from mech_absa.commands.patch import cli as patch_cli
 from mech_absa.commands.train import cli
 from mech_absa.edits import Edit, Part, load_edit
 from mech_absa.errors import ConfigError
+from mech_absa.examples import Example, Examples, Polarity
 from mech_absa.model import load_model
 from mech_absa.patch.importance import load_sites, traced_in
 from mech_absa.report import page
 from mech_absa.sites import Site
-from mech_absa.train import matrix
-from mech_absa.train.matrix import Method, domain_name, summary
+from mech_absa.train import Training, matrix
+from mech_absa.train.matrix import Domain, Grid, Method, domain_name, summary
 from mech_absa.train.places import random_layers, random_windows
-
-fitting = importlib.import_module(
-    "mech_absa.train.fit"
-)  # the package's own name for it is the function
 
 
 @pytest.fixture
@@ -345,18 +341,18 @@ def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path
 def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):
     flags = ("--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1")
     assert run(data, *flags, out=tmp_path / "whole") == 0
-    save, calls = fitting._save, []
+    save, calls = Training.save, []
 
-    def dying(*args):
-        save(*args)
+    def dying(training, path):
+        save(training, path)
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "_save", dying)
+    monkeypatch.setattr(Training, "save", dying)
     assert run(data, *flags, out=tmp_path / "cut") == 130
     assert not (tmp_path / "cut" / "edit.json").exists()
-    monkeypatch.setattr(fitting, "_save", save)
+    monkeypatch.setattr(Training, "save", save)
     words = [w for f, v in zip(flags[::2], flags[1::2], strict=True) for w in (f, v)]
     again = [
         "--data",
@@ -391,7 +387,7 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
             ("b", "test", WORDING[:4]),
         ]
     }
-    trained, real = [], matrix.fit
+    trained, real = [], matrix.run.fit
 
     def counted(model, examples, preset, **options):
         trained.append((preset.name, options["seed"]))
@@ -399,7 +395,7 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(model, examples, preset, **options)
 
-    monkeypatch.setattr(matrix, "fit", counted)
+    monkeypatch.setattr(matrix.run, "fit", counted)
     command = [
         "--train", files["a_train"], files["b_train"], "--test", files["a_test"], files["b_test"], "--model", str(tiny_folder("llama")),
         "--template", TEXT, "--methods", "zero_shot", "both@2", "steering@first", "--seeds", "0", "1", "--epochs", "1",
@@ -435,7 +431,7 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
 def test_the_summary_by_hand():
     row = lambda train, test, seed, acc: {  # noqa: E731
         "method": "m", "train": train, "test": test, "in_domain": train == test, "seed": seed, "accuracy": acc, "macro_f1": acc / 2,
-        "trainable": 7, "share": 0.1, "seconds": 2.0, "peak_memory_bytes": 2**20,
+        "trainable": 7, "share": 0.1, "seconds": 2.0, "steps": 6, "peak_memory_bytes": 2**20,
     }  # fmt: skip
     first = [
         row("x", "x", 0, 0.8),
@@ -458,6 +454,33 @@ def test_the_summary_by_hand():
         and got["macro_f1_out"] == pytest.approx(0.175)
         and got["seeds"] == 2
     )
+    assert got["steps"] == 6 and got["diverged"] == 0
+    # A training that diverged has no score: it is counted, and left out of the means.
+    broken = [r | {"accuracy": None, "macro_f1": None, "diverged": True} for r in second[:2]]
+    (got,) = summary(first + broken + second[2:]).to_dict("records")
+    assert got["accuracy_in"] == pytest.approx((0.7 + 0.8) / 2) and got["diverged"] == 1
+
+
+def test_an_edit_whose_scores_are_not_numbers_is_not_scored(monkeypatch):
+    """An edit of infinite parameters: every score is NaN, which argmax would count as the first label."""
+    rows = Examples(tuple(Example(s, a, Polarity(p)) for s, a, p in WORDING))
+    real = matrix.run.fit
+
+    def broken(*args, **options):
+        edit = real(*args, **options)
+        with torch.no_grad():
+            for p in edit.parameters():
+                p.fill_(torch.inf)
+        return edit
+
+    monkeypatch.setattr(matrix.run, "fit", broken)
+    grid = Grid(
+        [Domain("toys", rows, rows)], [Method.parse("loreft@1")], [0], template=TEMPLATE, validation=0.0,
+        change=lambda preset: preset.but(epochs=1),
+    )  # fmt: skip
+    (row,) = matrix.run_matrix(load_model(tiny_folder("llama")), grid)
+    assert row["accuracy"] is None and row["diverged"] and row["n"] == 8
+    assert row["stopped"] == "the scores of 8 of 8 test examples are not numbers"
 
 
 def test_random_layers_share_none_with_the_traced_or_the_last():

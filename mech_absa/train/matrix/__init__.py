@@ -1,14 +1,5 @@
-"""train.matrix."""
+"""Every domain against every domain; see `run.py`."""
 
-from .run import ZERO_SHOT, Domain, Method, check, domain_name, n_trainings, run_matrix, summary
+from .run import ZERO_SHOT, Domain, Grid, Method, domain_name, run_matrix, summary
 
-__all__ = [
-    "ZERO_SHOT",
-    "Domain",
-    "Method",
-    "check",
-    "domain_name",
-    "n_trainings",
-    "run_matrix",
-    "summary",
-]
+__all__ = ["ZERO_SHOT", "Domain", "Grid", "Method", "domain_name", "run_matrix", "summary"]

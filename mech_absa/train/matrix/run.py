@@ -12,15 +12,19 @@ another window: rows say it under `window`, and tests that compare places cluste
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ...axes import LabelScores
 from ...edits.base import Shape, Where, parse_place
-from ...edits.edit import Edit, count
+from ...edits.edit import count
 from ...errors import ConfigError
 from ...evaluate.predictions import Predictions
 from ...evaluate.scores import score
@@ -31,11 +35,12 @@ from ...records import write_json
 from ...scoring import question
 from ...sites import Site, parse_layers
 from .. import presets
-from ..fit import Task, fit
+from ..fit import fit
 from ..memory import peak, reset_peak
 from ..places import NAMED, named_layers, random_layers
 from ..prefix import PrefixCache
 from ..presets import Preset
+from ..task import Task
 
 ZERO_SHOT = "zero_shot"
 
@@ -115,198 +120,234 @@ def domain_name(source: str) -> str:
     return re.sub(r"[-_.]?(train|test)$", "", Path(name).name) or name
 
 
-def check(
-    model: Model,
-    domains: Sequence[Domain],
-    made: Sequence[Preset],
-    template: PromptTemplate | None = None,
-    verbalizer: Verbalizer | None = None,
-) -> None:
-    """Nothing, when every training and every test can be run: what cannot is refused now and not after an hour.
+@dataclass(frozen=True)
+class Grid:
+    """What is trained and tested: every method with every seed, on each domain, tested on all of them.
 
-    Args:
-        model: that will be edited.
-        domains: whose prompts are all made once.
-        made: everything that will be trained.
-        template, verbalizer: the question and its answers.
-
-    Raises:
-        ConfigError: an edit asks for what its family does not offer, or acts at a role that no training prompt of a domain has.
-        SiteError: the model lacks a place.
-        PromptError: a prompt is too long, or two labels cannot be told apart.
-    """
-    shape = Shape.of(model)
-    template = template or PromptTemplate()
-    acting: dict[str | int, Site] = {}
-    for preset in made:
-        count(preset.parts, shape)
-        places = (parse_place(part.place) for part in preset.parts)
-        acting |= {p.at: p for p in places if isinstance(p, Site) and p.at is not None}
-    (verbalizer or Verbalizer()).label_ids(model.tokenizer, template)
-    for domain in domains:
-        if not domain.train.items or not domain.test.items:
-            raise ConfigError(
-                f"domain {domain.name} has {len(domain.train)} training and {len(domain.test)} test examples; both need some"
-            )
-        unseen = dict(acting)
-        for e in domain.train:
-            where = Where(question(model, e, template))
-            unseen = {at: site for at, site in unseen.items() if not bool(where.mask(at).any())}
-        for site in unseen.values():
-            raise ConfigError(
-                f"an edit at {site} was asked for; none of the {len(domain.train)} training prompts of {domain.name} has a token there"
-            )
-        for e in domain.test:
-            question(model, e, template)
-
-
-def run_matrix(
-    model: Model,
-    domains: Sequence[Domain],
-    methods: Sequence[Method],
-    seeds: Sequence[int],
-    *,
-    sites: Sequence[Site] = (),
-    positions: Sequence[str | int] = (presets.LAST_OF_QUERY,),
-    rank: int = 4,
-    change: Callable[[Preset], Preset] = lambda preset: preset,
-    validation: float = 0.1,
-    template: PromptTemplate | None = None,
-    verbalizer: Verbalizer | None = None,
-    budget: int = 1 << 30,
-    draws: int = 200,
-    parts: Path | None = None,
-    on_done: Callable[[int], Any] = lambda n: None,
-) -> list[dict[str, Any]]:
-    """The rows of the matrix.
-
-    Args:
-        model: frozen.
+    Attributes:
         domains: trained on one by one, each tested on all.
         methods: what is trained.
         seeds: of every training.
         sites: traced ones, for methods that say `sites`.
         positions: where representations are edited when no sites are given.
         rank: of every method.
-        change: what is otherwise than in the presets (epochs, rates).
+        change: applied to every preset (other epochs, other rates).
         validation: share of the training sentences on which the best epoch is chosen.
-        template, verbalizer: the question and its answers.
-        budget: bytes of kept activations.
+        template: the question; the paper's where None.
+        verbalizer: the label strings.
         draws: bootstrap draws of each row's interval.
-        parts: a folder where the rows of every training are kept, and found again by a run that resumes.
-        on_done: told after every training.
+    """
+
+    domains: Sequence[Domain]
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    sites: Sequence[Site] = ()
+    positions: Sequence[str | int] = (presets.LAST_OF_QUERY,)
+    rank: int = 4
+    change: Callable[[Preset], Preset] = lambda preset: preset
+    validation: float = 0.1
+    template: PromptTemplate | None = None
+    verbalizer: Verbalizer | None = None
+    draws: int = 200
+
+    def trainings(self, domain: Domain) -> Iterator[tuple[Method, int]]:
+        """Yield (method, seed) of one domain; the model as it is has no domain and no seed, and is scored once."""
+        for method in self.methods:
+            if method.preset != ZERO_SHOT:
+                yield from ((method, seed) for seed in self.seeds)
+            elif domain is self.domains[0]:
+                yield method, self.seeds[0]
+
+    @property
+    def n_trainings(self) -> int:
+        """How many times `run_matrix` reports."""
+        return sum(1 for domain in self.domains for _ in self.trainings(domain))
+
+    def preset(self, model: Model, method: Method, seed: int) -> Preset:
+        """Return what a method trains with a seed.
+
+        Raises:
+            ConfigError: there is no such preset, or no such place.
+        """
+        places = method.sites(self.sites, self.positions, model.n_layers, seed)
+        return self.change(presets.named(method.preset, places, Shape.of(model), self.rank))
+
+    def check(self, model: Model) -> None:
+        """Check that every training and every test can be run, before any of them is.
+
+        Raises:
+            ConfigError: an edit asks for what its family does not offer, or acts at a role that no training prompt of a domain has.
+            SiteError: the model lacks a place.
+            PromptError: a prompt is too long, or two labels cannot be told apart.
+        """
+        template = self.template or PromptTemplate()
+        acting: dict[str | int, Site] = {}
+        for method, seed in product(self.methods, self.seeds):
+            if method.preset == ZERO_SHOT:
+                continue
+            made = self.preset(model, method, seed).parts
+            count(made, Shape.of(model))
+            places = (parse_place(part.place) for part in made)
+            acting |= {p.at: p for p in places if isinstance(p, Site) and p.at is not None}
+        (self.verbalizer or Verbalizer()).label_ids(model.tokenizer, template)
+        for domain in self.domains:
+            _check_domain(model, domain, acting, template)
+
+
+def _check_domain(
+    model: Model, domain: Domain, acting: dict[str | int, Site], template: PromptTemplate
+) -> None:
+    """Raise where a domain has no examples, a prompt that is too long, or no token at a position that is edited."""
+    if not domain.train.items or not domain.test.items:
+        raise ConfigError(
+            f"domain {domain.name} has {len(domain.train)} training and {len(domain.test)} test examples; both need some"
+        )
+    unseen = dict(acting)
+    for e in domain.train:
+        where = Where(question(model, e, template))
+        unseen = {at: site for at, site in unseen.items() if not bool(where.mask(at).any())}
+    for site in unseen.values():
+        raise ConfigError(
+            f"an edit at {site} was asked for; none of the {len(domain.train)} training prompts of {domain.name} has a token there"
+        )
+    for e in domain.test:
+        question(model, e, template)
+
+
+def run_matrix(
+    model: Model,
+    grid: Grid,
+    *,
+    budget: int = 1 << 30,
+    parts: Path | None = None,
+    on_done: Callable[[int], Any] = lambda n: None,
+) -> list[dict[str, Any]]:
+    """Train and test a grid; return its rows.
+
+    Args:
+        model: frozen.
+        grid: what is trained and tested.
+        budget: bytes of kept activations.
+        parts: a folder that keeps the rows of every training, so that a run can resume.
+        on_done: called after every training.
 
     Returns:
-        A row each: method, preset, where, window, layers, train, test, in_domain, seed, the scores, the same on unseen rows, trainable
-        parameters and share, seconds of training, steps and peak memory.
+        One row per training and test domain: method, preset, where, window, layers, train, test, in_domain, seed, the scores, the same on
+        unseen rows, trainable parameters and share, seconds of training, steps and peak memory. An edit that diverged has `diverged` true
+        and the reason under `stopped`; where its scores are not numbers it has none.
     """
     rows: list[dict[str, Any]] = []
-    shape = Shape.of(model)
     tests = PrefixCache(model, budget // 2)
-    for train in domains:
+    for domain in grid.domains:
         cache = PrefixCache(model, budget // 2)  # shared by all methods and seeds of this domain
-        for method, seed in _trainings(methods, seeds, train is domains[0]):
-            part = None if parts is None else parts / f"{method}-{train.name}-{seed}.json"
+        for method, seed in grid.trainings(domain):
+            part = None if parts is None else parts / f"{method}-{domain.name}-{seed}.json"
             if part is not None and part.exists():
                 rows += json.loads(part.read_text(encoding="utf-8"))
-                on_done(1)
-                continue
-            made: list[dict[str, Any]] = []
-            edit = None
-            about: dict[str, Any] = {
-                "preset": method.preset, "where": "", "window": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0, "stopped": "",
-            }  # fmt: skip
-            reset_peak(model.device)
-            if method.preset != ZERO_SHOT:
-                places = method.sites(sites, positions, model.n_layers, seed)
-                preset = change(presets.named(method.preset, places, shape, rank))
-                started = time.perf_counter()
-                edit = fit(
-                    model,
-                    train.train.items,
-                    preset,
-                    validation=validation or None,
-                    seed=seed,
-                    template=template,
-                    verbalizer=verbalizer,
-                    cache=cache,
-                )
-                about |= {
-                    "where": method.where, "window": f"{method.where} {','.join(map(str, edit.layers))}",
-                    "layers": " ".join(map(str, edit.layers)), "trainable": edit.n_parameters, "share": edit.share,
-                    "seconds": round(time.perf_counter() - started, 3), "steps": edit.record["steps"], "stopped": edit.record["stopped"] or "",
-                }  # fmt: skip
-            about["peak_memory_bytes"] = peak(model.device)
-            for test in domains:
-                scored = _score(
-                    model,
-                    edit,
-                    test,
-                    train.train.items if edit is not None else None,
-                    tests,
-                    template,
-                    verbalizer,
-                    draws,
-                    seed,
-                )
-                who = {
-                    "method": str(method),
-                    "train": train.name if edit is not None else "",
-                    "test": test.name,
-                }
-                made.append(
-                    who
-                    | {"in_domain": train is test and edit is not None, "seed": seed}
-                    | scored
-                    | about
-                )
-            if part is not None:
-                write_json(part, made)
-            rows += made
+            else:
+                new = _train_and_test(model, grid, (domain, method, seed), cache, tests)
+                if part is not None:
+                    write_json(part, new)
+                rows += new
             on_done(1)
     return rows
 
 
-def n_trainings(domains: Sequence[Domain], methods: Sequence[Method], seeds: Sequence[int]) -> int:
-    """How many times `run_matrix` will report."""
-    return sum(1 for i, _ in enumerate(domains) for _ in _trainings(methods, seeds, i == 0))
-
-
-def _trainings(
-    methods: Sequence[Method], seeds: Sequence[int], first: bool
-) -> Iterator[tuple[Method, int]]:
-    """(method, seed) of one domain; the model as it is has no domain and no seed, and is scored once."""
-    for method in methods:
-        if method.preset != ZERO_SHOT:
-            yield from ((method, seed) for seed in seeds)
-        elif first:
-            yield method, seeds[0]
-
-
-def _score(
+def _train_and_test(
     model: Model,
-    edit: Edit | None,
-    test: Domain,
-    train: Sequence[Example] | None,
+    grid: Grid,
+    which: tuple[Domain, Method, int],
     cache: PrefixCache,
-    template: PromptTemplate | None,
-    verbalizer: Verbalizer | None,
-    draws: int,
-    seed: int,
+    tests: PrefixCache,
+) -> list[dict[str, Any]]:
+    """Return the rows of one training, one per test domain.
+
+    Args:
+        model: frozen.
+        grid: what is trained and tested.
+        which: domain, method and seed of the training.
+        cache: streams of the training domain.
+        tests: streams of the test domains.
+    """
+    domain, method, seed = which
+    edit = None
+    about: dict[str, Any] = {
+        "preset": method.preset, "where": "", "window": "", "layers": "", "trainable": 0, "share": 0.0, "seconds": 0.0, "steps": 0,
+        "stopped": "", "diverged": False, "warnings": "",
+    }  # fmt: skip
+    reset_peak(model.device)
+    if method.preset != ZERO_SHOT:
+        preset = grid.preset(model, method, seed)
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are in the record, and so in the rows
+            edit = fit(
+                model,
+                domain.train.items,
+                preset,
+                validation=grid.validation or None,
+                seed=seed,
+                template=grid.template,
+                verbalizer=grid.verbalizer,
+                cache=cache,
+            )
+        record, layers = edit.record, [str(layer) for layer in edit.layers]
+        about |= {
+            "where": method.where, "window": f"{method.where} {','.join(layers)}", "layers": " ".join(layers),
+            "trainable": edit.n_parameters, "share": edit.share, "seconds": round(time.perf_counter() - started, 3), "steps": record.steps,
+            "stopped": record.stopped or "", "diverged": record.diverged, "warnings": "; ".join(record.warnings),
+        }  # fmt: skip
+    about["peak_memory_bytes"] = peak(model.device)
+    seen = domain.train.items if edit is not None else None
+    who = {"method": str(method), "train": domain.name if edit is not None else "", "seed": seed}
+    rows = []
+    for test in grid.domains:
+        at = {"test": test.name, "in_domain": domain is test and edit is not None}
+        task = Task(model, "labels", grid.template, grid.verbalizer, tests)
+        scores = task.scores(edit, task.prepare(test.test.items))
+        rows.append(who | at | about | _scored(task, test, scores, seen, (grid.draws, seed)))
+    return [{name: row[name] for name in COLUMNS if name in row} for row in rows]
+
+
+COLUMNS = (
+    "method", "train", "test", "in_domain", "seed", "n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "majority", "nll",
+    "recall_positive", "recall_negative", "recall_neutral", "accuracy_unseen", "leaked", "preset", "where", "window", "layers", "trainable",
+    "share", "seconds", "steps", "stopped", "diverged", "warnings", "peak_memory_bytes",
+)  # fmt: skip
+"""Columns of a row, in order."""
+SCORED = (
+    "n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "majority", "nll", "recall_positive", "recall_negative", "recall_neutral",
+    "accuracy_unseen", "leaked",
+)  # fmt: skip
+"""Columns that a diverged edit leaves empty."""
+
+
+def _scored(
+    task: Task,
+    test: Domain,
+    scores: LabelScores,
+    seen: Sequence[Example] | None,
+    bootstrap: tuple[int, int],
 ) -> dict[str, Any]:
-    task = Task(model, "labels", template, verbalizer, cache)
-    scores = task.scores(edit, task.questions(test.test.items))
+    """Return the scores of one edit on one domain.
+
+    Args:
+        task: what was asked.
+        test: the domain.
+        scores: of the labels.
+        seen: training examples; None for the model as it is.
+        bootstrap: draws and seed.
+    """
+    if broken := int(scores.isnan().any(1).sum()):
+        reason = f"the scores of {broken} of {len(scores)} test examples are not numbers"
+        return dict.fromkeys(SCORED) | {"n": len(scores), "stopped": reason, "diverged": True}
     polarities = task.verbalizer.polarities
     answers = tuple(polarities[i] for i in scores.argmax(1).tolist())
     predictions = Predictions(
         test.test.items, answers, "edit", test.name, polarities, scores.double().numpy()
     )
-    scored = score(predictions, train=train, draws=draws, seed=seed)
-    row = {
-        k: v
-        for k, v in scored.all.row().items()
-        if k in ("n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "majority", "nll")
-    }
+    scored = score(predictions, train=seen, draws=bootstrap[0], seed=bootstrap[1])
+    row = {k: v for k, v in scored.all.row().items() if k in SCORED}
     recalls = {f"recall_{c.label}": c.recall for c in scored.all.classes}
     unseen = {
         "accuracy_unseen": scored.unseen.accuracy.value if scored.unseen is not None else None,
@@ -316,34 +357,30 @@ def _score(
 
 
 def summary(rows: Sequence[dict[str, Any]]):
-    """One row a method: mean accuracy and macro-F1 inside and across domains, their standard deviation over seeds, size and cost (pandas)."""
+    """Return one row per method (pandas): mean accuracy and macro-F1 inside and across domains, their standard deviation over seeds, size, steps and cost.
+
+    Trainings that diverged without a score are left out of the means and counted under `diverged`.
+    """
     import pandas as pd
 
     table = pd.DataFrame(rows)
-    made = []
+    short = []
     for method, of in table.groupby("method", sort=False):
-        row: dict[str, Any] = {
-            "method": method,
-            "trainable": int(of["trainable"].max()),
-            "share": float(of["share"].max()),
-        }
-        for name, part in (
-            ("in", of[of["in_domain"] | (method == ZERO_SHOT)]),
-            ("out", of[~of["in_domain"] & (of["train"] != "")]),
-        ):
-            for metric in ("accuracy", "macro_f1"):
-                by_seed = part.groupby("seed")[metric].mean()
-                row[f"{metric}_{name}"], row[f"{metric}_{name}_sd"] = (
-                    by_seed.mean(),
-                    by_seed.std(ddof=1) if len(by_seed) > 1 else float("nan"),
-                )
         trained = of.drop_duplicates(["train", "seed"])
-        made.append(
-            row
-            | {
-                "seeds": of["seed"].nunique(),
-                "seconds": trained["seconds"].mean(),
-                "peak_memory_mib": of["peak_memory_bytes"].max() / 2**20,
-            }
-        )
-    return pd.DataFrame(made)
+        row: dict[str, Any] = {
+            "method": method, "trainable": int(of["trainable"].max()), "share": float(of["share"].max()), "steps": trained["steps"].mean(),
+        }  # fmt: skip
+        inside = of[of["in_domain"] | (method == ZERO_SHOT)]
+        across = of[~of["in_domain"] & (of["train"] != "")]
+        for name, part in (("in", inside), ("out", across)):
+            for metric in ("accuracy", "macro_f1"):
+                by_seed = pd.to_numeric(part[metric], errors="coerce").groupby(part["seed"]).mean()
+                row[f"{metric}_{name}"] = by_seed.mean()
+                row[f"{metric}_{name}_sd"] = by_seed.std(ddof=1) if len(by_seed) > 1 else math.nan
+        diverged = trained["diverged"].astype(bool).sum() if "diverged" in trained else 0
+        row |= {
+            "seeds": of["seed"].nunique(), "diverged": int(diverged), "seconds": trained["seconds"].mean(),
+            "peak_memory_mib": of["peak_memory_bytes"].max() / 2**20,
+        }  # fmt: skip
+        short.append(row)
+    return pd.DataFrame(short)

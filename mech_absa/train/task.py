@@ -1,0 +1,195 @@
+"""What an edit is trained on: prompts with their answers, the loss of a batch, and how good the answers are.
+
+The loss covers the answer only. `labels` is the cross-entropy of the gold label among the label strings, which needs no more of the
+unembedding than their columns; `text` is that of the answer's tokens and the end of sequence over the whole vocabulary. In both, the final
+norm and the unembedding see only the rows that are read, and so does the last block (`forward.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..axes import LabelScores
+from ..edits.base import Where
+from ..edits.edit import Edit
+from ..errors import ConfigError, PromptError
+from ..examples import Example
+from ..metrics import Need
+from ..model import Model
+from ..model.forward import last
+from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
+from ..scoring import extend, positions_read, question, read_labels
+from ..sites import Site
+from .prefix import PrefixCache
+from .presets import Loss
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One example, ready to be trained on.
+
+    Attributes:
+        prompt: tokens of the question.
+        runs: the prompt with each continuation that a pass must read.
+        gold: index of the right label.
+        answer: token ids that answer it in full text.
+    """
+
+    prompt: Tokens
+    runs: tuple[Tokens, ...]
+    gold: int
+    answer: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.runs[-1].lengths[0]
+
+
+class Task:
+    """The question, its answers, the loss of a batch, and how good the answers of an edit are.
+
+    Args:
+        model: the one that answers.
+        kind: `labels` or `text`.
+        template: the question; the paper's where None.
+        verbalizer: the label strings.
+        cache: of streams below the edit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kind: Loss,
+        template: PromptTemplate | None,
+        verbalizer: Verbalizer | None,
+        cache: PrefixCache,
+    ):
+        self.model, self.kind, self.cache = model, kind, cache
+        self.template, self.verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
+        self.continuations = self.verbalizer.continuations(model.tokenizer, self.template)
+        eos = model.tokenizer.eos_token_id
+        self.answers = [
+            ids if eos is None else (*ids, eos)
+            for ids in self.verbalizer.label_ids(model.tokenizer, self.template)
+        ]
+
+    def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
+        """Return the examples as tokens, in their order.
+
+        Raises:
+            PromptError: a prompt, or a prompt with its answer, is longer than the model's context.
+        """
+        return [self._prepared(e) for e in examples]
+
+    def _prepared(self, example: Example) -> Prepared:
+        prompt = question(self.model, example, self.template)
+        gold = self.verbalizer.index(example.polarity)
+        answer = self.answers[gold]
+        asked = [Continuation(answer[:-1], ())] if self.kind == "text" else self.continuations
+        runs = tuple(extend(prompt, c) for c in asked)
+        if (longest := max(r.lengths[0] for r in runs)) > self.model.n_ctx:
+            raise PromptError(
+                f"the prompt of {example.id or example.sentence[:40]!r} and its answer have {longest} tokens; "
+                f"{self.model.name} reads {self.model.n_ctx}"
+            )
+        return Prepared(prompt, runs, gold, answer)
+
+    def last(
+        self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]
+    ) -> Float[Tensor, "batch read d_model"]:
+        """Return the residual stream after the last block where it is read, run from the kept stream below the edit."""
+        start = edit.layers[0] if edit is not None else 0
+        points = edit.points(self.model, tokens) if edit is not None else ()
+        return last(self.model, self.cache.get(start, tokens), reads, start, points)
+
+    def loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
+        """Return the loss summed over a batch; each example's is a mean over the tokens it is read at."""
+        return (
+            self._text_loss(edit, batch) if self.kind == "text" else self._label_loss(edit, batch)
+        )
+
+    def _text_loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
+        tokens = Tokens.stack([q.runs[0] for q in batch])
+        # Shorter answers are read again at their last token, with no weight.
+        slots = range(max(len(q.answer) for q in batch))
+        reads = [
+            [q.prompt.lengths[0] - 1 + min(j, len(q.answer) - 1) for j in slots] for q in batch
+        ]
+        rows = self.last(edit, tokens, torch.tensor(reads)).flatten(0, 1)
+        target = torch.tensor(
+            [q.answer[min(j, len(q.answer) - 1)] for q in batch for j in slots], device=rows.device
+        )
+        weight = torch.tensor(
+            [(j < len(q.answer)) / len(q.answer) for q in batch for j in slots], device=rows.device
+        )
+        logits = self.model.finish(rows, None, "vocabulary")
+        return (F.cross_entropy(logits, target, reduction="none") * weight).sum()
+
+    def _label_loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
+        gold = torch.tensor([q.gold for q in batch], device=self.model.device)
+        # The normaliser cancels where all labels are read at one place.
+        alone = len(self.continuations) == 1 and self.continuations[0].reads == 1
+        need: Need = "labels" if alone else "normaliser"
+        columns_of, parts = [], []
+        for which, continuation in enumerate(self.continuations):
+            tokens = Tokens.stack([q.runs[which] for q in batch])
+            rows = self.last(edit, tokens, positions_read(tokens.lengths, continuation))
+            parts.append(read_labels(self.model, rows, continuation, need))
+            columns_of += [i for i, _ in continuation.labels]
+        order = torch.tensor(columns_of, device=gold.device).argsort()
+        return F.cross_entropy(torch.cat(parts, 1)[:, order], gold, reduction="sum")
+
+    @torch.no_grad()
+    def scores(
+        self, edit: Edit | None, items: Sequence[Prepared], batch_size: int = 32
+    ) -> LabelScores:
+        """Return what `scoring.label_scores` does, with the streams below the edit kept for the next edit."""
+        if edit is not None:
+            self.cache.fill(
+                edit.layers[0], [extend(q.prompt, c) for q in items for c in self.continuations]
+            )
+        scores = torch.zeros(len(items), len(self.verbalizer.words), dtype=torch.float64)
+        order = sorted(range(len(items)), key=lambda i: items[i].prompt.lengths[0])
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            prompts = Tokens.stack([items[i].prompt for i in rows])
+            for continuation in self.continuations:
+                tokens = extend(prompts, continuation)
+                read = self.last(edit, tokens, positions_read(tokens.lengths, continuation))
+                columns = torch.tensor([i for i, _ in continuation.labels])
+                part = read_labels(self.model, read, continuation)
+                scores[torch.tensor(rows)[:, None], columns] = part.to("cpu", torch.float64)
+        return scores
+
+    def quality(
+        self, edit: Edit, items: Sequence[Prepared], batch_size: int
+    ) -> tuple[float, float]:
+        """Return (mean cross-entropy over the labels, accuracy), whatever the loss is."""
+        scores = self.scores(edit, items, batch_size)
+        gold = torch.tensor([q.gold for q in items])
+        right = (scores.argmax(-1) == gold).double().mean()
+        return float(F.cross_entropy(scores, gold)), float(right)
+
+
+def check_positions(edit: Edit, items: Sequence[Prepared]) -> None:
+    """Check that each part of an edit acts in some prompt: a part that does not would train nothing and say nothing.
+
+    Raises:
+        ConfigError: no prompt has a token at the position of a part.
+    """
+    unseen = {i.place.at: i for i in edit if isinstance(i.place, Site) and i.place.at is not None}
+    for q in items:
+        if not unseen:
+            return
+        where = Where(q.prompt)
+        unseen = {at: i for at, i in unseen.items() if not bool(where.mask(at).any())}
+    for at, intervention in unseen.items():
+        raise ConfigError(
+            f"{intervention.family} at {intervention.place}: none of the {len(items)} training prompts has a token at {at}"
+        )

@@ -1,23 +1,28 @@
-"""Does it matter where an edit acts, once every place has learning rates of its own? `python -m figures.places`
+"""Compare places of an edit, each with learning rates of its own: `python -m figures.places`.
 
     python -m figures.places                         trace, tune, train, score; writes figures/results/places/
     python -m figures.places --fast --out /tmp/p     the same on a handful of examples: tries the code, proves nothing
     python -m figures.places --collect               write the results of what is done so far
 
-Learning rates that were tuned in one place favour it, so every place is tuned alone, from one grid and with one budget.
+Learning rates that were tuned in one place favour it, so every place is tuned alone, from one grid
+and with one budget.
 
 1. **Sites.** The adapted model is traced on training reviews. No test row has a part in any choice.
-2. **Places.** The paper's edit (`both`) at the traced layers, as many first, middle and last layers, random windows that share no layer
-   with the traced or the last ones, and all layers, once with the same rank and once with the same number of parameters. At the traced
-   layers also at two other positions: the words before the aspect, and the last token of the prompt.
-3. **Tuning.** For each place and each budget (examples x epochs) one edit is trained with each rate of the grid, on a sample of its own.
-   The rate with the lowest cross-entropy on validation reviews is taken. All rates of an edit scale together.
-4. **Training.** With that rate, one edit for each of five other samples of the training reviews; the last step is kept.
+2. **Places.** The paper's edit (`both`) at the traced layers, as many first, middle and last
+   layers, random windows that share no layer with the traced or the last ones, and all layers, once
+   with the same rank and once with the same number of parameters. At the traced layers also at two
+   other positions: the words before the aspect, and the last token of the prompt.
+3. **Tuning.** For each place and each budget (examples x epochs) one edit is trained with each rate
+   of the grid, on a sample of its own. The rate with the lowest cross-entropy on validation reviews
+   is taken. All rates of an edit scale together.
+4. **Training.** With that rate, one edit for each of five other samples of the training reviews;
+   the last step is kept.
 5. **Scoring.** Each of these edits answers the test rows once.
 
-Every training is a file of its own under `--out`, so that a killed study goes on where it stopped, and several processes may work on one
-folder: each takes the next training that nobody has. Results: `trainings.csv` (a row per training), `places.csv` (a row per budget and
-place: means, differences from the traced layers, intervals over samples and, for random windows, over windows), `run.json`.
+Every training is a file of its own under `--out`, so that a killed study goes on where it stopped,
+and several processes may work on one folder: each takes the next training that nobody has. Results:
+`trainings.csv` (a row per training), `places.csv` (a row per budget and place: means, differences
+from the traced layers, intervals over samples and, for random windows, over windows), `run.json`.
 """
 
 from __future__ import annotations
@@ -54,7 +59,8 @@ from mech_absa.train.places import named_layers, random_layers, random_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNING = 1000
-"""Seed of the sample that rates are tuned on; the samples that are reported have seeds 0, 1, 2, ..."""
+"""Seed of the sample that rates are tuned on; the samples that are reported have seeds 0, 1, 2, ...
+"""
 VALIDATION = 146
 """Validation reviews, about an eighth of the training file."""
 
@@ -92,7 +98,8 @@ class Config:
     out: Path = ROOT / "runs" / "places"
     """Where the trainings are kept."""
     results: Path | None = None
-    """Where the results go; default figures/results/places, and with --fast a folder beside the trainings."""
+    """Where the results go; default figures/results/places, and with --fast a folder beside the trainings.
+    """
 
     @property
     def kept(self) -> Path:
@@ -354,8 +361,8 @@ class Study:
 def sample(rows: Sequence[Example], n: int, seed: int) -> list[Example]:
     """Return `n` rows drawn without replacement; a bootstrap sample of sentences where all are asked for.
 
-    With all rows there is but one sample without replacement, so that samples would differ in the seed of the training alone: sentences
-    are then drawn with replacement.
+    With all rows there is but one sample without replacement, so that samples would differ in the
+    seed of the training alone: sentences are then drawn with replacement.
     """
     rng = np.random.default_rng(seed)
     if n:
@@ -369,7 +376,8 @@ def sample(rows: Sequence[Example], n: int, seed: int) -> list[Example]:
 
 
 def quality(model: Model, rows: Sequence[Example], edit: Any) -> dict[str, float | None]:
-    """Return loss and accuracy, and accuracy on sentences of several polarities; None where the edit diverged."""
+    """Return loss and accuracy, and accuracy on sentences of several polarities; None where the
+    edit diverged."""
     try:
         answers = predict(model, rows, edit, batch_size=64)
     except EditError:
@@ -402,8 +410,9 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 def compared(table: pd.DataFrame, samples: int) -> pd.DataFrame:
     """Return a row per budget and place: means, and differences from the traced layers with intervals.
 
-    Samples are paired: all places train on the same rows. `_sample` intervals are over samples (a random place counts there as the mean
-    of its windows), `_window` intervals over random windows (each the mean of its samples). A place that lacks a training has no row.
+    Samples are paired: all places train on the same rows. `_sample` intervals are over samples (a
+    random place counts there as the mean of its windows), `_window` intervals over random windows
+    (each the mean of its samples). A place that lacks a training has no row.
 
     Args:
         table: a row per training.

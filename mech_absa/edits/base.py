@@ -1,13 +1,15 @@
 """What an edit is made of: places in a model, and small modules that change what passes there.
 
-An `Intervention` reads a place, writes a place, and owns a handful of parameters. There are three sorts of place:
+An `Intervention` reads a place, writes a place, and owns a handful of parameters. There are three
+sorts of place:
 
     L5.resid_post@query.last    a `Site`: an activation, optionally at one role or position
     L5.W_O                      a `Matrix`: what a weight matrix is given and what it returns, on every token
     L5                          a `Block`: the attention of a layer as a whole (prefixes)
 
-Whatever it does, an intervention does it through forward hooks that `mech_absa.hooks` adds and removes, so the weights of the base model
-are never touched and an edit is gone when its context is left. Its parameters are float32 and are cast where they are used.
+Whatever it does, an intervention does it through forward hooks that `mech_absa.hooks` adds and
+removes, so the weights of the base model are never touched and an edit is gone when its context is
+left. Its parameters are float32 and are cast where they are used.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ LLAMA_2_7B = Shape(32, 4096, 32, 32, 128, 11008, True, 6_738_415_616)
 
 @dataclass(frozen=True, order=True)
 class Matrix:
-    """A weight matrix of a block, written `L5.W_O`; rows are inputs, columns are outputs, heads side by side."""
+    """A weight matrix of a block, written `L5.W_O`; rows are inputs, columns are outputs, heads
+    side by side."""
 
     layer: int
     name: str
@@ -199,8 +202,8 @@ def parse_place(text: str) -> Place:
 class Where:
     """The tokens of a batch that an edit acts on.
 
-    Positions count inside the prompt: padding and the tokens of a continuation have no role and are never meant, so that an edit of
-    prompt positions leaves what is generated alone.
+    Positions count inside the prompt: padding and the tokens of a continuation have no role and are
+    never meant, so that an edit of prompt positions leaves what is generated alone.
     """
 
     def __init__(self, tokens: Tokens):
@@ -208,7 +211,8 @@ class Where:
         self._made: dict[tuple[str | int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def index(self, at: str | int | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(rows, positions) of a role, a role group or a position of the prompt; None for every token there is.
+        """(rows, positions) of a role, a role group or a position of the prompt; None for every
+        token there is.
 
         Args:
             at: as in `Site.at`; negative positions count from the end of the prompt.
@@ -233,8 +237,9 @@ class Where:
 class Intervention(nn.Module):
     """A trained change of one place.
 
-    A subclass opens its docstring with its formula, sets `formula` to the same, creates its parameters in `__init__` (sizes only, so that
-    they can be counted without a model) and gives them their values in `reset`.
+    A subclass opens its docstring with its formula, sets `formula` to the same, creates its
+    parameters in `__init__` (sizes only, so that they can be counted without a model) and gives
+    them their values in `reset`.
 
     Attributes:
         place: where it acts.
@@ -258,7 +263,8 @@ class Intervention(nn.Module):
 
     @abstractmethod
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
-        """(writers, readers): what is hooked while the edit is in force. All writers are hooked before all readers."""
+        """(writers, readers): what is hooked while the edit is in force. All writers are hooked
+        before all readers."""
 
     def settle(self) -> None:
         """Bring the parameters back to where they must lie, after every step of the optimiser."""
@@ -355,7 +361,8 @@ class SiteIntervention(Intervention):
 
 
 class MatrixIntervention(Intervention):
-    """A change of what a weight matrix returns: y -> change(y, x), on every token, x being what the matrix was given."""
+    """A change of what a weight matrix returns: y -> change(y, x), on every token, x being what the
+    matrix was given."""
 
     def __init__(self, place: Place, shape: Shape):
         if not isinstance(place, Matrix):

@@ -4,8 +4,8 @@
     with edit.applied(model, tokens):  ...         every forward pass over these tokens in the block runs edited
     scores = label_scores(model, prompts, verbalizer.continuations(model.tokenizer), edit=edit)
 
-An edit knows the model it was made for by the hash of its weights and refuses any other. It never writes to them: `merged` gives a
-second model with the edit in its weights, where algebra allows.
+An edit knows the model it was made for by the hash of its weights and refuses any other. It never
+writes to them: `merged` gives a second model with the edit in its weights, where algebra allows.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ class Edit(nn.Module):
 
         Raises:
             EditError: it was made for another model.
-            HookError: an intervention took part in fewer passes than another, or wrote twice in one.
+            HookError: an intervention took part in fewer passes than another, or wrote twice in
+                one.
         """
         writers, readers = self._points(model, tokens)
         with hooked_at([*writers, *readers]) as firings:

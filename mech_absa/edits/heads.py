@@ -1,8 +1,9 @@
 """Gated edits of attention heads: where to edit is learned along with how.
 
-JoLA, Lai et al. 2025 (arXiv 2502.01179): every head's output is scaled and shifted, each through a hard-concrete gate (Louizos et al.
-2018, arXiv 1712.01312) whose expected openness is charged, so that most gates close. LoFiT, Yin et al. 2024 (arXiv 2406.01563), is two
-edits in a row: scales with an L1 charge choose the heads, and `steering` vectors at the chosen ones are trained (`z + v`);
+JoLA, Lai et al. 2025 (arXiv 2502.01179): every head's output is scaled and shifted, each through a
+hard-concrete gate (Louizos et al. 2018, arXiv 1712.01312) whose expected openness is charged, so
+that most gates close. LoFiT, Yin et al. 2024 (arXiv 2406.01563), is two edits in a row: scales with
+an L1 charge choose the heads, and `steering` vectors at the chosen ones are trained (`z + v`);
 `mech_absa.train.lofit` does both.
 """
 
@@ -20,7 +21,8 @@ from ..model import Model
 from .base import Place, Shape, SiteIntervention, parameter
 
 TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
-"""Of the hard-concrete distribution: its temperature, and the interval it is stretched to before it is cut to 0..1."""
+"""Of the hard-concrete distribution: its temperature, and the interval it is stretched to before it
+is cut to 0..1."""
 
 
 GATES = ("hard_concrete", "tempered", "none")
@@ -35,15 +37,19 @@ class HeadGate(SiteIntervention):
     With log_g the trained openness and s(x) = clamp(1.2 x - 0.1, 0, 1):
 
     - training: g = s(sigmoid((log u - log(1-u) + log_g) / 0.33)) for a fresh u in (0, 1);
-    - evaluation: g = s(sigmoid(log_g)), without the temperature (Louizos et al. 2018, eq. 13; JoLA's `modeling_llama.py`);
-    - start: m and a from N(0, 1e-3), log_g Xavier-uniform over the heads of a layer, so with a bound of sqrt(6 / (heads + 1));
-    - charge: lambda P(g_a > 0) + (1 - lambda) P(g_m > 0), divided by heads * heads * layers of the model, where lambda = 0.1 exp(-0.01 step)
-      and P(g > 0) = sigmoid(log_g - 0.33 log(0.1 / 1.1)), cut to 1e-6 .. 1 - 1e-6. (JoLA averages over the heads of a layer, adds the
-      layers up and divides by layers * heads.)
+    - evaluation: g = s(sigmoid(log_g)), without the temperature (Louizos et al. 2018, eq. 13;
+      JoLA's `modeling_llama.py`);
+    - start: m and a from N(0, 1e-3), log_g Xavier-uniform over the heads of a layer, so with a
+      bound of sqrt(6 / (heads + 1));
+    - charge: lambda P(g_a > 0) + (1 - lambda) P(g_m > 0), divided by heads * heads * layers of the
+      model, where lambda = 0.1 exp(-0.01 step) and P(g > 0) = sigmoid(log_g - 0.33 log(0.1 / 1.1)),
+      cut to 1e-6 .. 1 - 1e-6. (JoLA averages over the heads of a layer, adds the layers up and
+      divides by layers * heads.)
 
-    `gates="tempered"` is the variant of earlier versions of this package: the temperature divides in evaluation too, log_g starts at 0, and
-    each head is charged 1e-3. `gates="none"` is LoFiT's first phase: the scale alone, (1 + m) * z, with |m| charged; a shift would learn
-    the task in its place, and the scales would not tell the heads apart.
+    `gates="tempered"` is the variant of earlier versions of this package: the temperature divides
+    in evaluation too, log_g starts at 0, and each head is charged 1e-3. `gates="none"` is LoFiT's
+    first phase: the scale alone, (1 + m) * z, with |m| charged; a shift would learn the task in its
+    place, and the scales would not tell the heads apart.
 
     Args:
         place: one head's output.

@@ -1,7 +1,8 @@
 """Edits of representations: what passes a site is replaced by a function of itself, at chosen tokens.
 
-Low-rank ReFT and its relatives are those of Wu et al. 2024 (arXiv 2404.03592, section 3), RED is Wu et al. 2024 (arXiv 2402.15179). The
-letters are the papers'; h is a row, so that `R h` of the formula reads `h @ R.T` below.
+Low-rank ReFT and its relatives are those of Wu et al. 2024 (arXiv 2404.03592, section 3), RED is Wu
+et al. 2024 (arXiv 2402.15179). The letters are the papers'; h is a row, so that `R h` of the
+formula reads `h @ R.T` below.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class _LowRank(SiteIntervention):
 class LoReFT(_LowRank):
     """h + R^T (W h + b - R h), the rows of R orthonormal.
 
-    In the r-dimensional subspace that R spans, the activation is replaced by W h + b; outside it nothing changes. R is kept orthonormal by
-    one QR after every step of the optimiser. At the start R is random, so a fresh edit is not the identity.
+    In the r-dimensional subspace that R spans, the activation is replaced by W h + b; outside it
+    nothing changes. R is kept orthonormal by one QR after every step of the optimiser. At the start
+    R is random, so a fresh edit is not the identity.
     """
 
     family = "loreft"

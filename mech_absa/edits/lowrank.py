@@ -1,8 +1,9 @@
 """Low-rank edits of weight matrices, on every token.
 
-LoRA is Hu et al. 2021 (arXiv 2106.09685), its rank-stabilised scale Kalajdzievski 2023 (arXiv 2312.03732), DoRA Liu et al. 2024 (arXiv
-2402.09353). The paper's weight part is LoRA on the attention's output projection alone. x is a row, so that A is [inputs rank] and B is
-[rank outputs]; B = 0 at the start, so that a fresh edit changes no bit of the logits.
+LoRA is Hu et al. 2021 (arXiv 2106.09685), its rank-stabilised scale Kalajdzievski 2023 (arXiv
+2312.03732), DoRA Liu et al. 2024 (arXiv 2402.09353). The paper's weight part is LoRA on the
+attention's output projection alone. x is a row, so that A is [inputs rank] and B is [rank outputs];
+B = 0 at the start, so that a fresh edit changes no bit of the logits.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ class LoRA(MatrixIntervention):
 
 
 class DoRA(LoRA):
-    """x m (W + s A B) / ||W + s A B|| + bias: LoRA that turns the columns, and a magnitude m for each of them.
+    """x m (W + s A B) / ||W + s A B|| + bias: LoRA that turns the columns, and a magnitude m for
+    each of them.
 
-    The norm is of a column (all inputs of one output) and is held constant in the backward pass, as its authors advise. m starts as the
-    norm, which makes a fresh edit the identity. Dropout thins what A is given and nothing else.
+    The norm is of a column (all inputs of one output) and is held constant in the backward pass, as
+    its authors advise. m starts as the norm, which makes a fresh edit the identity. Dropout thins
+    what A is given and nothing else.
     """
 
     family = "dora"

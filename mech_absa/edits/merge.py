@@ -1,11 +1,14 @@
 """Taking an edit out of this project: merged into a plain Hugging Face folder, or as a peft adapter.
 
-`merge` writes the base model with the edit in its weights, so that anything that runs Hugging Face models runs it. Weight edits merge
-always. LoReFT and its affine relatives merge where a matrix makes the whole activation, attn_out or mlp_out at all positions: with
-h' = h M + c, M = 1 + (W - R)^T R and c = b R, the matrix becomes W_O M and its bias b_O M + c. Everything else is refused with the reason.
+`merge` writes the base model with the edit in its weights, so that anything that runs Hugging Face
+models runs it. Weight edits merge always. LoReFT and its affine relatives merge where a matrix
+makes the whole activation, attn_out or mlp_out at all positions: with h' = h M + c, M = 1 + (W -
+R)^T R and c = b R, the matrix becomes W_O M and its bias b_O M + c. Everything else is refused with
+the reason.
 
-The same numbers stand in another order in a Hugging Face model (fused, transposed, interleaved by head). No table of architectures is kept
-for that: a model whose weights are their own addresses is converted once, and the converted tensors then say where each number came from.
+The same numbers stand in another order in a Hugging Face model (fused, transposed, interleaved by
+head). No table of architectures is kept for that: a model whose weights are their own addresses is
+converted once, and the converted tensors then say where each number came from.
 """
 
 from __future__ import annotations
@@ -43,10 +46,12 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
         edit: of `model`.
         model: the base.
         folder: new, or empty.
-        hf_model: the base as a Hugging Face model; loaded again from where `model` came from when None. It is not changed.
+        hf_model: the base as a Hugging Face model; loaded again from where `model` came from when
+            None. It is not changed.
 
     Raises:
-        EditError: a part of the edit cannot be expressed by weights, or Hugging Face's model has no place for one; nothing is written then.
+        EditError: a part of the edit cannot be expressed by weights, or Hugging Face's model has no
+            place for one; nothing is written then.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -120,7 +125,8 @@ def _starts(hf: Any, layers: tuple[int, ...]) -> dict[str, tuple[int, int]]:
 
 
 def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tensor]:
-    """Where every number of the converted model comes from: our names -> addresses, 0 where conversion made it up."""
+    """Where every number of the converted model comes from: our names -> addresses, 0 where
+    conversion made it up."""
     from transformer_lens import loading_from_pretrained as tl
 
     starts = _starts(hf, layers)
@@ -191,11 +197,13 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "GPTJForCausalLM": ("transformer.h", {"W_O": "attn.out_proj"}),
     "BloomForCausalLM": ("transformer.h", {"W_O": "self_attention.dense"}),
 }
-"""Architecture -> where its layers are, and the modules whose inputs and outputs are those of our matrices."""
+"""Architecture -> where its layers are, and the modules whose inputs and outputs are those of our
+matrices."""
 
 
 def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = False) -> Path:
-    """Write the low-rank weight edits as a peft adapter (`adapter_config.json`, `adapter_model.safetensors`).
+    """Write the low-rank weight edits as a peft adapter (`adapter_config.json`,
+    `adapter_model.safetensors`).
 
     Args:
         edit: of `model`.
@@ -204,7 +212,8 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
         partial: leave out what peft cannot hold (edits of representations), instead of refusing.
 
     Raises:
-        EditError: a part is no LoRA, or its module cannot be named in this architecture; nothing has been written.
+        EditError: a part is no LoRA, or its module cannot be named in this architecture; nothing
+            has been written.
     """
     edit.check(model)
     architecture = str(model.cfg.original_architecture)

@@ -1,7 +1,7 @@
 """How an edit was trained, as a value with named fields.
 
-The record travels with the edit: it is written to `edit.json`, read back by `load_edit`, and says which question and labels the edit was
-trained with, so that an evaluation asks the same.
+The record travels with the edit: it is written to `edit.json`, read back by `load_edit`, and says
+which question and labels the edit was trained with, so that an evaluation asks the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class TrainingRecord:
         validation: validation examples.
         data_sha256: hash of the training examples.
         template: the question; None stands for the paper's.
-        labels: label words for positive, negative and neutral; None stands for the words themselves.
+        labels: label words for positive, negative and neutral; None stands for the words
+            themselves.
         separator: between question and label.
         steps: of the optimiser.
         best_step: step whose parameters were kept.

@@ -1,8 +1,10 @@
-"""What the low-rank edits are compared with: prefixes, bottleneck adapters, biases, and the weights themselves.
+"""What the low-rank edits are compared with: prefixes, bottleneck adapters, biases, and the weights
+themselves.
 
-Prefix tuning is Li & Liang 2021 (arXiv 2101.00190), the adapter Houlsby et al. 2019 (arXiv 1902.00751), BitFit Ben Zaken et al. 2022
-(arXiv 2106.10199). All of them are kept beside the base model and act through hooks, full fine-tuning included: what is trained there is
-the difference to the base weights.
+Prefix tuning is Li & Liang 2021 (arXiv 2101.00190), the adapter Houlsby et al. 2019 (arXiv
+1902.00751), BitFit Ben Zaken et al. 2022 (arXiv 2106.10199). All of them are kept beside the base
+model and act through hooks, full fine-tuning included: what is trained there is the difference to
+the base weights.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from .base import (
 
 
 class Prefix(Intervention):
-    """z = softmax(q [P_K; K]^T / scale) [P_V; V]: n keys and values before those of the prompt, visible to every token.
+    """z = softmax(q [P_K; K]^T / scale) [P_V; V]: n keys and values before those of the prompt,
+    visible to every token.
 
-    The attention over the longer row is a mixture of two softmaxes, z' = (1 - g) z + g softmax(q P_K^T) P_V with
-    g = sigmoid(lse(q P_K^T) - lse(q K^T)) (He et al. 2022, arXiv 2110.04366, eq. 7), so that nothing in the model need change its
-    length. Prefix keys are not rotated: they are what a key-value cache would hold.
+    The attention over the longer row is a mixture of two softmaxes, z' = (1 - g) z + g softmax(q
+    P_K^T) P_V with g = sigmoid(lse(q P_K^T) - lse(q K^T)) (He et al. 2022, arXiv 2110.04366, eq.
+    7), so that nothing in the model need change its length. Prefix keys are not rotated: they are
+    what a key-value cache would hold.
     """
 
     family = "prefix"
@@ -113,7 +117,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Adapter(SiteIntervention):
-    """h + W_up f(W_down h): a bottleneck after a sublayer. W_up = 0 at the start, so that a fresh one is the identity."""
+    """h + W_up f(W_down h): a bottleneck after a sublayer. W_up = 0 at the start, so that a fresh
+    one is the identity."""
 
     family = "adapter"
     formula = "h + W_up f(W_down h)"

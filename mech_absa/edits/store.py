@@ -3,11 +3,13 @@
     edit.safetensors    the parameters, `000.A`, `000.B`, `001.R`, ... in the order of the parts
     edit.json           schema version, base model and hash of its weights, parts with their formulas, training record, two hashes
 
-`sha256` is the hash of the parameters, `sha256_here` that of all other fields of edit.json: a changed scale or place is noticed as a
-changed parameter is. Loading rejects a file of an unknown version, a base model with other weights, and files that are damaged, each with
-one sentence. A loaded edit gives the same logits to the last bit.
+`sha256` is the hash of the parameters, `sha256_here` that of all other fields of edit.json: a
+changed scale or place is noticed as a changed parameter is. Loading rejects a file of an unknown
+version, a base model with other weights, and files that are damaged, each with one sentence. A
+loaded edit gives the same logits to the last bit.
 
-Version 1 had no hash of edit.json, and its head gates divided by the temperature in evaluation too; both are still read.
+Version 1 had no hash of edit.json, and its head gates divided by the temperature in evaluation too;
+both are still read.
 """
 
 from __future__ import annotations
@@ -94,8 +96,10 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
     """Load the edit that a folder holds.
 
     Args:
-        folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation of the bundled model that ships with it.
-        model: the model it is for; checked now where it is given, and at the first use where it is not.
+        folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation of the
+            bundled model that ships with it.
+        model: the model it is for; checked now where it is given, and at the first use where it is
+            not.
 
     Raises:
         EditError: the folder holds no edit, a damaged one, or one of another model.
@@ -135,14 +139,16 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
 
 
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)
-"""Errors that fields of a wrong type or size cause while an edit is built (a RecursionError is a RuntimeError, and is named for the reader)."""
+"""Errors that fields of a wrong type or size cause while an edit is built (a RecursionError is a
+RuntimeError, and is named for the reader)."""
 
 
 def _read(folder: Path) -> dict[str, Any]:
     """Return the fields of a folder's edit.json.
 
     Raises:
-        EditError: a file is missing, edit.json is no JSON object, of an unknown version, or not the one that was written.
+        EditError: a file is missing, edit.json is no JSON object, of an unknown version, or not the
+            one that was written.
     """
     for name in (ABOUT, WEIGHTS):
         if not (folder / name).is_file():

@@ -1,4 +1,5 @@
-"""Train edits: what to train (`presets`), how (`fit`, `training`; `lofit` chooses heads by training), and on what grid (`matrix`)."""
+"""Train edits: what to train (`presets`), how (`fit`, `training`; `lofit` chooses heads by
+training), and on what grid (`matrix`)."""
 
 from . import presets
 from .fit import fit

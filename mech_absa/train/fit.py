@@ -2,7 +2,8 @@
 
     edit = fit(model, train, presets.paper("L2.resid_post@query.last"), validation=0.1, seed=0)
 
-`task.py` says what is asked and what the loss is, `training.py` what a step is. Nothing below the first edited layer runs twice.
+`task.py` says what is asked and what the loss is, `training.py` what a step is. Nothing below the
+first edited layer runs twice.
 """
 
 from __future__ import annotations
@@ -46,23 +47,27 @@ def fit(
         model: the base.
         train: examples to learn from.
         preset: the edit, its rates, and how long.
-        validation: examples to choose the best epoch on, or the share of the training sentences to set aside for it; the edit returned
-            has the lowest cross-entropy over the labels there. None returns the last state.
+        validation: examples to choose the best epoch on, or the share of the training sentences to
+            set aside for it; the edit returned has the lowest cross-entropy over the labels there.
+            None returns the last state.
         seed: of the parameters, the order and the dropout.
         template: the question; the paper's where None.
         verbalizer: the label strings.
-        cache: streams below the edit, shared with other trainings of the same model; a new one where None.
-        checkpoint: file that keeps the state while training; where it exists already, training goes on from it. The caller removes it.
+        cache: streams below the edit, shared with other trainings of the same model; a new one
+            where None.
+        checkpoint: file that keeps the state while training; where it exists already, training goes
+            on from it. The caller removes it.
         checkpoint_every: steps between two states.
         progress: show a bar.
         on_step: called after every step.
 
     Returns:
-        The edit, in eval mode, with its training in `record`. A loss that is not a number stops the training; the last good state is
-        returned and `record.diverged` is true.
+        The edit, in eval mode, with its training in `record`. A loss that is not a number stops the
+        training; the last good state is returned and `record.diverged` is true.
 
     Raises:
-        ConfigError: an argument is of another type, there is nothing to train on, or a part of the edit acts at a role that no prompt has.
+        ConfigError: an argument is of another type, there is nothing to train on, or a part of the
+            edit acts at a role that no prompt has.
         PromptError: a prompt is too long, or a label is missing.
 
     Examples:

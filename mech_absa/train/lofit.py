@@ -2,9 +2,10 @@
 
     edit = lofit(model, train, LoFiT(heads=8))
 
-First every head's output is scaled, z -> (1 + m) * z, with the scales' absolute values charged; the heads with the largest scales (norm of
-m) are kept and the scales thrown away. Then an offset is trained at each of them, z -> z + v. The heads that training chose can then be
-set beside those that tracing found.
+First every head's output is scaled, z -> (1 + m) * z, with the scales' absolute values charged; the
+heads with the largest scales (norm of m) are kept and the scales thrown away. Then an offset is
+trained at each of them, z -> z + v. The heads that training chose can then be set beside those that
+tracing found.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def lofit(model: Model, train: Sequence[Example], plan: LoFiT, **options: Any) -
         model: stays as it is.
         train: examples to learn from, in both phases.
         plan: how many heads, where, and with which rates.
-        options: keyword options of `fit` for both phases (validation, seed, template, verbalizer, cache, progress).
+        options: keyword options of `fit` for both phases (validation, seed, template, verbalizer,
+            cache, progress).
 
     Returns:
-        The second phase's edit. `record.lofit` has all heads in order of the size of their scales, and the first phase's record.
+        The second phase's edit. `record.lofit` has all heads in order of the size of their scales,
+        and the first phase's record.
 
     Raises:
         ConfigError: no head, or more than there are, should be kept.

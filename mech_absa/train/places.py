@@ -1,8 +1,10 @@
 """Named places: which layers `first`, `middle`, `last` and `random` stand for beside the traced ones.
 
-A comparison of places is fair when each has the same number of layers and none of them holds another. `random` is a control for two
-claims at once: that the traced layers are better than others, and that they are better than simply editing late. So a random window
-shares no layer with the traced ones or with the last ones, and different draws give different windows until all have been drawn.
+A comparison of places is fair when each has the same number of layers and none of them holds
+another. `random` is a control for two claims at once: that the traced layers are better than
+others, and that they are better than simply editing late. So a random window shares no layer with
+the traced ones or with the last ones, and different draws give different windows until all have
+been drawn.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ def random_layers(
 ) -> tuple[int, ...]:
     """Return the layers of one random window.
 
-    The window shares no layer with `traced` or with the last `width` layers. Draws 0, 1, 2, ... are different windows until all have
-    been drawn; then they repeat. Tests must therefore cluster by window, not by draw.
+    The window shares no layer with `traced` or with the last `width` layers. Draws 0, 1, 2, ... are
+    different windows until all have been drawn; then they repeat. Tests must therefore cluster by
+    window, not by draw.
 
     Args:
         width: layers of the window; they need not be neighbours.

@@ -1,11 +1,13 @@
 """The part of the model below an edit, run once.
 
-Nothing below the first edited layer changes while an edit is trained, so the residual stream that enters that layer is computed once for
-every prompt and kept. A `PrefixCache` belongs to a model, not to an edit: all edits and seeds of a study of layer ranges can share one, and
-a stream that enters a higher layer is made from the highest one that is there already.
+Nothing below the first edited layer changes while an edit is trained, so the residual stream that
+enters that layer is computed once for every prompt and kept. A `PrefixCache` belongs to a model,
+not to an edit: all edits and seeds of a study of layer ranges can share one, and a stream that
+enters a higher layer is made from the highest one that is there already.
 
-Streams are kept unpadded, in the model's dtype, up to a byte budget; what does not fit is computed anew whenever it is needed. They are
-filled in an order of their own (by length), so that what is trained does not depend on which batch asked first.
+Streams are kept unpadded, in the model's dtype, up to a byte budget; what does not fit is computed
+anew whenever it is needed. They are filled in an order of their own (by length), so that what is
+trained does not depend on which batch asked first.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class PrefixCache:
 
     Attributes:
         used: bytes kept.
-        computed: tokens run through a block so far, over all blocks: what a test or a benchmark counts.
+        computed: tokens run through a block so far, over all blocks: what a test or a benchmark
+            counts.
     """
 
     def __init__(

@@ -5,8 +5,9 @@
     presets.TABLE_2["lora"](shape)                      the rows of the paper's Table 2, with their published sizes
     presets.bundled(sites)                              rates that suit models of a few million parameters
 
-The paper edits the same layers twice: a low-rank update of the attention's output projection on every token, and LoReFT on the layer
-output at the aspect in the question. `sites` says where; a site's layer and position count, its kind does not.
+The paper edits the same layers twice: a low-rank update of the attention's output projection on
+every token, and LoReFT on the layer output at the aspect in the question. `sites` says where; a
+site's layer and position count, its kind does not.
 
 | size (Llama-2-7b shape) | preset |
 |---|---|
@@ -59,11 +60,14 @@ class Preset:
         schedule: of the learning rates: down to 0 linearly or by a cosine, or constant.
         warmup: share of the steps over which the rates rise from 0.
         clip: largest norm of the gradient; 0 does not clip.
-        loss: `labels` is -log of the gold label's share among the label strings; `text` is -log P of the answer's tokens and the end of
-            sequence, over the whole vocabulary. No edit lifts a token above what the frozen unembedding can say: the bundled model never saw
-            its end of sequence, whose column is that of 245 other unseen tokens (cosine over 0.999), so that 4.22 nats of it, and 2.11 of
-            the mean over an answer's three tokens, stay however long one trains.
-        patience: evaluations on the validation examples without a gain before training stops; 0 never stops.
+        loss: `labels` is -log of the gold label's share among the label strings; `text` is -log P
+            of the answer's tokens and the end of sequence, over the whole vocabulary. No edit lifts
+            a token above what the frozen unembedding can say: the bundled model never saw its end
+            of sequence, whose column is that of 245 other unseen tokens (cosine over 0.999), so
+            that 4.22 nats of it, and 2.11 of the mean over an answer's three tokens, stay however
+            long one trains.
+        patience: evaluations on the validation examples without a gain before training stops; 0
+            never stops.
     """
 
     name: str
@@ -127,7 +131,8 @@ def read_sites(sites: Sites) -> list[Site]:
 
 
 def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]]:
-    """The sites of a sites.json, and what else stands in it (the model they were traced in, the rule they were chosen by).
+    """The sites of a sites.json, and what else stands in it (the model they were traced in, the
+    rule they were chosen by).
 
     Raises:
         SiteError: the file is missing, damaged, or names no sites.
@@ -158,15 +163,18 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
 def traced_sites(
     path: str | os.PathLike[str], model: Model, anywhere: bool = False
 ) -> tuple[list[Site], list[str]]:
-    """The sites of a sites.json, for a model: the one they were traced in, or the one that became it by an adapter.
+    """The sites of a sites.json, for a model: the one they were traced in, or the one that became
+    it by an adapter.
 
-    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and either will do. Weights of another
-    dtype have another hash; there, a model of the same name and sizes is taken for the same, and that is said.
+    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and
+    either will do. Weights of another dtype have another hash; there, a model of the same name and
+    sizes is taken for the same, and that is said.
 
     Args:
         path: of the file.
         model: what is to be edited.
-        anywhere: take sites of another model all the same, where this one has them; that is said too.
+        anywhere: take sites of another model all the same, where this one has them; that is said
+            too.
 
     Returns:
         the sites, and sentences for the run's record.
@@ -243,7 +251,8 @@ def matrices(layers: Iterable[int], *names: str) -> list[str]:
 def both_parts(
     sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any
 ) -> tuple[Part, ...]:
-    """The paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs and positions."""
+    """The paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs
+    and positions."""
     found = read_sites(sites)
     return (
         *parts("lora", matrices(_layers(found), "W_O"), lr_weight, rank=rank, **lora),
@@ -254,7 +263,8 @@ def both_parts(
 def paper(
     sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2
 ) -> Preset:
-    """The edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not state, is that of the authors' code."""
+    """The edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not
+    state, is that of the authors' code."""
     made = both_parts(
         sites,
         rank=rank,
@@ -268,7 +278,8 @@ def paper(
 
 
 def authors_code(sites: Sites, *, rank: int = 4, alpha: float = 8.0) -> Preset:
-    """The edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up, batches of 2, one epoch."""
+    """The edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up,
+    batches of 2, one epoch."""
     made = both_parts(
         sites,
         rank=rank,
@@ -341,9 +352,10 @@ RATES = {
 }  # fmt: skip
 """Learning rate of every family in models of a few million parameters.
 
-Found on the bundled model: two epochs over 320 examples of builtin:restaurant/train, judged on 146 of its examples whose sentences were
-set aside, seed 0, batches of 16, linear decay, rank 4; the rate with the lowest cross-entropy there was taken. The test files were not
-looked at. In layers 2-4 at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before training:
+Found on the bundled model: two epochs over 320 examples of builtin:restaurant/train, judged on 146
+of its examples whose sentences were set aside, seed 0, batches of 16, linear decay, rank 4; the
+rate with the lowest cross-entropy there was taken. The test files were not looked at. In layers 2-4
+at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before training:
 
 | family | rates and accuracies |
 |---|---|
@@ -354,8 +366,9 @@ looked at. In layers 2-4 at query.last (lora: W_O), validation accuracy at each 
 | red | 1e-2 0.57, 3e-2 0.63, 1e-1 0.75 |
 | steering | 2.5e-3 0.49, 1e-2 0.50, 4e-2 0.56, 1e-1 0.61 |
 
-and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2 0.49, 5e-2 0.64; adapter 5e-4 0.60,
-2e-3 1.00, 8e-3 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora.
+and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2
+0.49, 5e-2 0.64; adapter 5e-4 0.60, 2e-3 1.00, 8e-3 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2
+1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora.
 """
 
 METHODS = (
@@ -454,7 +467,8 @@ def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Pres
     """The preset of a name, as the command takes it.
 
     Args:
-        name: `paper`, `authors_code`, one of `METHODS`, or `table2:` and a key of `TABLE_2` (which brings its own places).
+        name: `paper`, `authors_code`, one of `METHODS`, or `table2:` and a key of `TABLE_2` (which
+            brings its own places).
         sites: where.
         shape: of the model.
         rank: of whatever has one.

@@ -1,8 +1,10 @@
-"""What an edit is trained on: prompts with their answers, the loss of a batch, and how good the answers are.
+"""What an edit is trained on: prompts with their answers, the loss of a batch, and how good the
+answers are.
 
-The loss covers the answer only. `labels` is the cross-entropy of the gold label among the label strings, which needs no more of the
-unembedding than their columns; `text` is that of the answer's tokens and the end of sequence over the whole vocabulary. In both, the final
-norm and the unembedding see only the rows that are read, and so does the last block (`forward.py`).
+The loss covers the answer only. `labels` is the cross-entropy of the gold label among the label
+strings, which needs no more of the unembedding than their columns; `text` is that of the answer's
+tokens and the end of sequence over the whole vocabulary. In both, the final norm and the
+unembedding see only the rows that are read, and so does the last block (`forward.py`).
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ class Task:
     def last(
         self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]
     ) -> Float[Tensor, "batch read d_model"]:
-        """Return the residual stream after the last block where it is read, run from the kept stream below the edit."""
+        """Return the residual stream after the last block where it is read, run from the kept
+        stream below the edit."""
         start = edit.layers[0] if edit is not None else 0
         points = edit.points(self.model, tokens) if edit is not None else ()
         return last(self.model, self.cache.get(start, tokens), reads, start, points)
@@ -178,7 +181,8 @@ class Task:
 
 
 def check_positions(edit: Edit, items: Sequence[Prepared]) -> None:
-    """Check that each part of an edit acts in some prompt: a part that does not would train nothing and say nothing.
+    """Check that each part of an edit acts in some prompt: a part that does not would train nothing
+    and say nothing.
 
     Raises:
         ConfigError: no prompt has a token at the position of a part.

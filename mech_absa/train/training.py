@@ -1,10 +1,12 @@
 """One training, step by step: `step`, `end_epoch`, `save`, `resume`.
 
-A step is a function of its number and the seed: the order of an epoch and the dropout of a step are drawn from generators seeded by
-them. So the same seed gives the same bytes on a CPU, and a killed run resumes from its checkpoint to the bytes of one that was not.
+A step is a function of its number and the seed: the order of an epoch and the dropout of a step are
+drawn from generators seeded by them. So the same seed gives the same bytes on a CPU, and a killed
+run resumes from its checkpoint to the bytes of one that was not.
 
-Started by `accelerate launch` on several processes, every one takes its share of each batch and the gradients are summed; without dropout,
-which each process draws for its own rows, the edit is that of one process up to rounding.
+Started by `accelerate launch` on several processes, every one takes its share of each batch and the
+gradients are summed; without dropout, which each process draws for its own rows, the edit is that
+of one process up to rounding.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ class Training:
         edit: in its present state.
         state: how far it has come.
         steps: steps of the whole training.
-        kept: with validation examples, the parameters of the best epoch; without, those of the last epoch whose loss was a number.
+        kept: with validation examples, the parameters of the best epoch; without, those of the last
+            epoch whose loss was a number.
 
     Raises:
         ConfigError: a part of the edit acts at a position that no prompt has.
@@ -141,7 +144,8 @@ class Training:
         self.started = time.perf_counter()
 
     def groups(self) -> Iterator[Group]:
-        """Yield the batches of each step until training ends; a step is taken with each before the next is asked for."""
+        """Yield the batches of each step until training ends; a step is taken with each before the
+        next is asked for."""
         state, order, epoch = self.state, list[list[int]](), -1
         while state.epoch < self.preset.epochs and not state.stopped:
             if state.epoch != epoch:
@@ -192,7 +196,8 @@ class Training:
         )
 
     def _gradients(self, group: Group) -> float:
-        """Leave the gradient of the mean loss over all examples of the group in the parameters; return the loss."""
+        """Leave the gradient of the mean loss over all examples of the group in the parameters;
+        return the loss."""
         self.optimiser.zero_grad(set_to_none=True)
         total = sum(map(len, group))
         value = torch.zeros((), dtype=torch.float64)
@@ -222,7 +227,8 @@ class Training:
         return self.state.batch >= self.batches and not self.state.diverged
 
     def end_epoch(self) -> None:
-        """Begin the next epoch; with validation examples, keep the better state and see whether it is time to stop."""
+        """Begin the next epoch; with validation examples, keep the better state and see whether it
+        is time to stop."""
         if self.held:
             self._validate()
         else:
@@ -253,7 +259,8 @@ class Training:
     def finish(self) -> Edit:
         """Return the trained edit in eval mode, with its record and history.
 
-        With validation examples it has the best state. Without, the last one, once more tried on a batch: the last step can diverge too.
+        With validation examples it has the best state. Without, the last one, once more tried on a
+        batch: the last step can diverge too.
         """
         state, edit = self.state, self.edit
         edit.zero_grad(set_to_none=True)
@@ -341,7 +348,8 @@ class Training:
 
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch as indices: shuffled, sorted by length within buckets, and the batches shuffled again."""
+    """Return the batches of an epoch as indices: shuffled, sorted by length within buckets, and the
+    batches shuffled again."""
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)

@@ -1,12 +1,15 @@
 """Every domain against every domain: train on one, test on all, for a list of methods and seeds.
 
-The paper's Tables 2 and 3 print an accuracy for 4 x 4 pairs of domains (10 of the 12 that cross), without spread. Here one row stands for
-(method, seed, training domain, test domain), all 16 pairs included, and the summary gives means over domains with their spread over seeds.
+The paper's Tables 2 and 3 print an accuracy for 4 x 4 pairs of domains (10 of the 12 that cross),
+without spread. Here one row stands for (method, seed, training domain, test domain), all 16 pairs
+included, and the summary gives means over domains with their spread over seeds.
 
-A method is written `PRESET@WHERE`, as in `both@sites`, `lora@all`, `loreft@middle`, `both@random`, `lora_o@2-3`; `zero_shot` is the model as it is.
-Where sites are given, `first`, `middle`, `last` and `random` take as many layers as they have, so that what is compared is the place and not
-the size; otherwise they are thirds of the depth. A `random` window shares no layer with the traced or the last ones and another seed draws
-another window: rows say it under `window`, and tests that compare places cluster by it.
+A method is written `PRESET@WHERE`, as in `both@sites`, `lora@all`, `loreft@middle`, `both@random`,
+`lora_o@2-3`; `zero_shot` is the model as it is. Where sites are given, `first`, `middle`, `last`
+and `random` take as many layers as they have, so that what is compared is the place and not the
+size; otherwise they are thirds of the depth. A `random` window shares no layer with the traced or
+the last ones and another seed draws another window: rows say it under `window`, and tests that
+compare places cluster by it.
 """
 
 from __future__ import annotations
@@ -90,7 +93,8 @@ class Method:
             seed: number of the draw of `random` (`places.random_layers`).
 
         Raises:
-            ConfigError: it says `sites` and there are none, or `random` and too few layers are left.
+            ConfigError: it says `sites` and there are none, or `random` and too few layers are
+                left.
         """
         if self.where == "sites":
             if not given:
@@ -151,7 +155,8 @@ class Grid:
     draws: int = 200
 
     def trainings(self, domain: Domain) -> Iterator[tuple[Method, int]]:
-        """Yield (method, seed) of one domain; the model as it is has no domain and no seed, and is scored once."""
+        """Yield (method, seed) of one domain; the model as it is has no domain and no seed, and is
+        scored once."""
         for method in self.methods:
             if method.preset != ZERO_SHOT:
                 yield from ((method, seed) for seed in self.seeds)
@@ -176,7 +181,8 @@ class Grid:
         """Check that every training and every test can be run, before any of them is.
 
         Raises:
-            ConfigError: an edit asks for what its family does not offer, or acts at a role that no training prompt of a domain has.
+            ConfigError: an edit asks for what its family does not offer, or acts at a role that no
+                training prompt of a domain has.
             SiteError: the model lacks a place.
             PromptError: a prompt is too long, or two labels cannot be told apart.
         """
@@ -197,7 +203,8 @@ class Grid:
 def _check_domain(
     model: Model, domain: Domain, acting: dict[str | int, Site], template: PromptTemplate
 ) -> None:
-    """Raise where a domain has no examples, a prompt that is too long, or no token at a position that is edited."""
+    """Raise where a domain has no examples, a prompt that is too long, or no token at a position
+    that is edited."""
     if not domain.train.items or not domain.test.items:
         raise ConfigError(
             f"domain {domain.name} has {len(domain.train)} training and {len(domain.test)} test examples; both need some"
@@ -232,9 +239,10 @@ def run_matrix(
         on_done: called after every training.
 
     Returns:
-        One row per training and test domain: method, preset, where, window, layers, train, test, in_domain, seed, the scores, the same on
-        unseen rows, trainable parameters and share, seconds of training, steps and peak memory. An edit that diverged has `diverged` true
-        and the reason under `stopped`; where its scores are not numbers it has none.
+        One row per training and test domain: method, preset, where, window, layers, train, test,
+        in_domain, seed, the scores, the same on unseen rows, trainable parameters and share,
+        seconds of training, steps and peak memory. An edit that diverged has `diverged` true and
+        the reason under `stopped`; where its scores are not numbers it has none.
     """
     rows: list[dict[str, Any]] = []
     tests = PrefixCache(model, budget // 2)
@@ -357,7 +365,8 @@ def _scored(
 
 
 def summary(rows: Sequence[dict[str, Any]]):
-    """Return one row per method (pandas): mean accuracy and macro-F1 inside and across domains, their standard deviation over seeds, size, steps and cost.
+    """Return one row per method (pandas): mean accuracy and macro-F1 inside and across domains,
+    their standard deviation over seeds, size, steps and cost.
 
     Trainings that diverged without a score are left out of the means and counted under `diverged`.
     """

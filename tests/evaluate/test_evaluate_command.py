@@ -10,6 +10,7 @@ from support.small_cases import Push
 from support.tiny_models import tiny_folder
 
 from mech_absa.commands import evaluate as command
+from mech_absa.edits import TrainingRecord
 from mech_absa.evaluate import evaluate, predict
 from mech_absa.readers import load_examples, write_jsonl
 

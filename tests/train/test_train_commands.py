@@ -213,7 +213,10 @@ def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
         )
         == 2
     )
-    assert "the loss was" in (said := capsys.readouterr().err) and str(tmp_path / "run") in said
+    assert (
+        "the last good state was kept" in (said := capsys.readouterr().err)
+        and str(tmp_path / "run") in said
+    )
     assert all(bool(torch.isfinite(p).all()) for p in load_edit(tmp_path / "run").parameters())
 
 

@@ -386,7 +386,8 @@ def summary(rows: Sequence[dict[str, Any]]):
                 by_seed = pd.to_numeric(part[metric], errors="coerce").groupby(part["seed"]).mean()
                 row[f"{metric}_{name}"] = by_seed.mean()
                 row[f"{metric}_{name}_sd"] = by_seed.std(ddof=1) if len(by_seed) > 1 else math.nan
-        diverged = trained["diverged"].astype(bool).sum() if "diverged" in trained else 0
+        broken = of["diverged"].eq(True) if "diverged" in of else of["seed"].lt(0)
+        diverged = broken.groupby([of["train"], of["seed"]]).any().sum()
         row |= {
             "seeds": of["seed"].nunique(), "diverged": int(diverged), "seconds": trained["seconds"].mean(),
             "peak_memory_mib": of["peak_memory_bytes"].max() / 2**20,

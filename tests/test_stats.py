@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import permutations, product
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_three_clusters_by_hand():
 
 def test_single_rows_agree_with_scipy_bootstrap():
     x = np.random.default_rng(4).gamma(2.0, size=80)
-    ours = stats.cluster_bootstrap(x, draws=20_000)
+    ours = stats.cluster_bootstrap(x, draws=20_000, method="percentile")
     theirs = scipy.stats.bootstrap(
         (x,), np.mean, n_resamples=20_000, method="percentile", random_state=0
     ).confidence_interval
@@ -502,7 +503,7 @@ def test_ties_in_the_top_k_give_the_expected_overlap():
         ),
         (lambda: stats.sign_flip([]), "no rows"),
         (lambda: stats.sign_flip([1.0], draws=0), "0 random draws"),
-        (lambda: stats.adjust([0.1], "bonferoni"), "accepted: holm, bh or none"),
+        (lambda: stats.adjust([0.1], "bonferoni"), "accepted: holm, bh, by or none"),
         (lambda: stats.adjust([0.1, 1.5]), "outside [0, 1]"),
         (lambda: stats.paired_bootstrap_difference([1.0], [1.0, 0.0]), "shapes (1,) and (2,)"),
         (lambda: stats.paired_bootstrap_difference([], []), "not empty"),
@@ -527,3 +528,125 @@ def test_bad_input_gives_one_sentence(call, says):
     with pytest.raises(ConfigError) as error:
         call()
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- many cells: shared signs, step-down max-T, tails, what can be shown --------------------------------------------------------
+
+
+def test_max_t_is_the_step_down_of_westfall_and_young_by_enumeration():
+    """All 2^7 patterns, and for every rank the largest statistic over the cells not yet rejected."""
+    values = np.random.default_rng(3).normal(0.6, 1, (7, 5))
+    t = values / np.sqrt((values**2).sum(0))
+    patterns = np.array(list(itertools.product([1, -1], repeat=7)))
+    for one_sided in (False, True):
+        side = (lambda x: x) if one_sided else np.abs
+        observed, drawn = side(t.sum(0)), side(patterns @ t)
+        expected, worst = np.zeros(5), 0.0
+        order = np.argsort(-observed)
+        for i, cell in enumerate(order):
+            largest = drawn[:, order[i:]].max(1)
+            worst = max(worst, (largest >= observed[cell] - 1e-12).mean())
+            expected[cell] = worst
+        got = stats.cell_tests(values, one_sided=one_sided)
+        np.testing.assert_allclose(got.adjusted, expected, rtol=1e-12)
+        alone = [(drawn[:, c] >= observed[c] - 1e-12).mean() for c in range(5)]
+        np.testing.assert_allclose(got.p, alone, rtol=1e-12)
+
+
+def test_the_p_of_a_cell_alone_is_that_of_sign_flip():
+    values = np.random.default_rng(1).normal(0.3, 1, (40, 6))
+    sentence = np.arange(40) // 3
+    for draws in (99, 2**14):
+        got = stats.cell_tests(values, sentence, draws=draws, adjustment="none").p
+        np.testing.assert_allclose(got, stats.sign_flip(values, sentence, draws=draws), rtol=1e-12)
+
+
+def test_max_t_is_never_below_p_nor_above_bonferroni_where_patterns_are_enumerated():
+    values = np.random.default_rng(5).normal(0.4, 1, (9, 30))
+    got = stats.cell_tests(values)
+    assert (got.adjusted >= got.p).all()
+    assert (got.adjusted <= np.minimum(1, 30 * got.p) + 1e-12).all()
+    copies = stats.cell_tests(np.repeat(values[:, :1], 50, axis=1))
+    np.testing.assert_allclose(copies.adjusted, copies.p)  # one hypothesis, fifty times
+
+
+def test_max_t_rejects_a_true_null_in_five_percent_of_dependent_maps():
+    rng = np.random.default_rng(7)
+    rejected = 0
+    for i in range(200):
+        shared = rng.normal(size=(16, 1))
+        values = shared + rng.normal(size=(16, 40))
+        rejected += bool((stats.cell_tests(values, draws=499, seed=i).adjusted <= 0.05).any())
+    assert rejected <= 19  # the 99.5 % point of a binomial with 200 trials at 0.05
+
+
+def test_rare_tails_are_those_of_all_patterns():
+    """Saddlepoint against the enumeration of 2^16 patterns, for p down to 2 / 2^16."""
+    values = np.random.default_rng(0).normal(0.9, 1, (16, 60))
+    exact = stats.cell_tests(values, draws=2**17, adjustment="none").p
+    tails = stats.cell_tests(values, draws=999, adjustment="holm").p
+    rare = exact < 0.005
+    assert rare.sum() > 20 and exact.min() < 2e-4
+    ratio = tails[rare] / exact[rare]
+    assert ratio.min() > 0.7 and ratio.max() < 1.5
+    same = np.abs(values[:, :1])  # all signs alike: one pattern and its opposite reach the sum
+    assert stats.cell_tests(np.repeat(same, 2, 1), draws=999, adjustment="holm").p == pytest.approx(
+        [2 / 2**16] * 2
+    )
+
+
+def test_many_cells_can_reject_under_every_correction():
+    """Random patterns alone would stop at 1 / (1 + draws), which Holm multiplies by the cells."""
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(40, 3000))
+    values[:, 0] += 2.0
+    for adjustment in ("maxt", "holm", "bh", "by"):
+        got = stats.cell_tests(values, adjustment=adjustment, draws=999)
+        assert got.adjusted[0] <= 0.01 and got.floor <= got.adjusted[0], adjustment
+        assert (got.adjusted[1:] <= 0.05).mean() < 0.01
+
+
+def test_resolution_by_hand():
+    """k sentences give 2 / 2^k; Holm multiplies by the cells, Benjamini-Yekutieli by their harmonic sum too."""
+    assert stats.resolution(6, 10**6).possible and not stats.resolution(5, 1).possible
+    assert stats.resolution(10, 100, "holm").smallest == pytest.approx(100 * 2 / 1024)
+    assert stats.resolution(10, 100, "holm").needed == 12  # 100 * 2 / 2^12 = 0.0488
+    assert stats.resolution(10, 2, "by").smallest == pytest.approx(2 / 1024 * 2 * 1.5)
+    assert stats.resolution(30, 10).smallest == 1 / 10_000
+    assert "no cell can reach 0.05" in str(stats.resolution(4, 9))
+    with pytest.raises(ConfigError, match="0 clusters"):
+        stats.resolution(0, 3)
+
+
+def test_bca_agrees_with_scipy():
+    """On single rows; scipy's own BCa of a skewed sample."""
+    x = np.random.default_rng(4).exponential(1, 40)
+    ours = stats.cluster_bootstrap(x, draws=20_000, method="bca")
+    theirs = scipy.stats.bootstrap(
+        (x,), np.mean, method="BCa", n_resamples=20_000, random_state=np.random.default_rng(1)
+    ).confidence_interval
+    assert (float(ours.low), float(ours.high)) == pytest.approx(tuple(theirs), abs=0.02)
+    plain = stats.cluster_bootstrap(x, draws=20_000, method="percentile")
+    assert float(ours.high) > float(plain.high) + 0.02  # the long tail is on the right
+
+
+def test_only_skewed_cells_get_bca():
+    rng = np.random.default_rng(6)
+    values = np.stack([rng.normal(size=50), rng.exponential(size=50)], axis=1)
+    auto, plain, bca = (
+        stats.cluster_bootstrap(values, method=m) for m in ("auto", "percentile", "bca")
+    )
+    assert auto.low[0] == plain.low[0] != bca.low[0]
+    assert auto.high[1] == bca.high[1] != plain.high[1]
+
+
+def test_support_counts_clusters_with_an_effect():
+    values = [[0.0, 1.0], [0.0, -1.0], [2.0, np.nan], [1.0, 0.5]]
+    assert stats.support(values, ["s", "s", "t", "u"]).tolist() == [2, 1]
+
+
+def test_mcnemar_with_as_many_on_both_sides_is_certain():
+    for n in (1, 5, 40):
+        a = np.array([True, False] * n)
+        result = stats.mcnemar(a, ~a)
+        assert (result.b, result.c, result.p) == (n, n, 1.0)

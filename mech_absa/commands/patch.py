@@ -44,6 +44,7 @@ from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder
 from ..sites import Site, parse_layers
+from ..stats import ADJUSTMENTS, resolution, spelled_p
 from .cli import command, reading, report, tell_left_out
 
 UNRECORDED = ("out", "resume", "quiet")
@@ -132,8 +133,8 @@ class Config:
     """Of the noise, of samples, of the bootstrap and of the self-checks."""
     level: float = 0.95
     """Of the intervals."""
-    adjustment: str = "holm"
-    """Of the p-values over all cells: holm, bh or none."""
+    adjustment: str = "maxt"
+    """Of the p-values over all cells: maxt or holm (family-wise), bh or by (false discovery rate), or none."""
     select_kind: str | None = None
     """Kind of state that sites are chosen from; default resid_post."""
     select_width: int | None = None
@@ -233,9 +234,9 @@ def check_flags(config: Config) -> None:
         )
     if not 0 < config.level < 1:
         raise ConfigError(f"--level {config.level:g} was given; it must lie between 0 and 1")
-    if config.adjustment not in ("holm", "bh", "none"):
+    if config.adjustment not in ADJUSTMENTS:
         raise ConfigError(
-            f"--adjustment {config.adjustment!r} is unknown; accepted: holm, bh or none"
+            f"--adjustment {config.adjustment!r} is unknown; accepted: {choices(ADJUSTMENTS)}"
         )
     if config.dtype not in DTYPES:
         raise ConfigError(f"--dtype {config.dtype!r} is unknown; accepted: {choices(DTYPES)}")
@@ -337,6 +338,8 @@ def main(config: Config) -> Path | None:
         f"{e['cells']:,} cells by {e['engine']} in {e['batches']} batches; activations in flight up to {p.memory / 2**20:,.0f} MiB, "
         f"{e['pair_bytes'] / 2**20:,.1f} MiB a pair of {e['longest_prompt']} tokens"
     )
+    cells_of_map = len(p.components) * len({r for q in pairs for r in q.clean.role_names})
+    say(f"resolution: {resolution(pairs.sentences, cells_of_map, config.adjustment)}")
     if p.request.direction != config.direction:
         say(
             "an ablation has no corrupted run to restore: its states are put into the clean run (direction noise)"
@@ -488,7 +491,7 @@ def _print_table(importance: ImportanceMap, effects: Effects, selection: Selecti
             row["site"],
             f"{row['aie']:.4g}",
             f"{row['ci_low']:.4g} to {row['ci_high']:.4g}",
-            f"{row['p_adjusted']:.2g}",
+            spelled_p(row["p_adjusted"], importance.about.get("p_floor", 0.0)),
             str(int(row["n"])),
         )
     console = Console()

@@ -21,11 +21,11 @@ from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.records import write_text
 
-from . import where, methods, editing, checks  # isort: skip
+from . import where, methods, editing, checks, interaction  # isort: skip
 from .study import HERE, ITEMS, Item, Study
 from .tables import Table
 
-MODULES = (where, methods, editing, checks)
+MODULES = (where, methods, editing, checks, interaction)
 """Each adds its figures to `ITEMS`, in this order."""
 
 # ---- the command --------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ from mech_absa.sites import Site
 from mech_absa.train.matrix import summary
 from mech_absa.world import DOMAINS
 
+from .interaction import keep_interaction
+
 ROOT = Path(__file__).resolve().parents[1]
 PATCH, MATRIX, CIRCUIT = "mech_absa.patch", "mech_absa.train.matrix", "figures.circuit"
 
@@ -111,6 +113,8 @@ class Sizes:
     """Pairs of the trace with counterfactuals."""
     estimates: int = 40
     """Pairs on which estimates are compared with exact effects."""
+    interaction: int = 60
+    """Pairs that are traced in both directions."""
     real_pairs: int = 30
     """Pairs of the trace of real reviews."""
     train: int = 320
@@ -134,7 +138,7 @@ class Sizes:
 
 
 FAST = Sizes(
-    noise=2, pairs=6, estimates=3, real_pairs=2, train=24, few=24, real_train=24, test=24, real_test=24, epochs=1, few_epochs=1, seeds=(0,),
+    noise=2, pairs=6, estimates=3, interaction=3, real_pairs=2, train=24, few=24, real_train=24, test=24, real_test=24, epochs=1, few_epochs=1, seeds=(0,),
     many_seeds=(0,), domains=tuple(DOMAINS)[:2], widths=(2,), circuit=4,
 )  # fmt: skip
 
@@ -320,6 +324,19 @@ def studies(sizes: Sizes, me_absc: Path | None = None) -> list[Study]:
             keep_estimates,
         ),
         Study(
+            "interaction",
+            "Does the direction matter? The same pairs with clean states restored and with corrupted states put in, and the difference.",
+            tuple(
+                _trace(
+                    f"{metric}_{direction}", data=f"{one[0]}/test", corruption="counterfactual", limit=s.interaction, by="role",
+                    metric=metric, direction=direction, sites=("resid_post", "attn_out", "mlp_out", "head"),
+                )
+                for metric in METRICS
+                for direction in ("denoise", "noise")
+            ),
+            keep_directions,
+        ),
+        Study(
             "circuit",
             "Do the best-ranked heads and MLPs alone give the answer, and can the worst be removed? Ranked on one domain, judged on another.",
             (
@@ -413,6 +430,11 @@ def keep_estimates(study: Study, work: Path, results: Path) -> None:
         about = json.loads((work / f"{metric}_exact" / "about.json").read_text(encoding="utf-8"))
         write_json(results / f"about_{metric}.json", about)
     _table(pd.concat(parts, ignore_index=True), results / "agreement.csv")
+
+
+def keep_directions(study: Study, work: Path, results: Path) -> None:
+    """Keep the effects of both directions and their difference, one row per cell."""
+    keep_interaction(work, results)
 
 
 def keep_curves(study: Study, work: Path, results: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 from mech_absa.errors import ConfigError, DataError, MechAbsaError
-from mech_absa.patch.effects import Effects
+from mech_absa.patch.effects import COLUMNS, Effects
 from mech_absa.sites import Site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,7 @@ if not (ROOT / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from figures import circuit, editing, make, methods, reproduce, tables  # noqa: E402
+from figures import circuit, editing, interaction, make, methods, reproduce, tables  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
 kept = pytest.mark.skipif(
@@ -294,6 +294,39 @@ def test_a_component_is_ranked_by_its_best_role():
         "L1.head0@before",
         "L1.mlp_out@answer",
     ]
+
+
+def direction(effects: dict[str, list[float]], direction: str) -> Effects:
+    """Effects of three pairs from three sentences at one head per role."""
+    rows = [
+        (f"p{i}", "head", 2, 1, -1, role, 0.9, 0.1, 0.0, value, 0.0)
+        for role, values in effects.items()
+        for i, value in enumerate(values)
+    ]
+    pairs = pd.DataFrame(
+        {
+            "example_id": ["p0", "p1", "p2"],
+            "cluster": ["a", "b", "c"],
+            "clean": 0.9,
+            "corrupted": 0.1,
+        }
+    )
+    return Effects(pd.DataFrame(rows, columns=list(COLUMNS)), pairs, {"direction": direction})
+
+
+def test_interaction_is_the_paired_difference_of_the_directions():
+    """INT per pair is 0.1, 0.2, 0.3 at `answer`: mean 0.2, and no interval can leave [0.1, 0.3]; at `before` it is 0."""
+    one = direction({"answer": [0.5, 0.1, 0.3], "before": [0.2, 0.2, 0.2]}, "denoise")
+    two = direction({"answer": [0.6, 0.3, 0.6], "before": [0.2, 0.2, 0.2]}, "noise")
+    two = Effects(two.frame.sample(frac=1, random_state=0), two.pairs, two.about)
+    table = interaction.interaction_table(one, two).set_index("role")
+    row = table.loc["answer"]
+    assert (row["pie"], row["tie"], row["int"]) == pytest.approx((0.3, 0.5, 0.2))
+    assert 0.1 - 1e-9 <= row["int_low"] <= 0.2 <= row["int_high"] <= 0.3 + 1e-9
+    assert table.loc["before", "int"] == pytest.approx(0) and table.loc["before", "head"] == 1
+    fewer = direction({"answer": [0.6, 0.3]}, "noise")
+    with pytest.raises(DataError, match="different pairs or cells"):
+        interaction.interaction_table(one, fewer)
 
 
 # ---- the kept results ---------------------------------------------------------------------------------------------------------

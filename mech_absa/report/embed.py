@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ..patch.effects import Effects
     from ..patch.importance import ImportanceMap, Selection
 
-ROW, OVERHEAD, EXAMPLES = 24, 250, 1000
-"""Pixels: of a row of a map, of what stands around the maps, and of the browser of examples."""
+ROW, OVERHEAD, AROUND = 27, 300, 130
+"""Pixels: of a row of a map, of what stands around all maps, and around each."""
 MOST_EXAMPLES = 50
 """Pairs that a notebook's browser of examples holds, so that a kept notebook stays small."""
 BUDGET = 1 << 20
@@ -62,7 +62,8 @@ def effects_html(effects: Effects, importance: ImportanceMap) -> str:
     about = {"template": effects.about.get("template")}
     run = Run(Path(), "trace", "", {}, tables, {"about.json": about})
     data["examples"] = maps.examples(run, BUDGET)
-    return _frame(data, table, importance.about, repr(effects), _height(table) + EXAMPLES)
+    height = max([650, *(ROW * len(tokens) + OVERHEAD for tokens in pairs["tokens"])])
+    return _frame(data, table, importance.about, repr(effects), _height(table) + height)
 
 
 def selection_html(selection: Selection) -> str:
@@ -94,7 +95,7 @@ def _height(table: pd.DataFrame) -> int:
     """Return the height of the frame in pixels: three maps stand side by side, a row of maps under another."""
     by = "role" if "role" in table else "position"
     heights = [
-        rows["head" if kind in HEAD_KINDS else by].nunique() * ROW + 90
+        rows["head" if kind in HEAD_KINDS else by].nunique() * ROW + AROUND
         for kind, rows in table.groupby("kind", sort=False)
     ]
     return OVERHEAD + sum(max(heights[i : i + 2]) for i in range(0, len(heights), 2))

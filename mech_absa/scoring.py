@@ -1,13 +1,24 @@
 """Prompts -> scores of the label strings, in batches, with an edit or without.
 
-A label's score is the summed log-probability of its tokens after the prompt. Prompts are padded on the right and read at their own last
-positions, so that a batch gives what its rows give one by one; the last block, the final norm and the unembedding see only the rows that
-are read. Edits apply, and so do whatever hooks are on the model (`forward.py`).
+A label's score is the summed log-probability of its tokens after the prompt. Everything that scores
+labels goes through four functions:
+
+    label_scores(stream, prompts, continuations)   any number of prompts, sorted by length
+    batch_scores(stream, batch, continuations)     one batch; differentiable
+    read_labels(model, rows, continuation)         rows of the residual stream -> scores
+    by_label(parts, continuations)                 scores by continuation -> one column per label
+
+`stream` says where the residual stream after the last block comes from: `Stream(model, edit)`, or
+one that keeps the streams below an edit (`train.prefix`). A model alone stands for `Stream(model)`.
+
+Prompts are padded on the right and read at their own last positions, so that a batch gives what its
+rows give one by one. The last block, the final norm and the unembedding see only the rows that are
+read. Scores that are not numbers raise an error here, once for all commands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .axes import Resid
-from .errors import PromptTooLong
+from .errors import EditError, ModelError, PromptTooLong
 from .examples import Example
 from .metrics import Need
 from .model import Model
@@ -38,18 +49,64 @@ class Pointed(Protocol):
     def points(self, model: Model, tokens: Tokens) -> list[Point]: ...
 
 
-def question(model: Model, example: Example, template: PromptTemplate | None = None) -> Tokenised:
-    """The tokens that ask `model` about `example`.
+class Stream:
+    """A model's residual stream after the last block, with an edit in force or without.
+
+    Args:
+        model: what runs.
+        edit: in force in every pass; None for the model as it is.
+    """
+
+    def __init__(self, model: Model, edit: Applicable | None = None):
+        self.model, self.edit = model, edit
+
+    def last(
+        self, tokens: Tokens, reads: Int[Tensor, "batch read"]
+    ) -> Float[Tensor, "batch read d_model"]:
+        """Return the stream at the positions `reads` of each row."""
+        return last_residual(self.model, tokens, self.edit, reads)
+
+
+def question(
+    model: Model, example: Example, template: PromptTemplate | None = None, room: int = 0
+) -> Tokenised:
+    """Return the tokens that ask `model` about `example`.
+
+    Args:
+        model: whose tokenizer and context are used.
+        example: what is asked about.
+        template: the question; the paper's where None.
+        room: how many tokens must fit behind the prompt (`room_for`).
 
     Raises:
-        PromptTooLong: the prompt is longer than the model's context.
+        PromptTooLong: the prompt and what follows it are longer than the model's context.
     """
     tokens = encode((template or PromptTemplate())(example), model.tokenizer, model.bos)
-    if tokens.length > model.n_ctx:
+    if (n := tokens.length) + room > model.n_ctx:
+        name = example.id or example.sentence[:40]
+        answer = f" and {room} of the answer" if room else ""
         raise PromptTooLong(
-            f"the prompt of {example.id or example.sentence[:40]!r} has {tokens.length} tokens; {model.name} reads {model.n_ctx}"
+            f"the prompt of {name!r} has {n} tokens{answer}; {model.name} reads {model.n_ctx}"
         )
     return tokens
+
+
+def room_for(continuations: Sequence[Continuation]) -> int:
+    """Return how many tokens must fit behind a prompt so that every label can be read."""
+    return max((len(c.tokens) for c in continuations), default=0)
+
+
+def by_length(prompts: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
+    """Yield the indices of batches of at most `batch_size` prompts of similar length.
+
+    >>> ids = [torch.zeros(1, n, dtype=torch.long) for n in (3, 1, 2)]
+    >>> prompts = [Tokens(x, x, (x.shape[1],)) for x in ids]
+    >>> list(by_length(prompts, 2))
+    [[1, 2], [0]]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def extend(tokens: Tokens, continuation: Continuation, pad_id: int = 0) -> Tokens:
@@ -114,40 +171,88 @@ def read_labels(
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
+def by_label(
+    parts: Sequence[Float[Tensor, "*row part"]], continuations: Sequence[Continuation]
+) -> Float[Tensor, "*row label"]:
+    """Return one column per label, in the verbalizer's order.
+
+    Args:
+        parts: the scores that each continuation gives, as `read_labels` returns them.
+        continuations: in the same order.
+    """
+    columns = [i for c in continuations for i, _ in c.labels]
+    if columns == list(range(len(columns))) and len(parts) == 1:
+        return parts[0]
+    order = torch.tensor(columns, device=parts[0].device).argsort()
+    return torch.cat(list(parts), -1)[..., order]
+
+
+def batch_scores(
+    stream: Stream | Model,
+    batch: Tokens,
+    continuations: Sequence[Continuation],
+    need: Need = "normaliser",
+) -> Float[Tensor, "batch label"]:
+    """Return the scores of every label for a batch of prompts; differentiable.
+
+    Args:
+        stream: where the residual stream comes from.
+        batch: prompts, padded on the right.
+        continuations: of a `Verbalizer`.
+        need: as in `label_scores`.
+    """
+    stream = Stream(stream) if isinstance(stream, Model) else stream
+    longest, n_ctx = max(batch.lengths) + room_for(continuations), stream.model.n_ctx
+    if longest > n_ctx:
+        raise PromptTooLong(
+            f"a prompt of {max(batch.lengths)} tokens and the labels behind it make {longest} "
+            f"tokens; {stream.model.name} reads {n_ctx}"
+        )
+    parts = []
+    for continuation in continuations:
+        tokens = extend(batch, continuation)
+        rows = stream.last(tokens, positions_read(tokens.lengths, continuation))
+        parts.append(read_labels(stream.model, rows, continuation, need))
+    return by_label(parts, continuations)
+
+
+@torch.no_grad()
 def label_scores(
-    model: Model,
+    stream: Stream | Model,
     prompts: Sequence[Tokens],
     continuations: Sequence[Continuation],
     need: Need = "normaliser",
-    edit: Applicable | None = None,
     batch_size: int = 32,
-) -> Float[Tensor, "batch label"]:
-    """Scores of every label for every prompt, on the CPU, float32 or wider.
+    allow_nan: bool = False,
+) -> Float[Tensor, "prompt label"]:
+    """Return the scores of every label for every prompt, on the CPU, float32 or wider.
 
     Args:
+        stream: where the residual stream comes from: `Stream(model, edit)`, or a model.
         prompts: batches of one, from `question`.
         continuations: of a `Verbalizer`.
         need: `normaliser` for log-probabilities, `labels` for bare logits (labels of one token).
-        edit: in force during the passes.
-        batch_size: prompts a forward pass; sorted by length, so that little is padded.
+        batch_size: prompts per forward pass; sorted by length, so that little is padded.
+        allow_nan: return scores that are not numbers instead of raising.
+
+    Raises:
+        PromptTooLong: a prompt and a label are together longer than the model's context.
+        EditError, ModelError: scores are not numbers; says how many.
     """
-    n_labels = sum(len(c.labels) for c in continuations)
+    stream = Stream(stream) if isinstance(stream, Model) else stream
+    model = stream.model
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-    scores = torch.zeros(len(prompts), n_labels, dtype=wide)
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = Tokens.stack([prompts[i] for i in rows])
-            for continuation in continuations:
-                tokens = extend(batch, continuation)
-                rows_read = last_residual(
-                    model, tokens, edit, positions_read(tokens.lengths, continuation)
-                )
-                part = read_labels(model, rows_read, continuation, need)
-                scores[
-                    torch.tensor(rows)[:, None], torch.tensor([i for i, _ in continuation.labels])
-                ] = part.to("cpu", wide)
+    scores = torch.zeros(len(prompts), sum(len(c.labels) for c in continuations), dtype=wide)
+    for rows in by_length(prompts, batch_size):
+        batch = Tokens.stack([prompts[i] for i in rows])
+        scores[rows] = batch_scores(stream, batch, continuations, need).to("cpu", wide)
+    if not allow_nan and (broken := int(scores.isnan().any(1).sum())):
+        which = f"the scores of {broken} of {len(prompts)} prompts are not numbers"
+        if stream.edit is None:
+            raise ModelError(
+                f"{model.name}: {which}; its weights hold some, or {model.dtype} overflows"
+            )
+        raise EditError(f"{model.name}: {which}; the edit diverged, or {model.dtype} overflows")
     return scores
 
 

@@ -2,7 +2,7 @@
 
     edit = fit(model, train, presets.paper("L2.resid_post@query.last"))
     with edit.applied(model, tokens):  ...         every forward pass over these tokens in the block runs edited
-    scores = label_scores(model, prompts, verbalizer.continuations(model.tokenizer), edit=edit)
+    scores = label_scores(Stream(model, edit), prompts, verbalizer.continuations(model.tokenizer))
 
 An edit knows the model it was made for by the hash of its weights and refuses any other. It never
 writes to them: `merged` gives a second model with the edit in its weights, where algebra allows.

@@ -49,7 +49,7 @@ from ..model.forward import rows_of
 from ..model.hooks import capture, hook_point, hooked_at
 from ..patch.pairs import Pairs, Runs, by_length, make_runs
 from ..prompts import PromptTemplate, Tokens, Verbalizer
-from ..scoring import Applicable, positions_read, question, read_labels
+from ..scoring import Applicable, by_label, positions_read, question, read_labels
 from ..sites import HEAD_KINDS, Site
 from ..stats import Estimate, bootstrap_statistic
 from .predictions import asked_with, predict
@@ -287,7 +287,6 @@ class _Bench:
     ):
         self.model, self.sites, self.mode, self.measure = model, sites, mode, measure
         self.chosen = [pairs[i] for i in rows]
-        self.n_labels = sum(len(c.labels) for c in pairs.continuations)
         self.prepared = [
             (c, *self._states(make_runs(model, self.chosen, c))) for c in pairs.continuations
         ]
@@ -317,16 +316,13 @@ class _Bench:
 
     @torch.inference_mode()
     def _metric(self, corrupted: bool, replaced: Sequence[int]) -> Float[np.ndarray, " pair"]:
-        scores = torch.zeros(0)
+        parts = []
         for continuation, clean_x, corrupted_x, masks, values in self.prepared:
             x = corrupted_x if corrupted else clean_x
             with hooked_at(_replacing(self.model, self.sites, replaced, masks, values), times=1):
                 read = rows_of(self._last(x), positions_read([x.shape[1]] * len(x), continuation))
-            part = read_labels(self.model, read, continuation).double().cpu()
-            scores = (
-                scores if len(scores) else torch.zeros(len(x), self.n_labels, dtype=torch.float64)
-            )
-            scores[:, [i for i, _ in continuation.labels]] = part
+            parts.append(read_labels(self.model, read, continuation).double().cpu())
+        scores = by_label(parts, [prepared[0] for prepared in self.prepared])
         draws = len(scores) // len(self.chosen)
         value = self.measure(
             scores, self.gold.repeat_interleave(draws), self.foil.repeat_interleave(draws)

@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from ..errors import ConfigError, DataError, EditError, PromptError, choices
+from ..errors import ConfigError, DataError, PromptError, choices
 from ..examples import Example, Examples, Polarity, normal
 from ..model import Model
 from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..readers.jsonl import json_records
 from ..readers.rows import Reading
-from ..scoring import Applicable, label_scores, last_residual, question
+from ..scoring import Applicable, Stream, by_length, label_scores, last_residual, question, room_for
 
 Decode = Literal["label", "generate"]
 DECODES = ("label", "generate")
@@ -213,23 +213,15 @@ def predict(
         examples.source if isinstance(examples, Examples) else "",
         verbalizer.polarities,
     )
-    prompts = [question(model, e, template) for e in examples]
+    continuations = verbalizer.continuations(model.tokenizer, template)
+    room = room_for(continuations)
+    prompts = [question(model, e, template, room) for e in examples]
     if decode == "generate":
         texts = _continue(model, prompts, verbalizer, template, edit, batch_size)
         return replace(
             made, answers=tuple(match_label(t, verbalizer) for t in texts), texts=tuple(texts)
         )
-    scores = label_scores(
-        model,
-        prompts,
-        verbalizer.continuations(model.tokenizer, template),
-        edit=edit,
-        batch_size=batch_size,
-    )
-    if broken := int(torch.isnan(scores).any(1).sum()):
-        raise EditError(
-            f"{name}: the scores of {broken} of {len(examples)} examples are not numbers; the edit diverged, or {model.dtype} overflows"
-        )
+    scores = label_scores(Stream(model, edit), prompts, continuations, batch_size=batch_size)
     answers = tuple(verbalizer.polarities[i] for i in scores.argmax(1).tolist())
     return replace(made, answers=answers, scores=scores.double().numpy())
 
@@ -286,9 +278,7 @@ def greedy(
             f"the longest prompt and {steps} tokens of answer make {longest} tokens; {model.name} reads {model.n_ctx}"
         )
     written: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in by_length(prompts, batch_size):
         tokens = Tokens.stack([prompts[i] for i in rows])
         for step in range(steps):
             if step:

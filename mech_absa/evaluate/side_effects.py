@@ -41,7 +41,7 @@ from ..metrics import kl
 from ..model import Model, weights_hash
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
-from ..scoring import Applicable, last_residual, question
+from ..scoring import Applicable, by_length, last_residual, question
 from .predictions import Predictions, asked_with, predict
 from .scores import Comparison, compare
 
@@ -357,9 +357,8 @@ def drift(
 ) -> Drift:
     """How far `edit` moves the next token after every token of the prompts, or after the last alone."""
     divergences, same = [], []
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].lengths[0])
-    for start in range(0, len(order), batch_size):
-        tokens = Tokens.stack([prompts[i] for i in order[start : start + batch_size]])
+    for rows in by_length(prompts, batch_size):
+        tokens = Tokens.stack([prompts[i] for i in rows])
         lengths = torch.tensor(tokens.lengths)
         columns = torch.arange(tokens.ids.shape[1])
         read = (columns == lengths[:, None] - 1) if last else (columns < lengths[:, None])

@@ -22,7 +22,7 @@ from ..examples import Example, Examples, marked, mixed_polarity
 from ..model import Model
 from ..model.forward import last
 from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
-from ..scoring import extend, label_scores, positions_read, question, read_labels
+from ..scoring import by_label, extend, label_scores, positions_read, question, read_labels
 from ..words import Choice, expect
 from .corruption import (
     AspectSwap,
@@ -474,15 +474,13 @@ def noised_scores(
     model: Model, pair: Pair, continuations: Sequence[Continuation]
 ) -> Float[Tensor, "draw label"]:
     """Return the label scores of the noised runs of one pair."""
-    n_labels = sum(len(c.labels) for c in continuations)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-    scores = torch.zeros(pair.draws, n_labels, dtype=wide)
+    parts = []
     for continuation in continuations:
         runs = make_runs(model, [pair], continuation)
         reads = positions_read([runs.length] * pair.draws, continuation)
-        part = read_labels(model, last(model, runs.corrupted, reads), continuation)
-        scores[:, [i for i, _ in continuation.labels]] = part.to("cpu", wide)
-    return scores
+        parts.append(read_labels(model, last(model, runs.corrupted, reads), continuation))
+    return by_label(parts, continuations).to("cpu", wide)
 
 
 # ---- runs: pairs of one length, as the engines take them --------------------------------------------

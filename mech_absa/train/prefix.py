@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..axes import Resid
+from ..edits.edit import Edit
 from ..model import Model
-from ..model.forward import advance
+from ..model.forward import advance, last
 from ..prompts import Tokens
+from ..scoring import Stream
 
 TOKENS_A_PASS = 1024
 """Tokens in one forward pass while filling."""
@@ -108,6 +111,24 @@ class PrefixCache:
             x = self.model.embed(tokens.ids)
         self.computed += (layer - start) * sum(tokens.lengths)
         return advance(self.model, x, start, layer)
+
+
+class CachedStream(Stream):
+    """The residual stream after the last block, from the kept stream below the edit on."""
+
+    edit: Edit | None
+
+    def __init__(self, cache: PrefixCache, edit: Edit | None = None):
+        super().__init__(cache.model, edit)
+        self.cache = cache
+
+    def last(
+        self, tokens: Tokens, reads: Int[Tensor, "batch read"]
+    ) -> Float[Tensor, "batch read d_model"]:
+        """Return the stream at the positions `reads` of each row."""
+        start = self.edit.layers[0] if self.edit is not None else 0
+        points = self.edit.points(self.model, tokens) if self.edit is not None else ()
+        return last(self.model, self.cache.get(start, tokens), reads, start, points)
 
 
 def _key(ids: Tensor) -> bytes:

@@ -14,21 +14,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..axes import LabelScores
 from ..edits.base import Where
 from ..edits.edit import Edit
-from ..errors import ConfigError, PromptError
+from ..errors import ConfigError
 from ..examples import Example
 from ..metrics import Need
 from ..model import Model
-from ..model.forward import last
 from ..prompts import Continuation, PromptTemplate, Tokens, Verbalizer
-from ..scoring import extend, positions_read, question, read_labels
+from ..scoring import batch_scores, extend, label_scores, question, room_for
 from ..sites import Site
-from .prefix import PrefixCache
+from .prefix import CachedStream, PrefixCache
 from .presets import Loss
 
 
@@ -90,26 +88,16 @@ class Task:
         return [self._prepared(e) for e in examples]
 
     def _prepared(self, example: Example) -> Prepared:
-        prompt = question(self.model, example, self.template)
         gold = self.verbalizer.index(example.polarity)
         answer = self.answers[gold]
         asked = [Continuation(answer[:-1], ())] if self.kind == "text" else self.continuations
-        runs = tuple(extend(prompt, c) for c in asked)
-        if (longest := max(r.lengths[0] for r in runs)) > self.model.n_ctx:
-            raise PromptError(
-                f"the prompt of {example.id or example.sentence[:40]!r} and its answer have {longest} tokens; "
-                f"{self.model.name} reads {self.model.n_ctx}"
-            )
-        return Prepared(prompt, runs, gold, answer)
+        room = max(room_for(asked), room_for(self.continuations))
+        prompt = question(self.model, example, self.template, room)
+        return Prepared(prompt, tuple(extend(prompt, c) for c in asked), gold, answer)
 
-    def last(
-        self, edit: Edit | None, tokens: Tokens, reads: Int[Tensor, "batch read"]
-    ) -> Float[Tensor, "batch read d_model"]:
-        """Return the residual stream after the last block where it is read, run from the kept
-        stream below the edit."""
-        start = edit.layers[0] if edit is not None else 0
-        points = edit.points(self.model, tokens) if edit is not None else ()
-        return last(self.model, self.cache.get(start, tokens), reads, start, points)
+    def stream(self, edit: Edit | None) -> CachedStream:
+        """Return the source of the last residual stream: run from the kept stream below the edit."""
+        return CachedStream(self.cache, edit)
 
     def loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
         """Return the loss summed over a batch; each example's is a mean over the tokens it is read at."""
@@ -124,7 +112,7 @@ class Task:
         reads = [
             [q.prompt.lengths[0] - 1 + min(j, len(q.answer) - 1) for j in slots] for q in batch
         ]
-        rows = self.last(edit, tokens, torch.tensor(reads)).flatten(0, 1)
+        rows = self.stream(edit).last(tokens, torch.tensor(reads)).flatten(0, 1)
         target = torch.tensor(
             [q.answer[min(j, len(q.answer) - 1)] for q in batch for j in slots], device=rows.device
         )
@@ -139,42 +127,40 @@ class Task:
         # The normaliser cancels where all labels are read at one place.
         alone = len(self.continuations) == 1 and self.continuations[0].reads == 1
         need: Need = "labels" if alone else "normaliser"
-        columns_of, parts = [], []
-        for which, continuation in enumerate(self.continuations):
-            tokens = Tokens.stack([q.runs[which] for q in batch])
-            rows = self.last(edit, tokens, positions_read(tokens.lengths, continuation))
-            parts.append(read_labels(self.model, rows, continuation, need))
-            columns_of += [i for i, _ in continuation.labels]
-        order = torch.tensor(columns_of, device=gold.device).argsort()
-        return F.cross_entropy(torch.cat(parts, 1)[:, order], gold, reduction="sum")
+        prompts = Tokens.stack([q.prompt for q in batch])
+        scores = batch_scores(self.stream(edit), prompts, self.continuations, need)
+        return F.cross_entropy(scores, gold, reduction="sum")
 
-    @torch.no_grad()
     def scores(
-        self, edit: Edit | None, items: Sequence[Prepared], batch_size: int = 32
+        self,
+        edit: Edit | None,
+        items: Sequence[Prepared],
+        batch_size: int = 32,
+        allow_nan: bool = False,
     ) -> LabelScores:
-        """Return what `scoring.label_scores` does, with the streams below the edit kept for the next edit."""
+        """Return `scoring.label_scores`, with the streams below the edit kept for the next edit.
+
+        Raises:
+            EditError: a score is not a number, unless `allow_nan`.
+        """
+        prompts = [q.prompt for q in items]
         if edit is not None:
-            self.cache.fill(
-                edit.layers[0], [extend(q.prompt, c) for q in items for c in self.continuations]
-            )
-        scores = torch.zeros(len(items), len(self.verbalizer.words), dtype=torch.float64)
-        order = sorted(range(len(items)), key=lambda i: items[i].prompt.lengths[0])
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            prompts = Tokens.stack([items[i].prompt for i in rows])
-            for continuation in self.continuations:
-                tokens = extend(prompts, continuation)
-                read = self.last(edit, tokens, positions_read(tokens.lengths, continuation))
-                columns = torch.tensor([i for i, _ in continuation.labels])
-                part = read_labels(self.model, read, continuation)
-                scores[torch.tensor(rows)[:, None], columns] = part.to("cpu", torch.float64)
-        return scores
+            runs = [extend(p, c) for p in prompts for c in self.continuations]
+            self.cache.fill(edit.layers[0], runs)
+        scores = label_scores(
+            self.stream(edit),
+            prompts,
+            self.continuations,
+            batch_size=batch_size,
+            allow_nan=allow_nan,
+        )
+        return scores.double()
 
     def quality(
         self, edit: Edit, items: Sequence[Prepared], batch_size: int
     ) -> tuple[float, float]:
         """Return (mean cross-entropy over the labels, accuracy), whatever the loss is."""
-        scores = self.scores(edit, items, batch_size)
+        scores = self.scores(edit, items, batch_size, allow_nan=True)
         gold = torch.tensor([q.gold for q in items])
         right = (scores.argmax(-1) == gold).double().mean()
         return float(F.cross_entropy(scores, gold)), float(right)

@@ -134,7 +134,7 @@ def test_bad_input(model, examples):
     with pytest.raises(PromptError, match=r"reads 256"):
         greedy(model, [question(model, e, fits)], 256 - n + 2)
     assert len(greedy(model, [question(model, e, fits)], 256 - n + 1)[0]) == 256 - n + 1
-    with pytest.raises(EditError, match="the scores of 8 of 8 examples are not numbers"):
+    with pytest.raises(EditError, match="the scores of 8 of 8 prompts are not numbers"):
         predict(model, examples, Push("L2.resid_post", size=float("nan")))
 
 

@@ -14,13 +14,13 @@ from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import LLAMA_2_7B, Edit, Part, count
-from mech_absa.errors import ConfigError, RunFolderError
+from mech_absa.errors import ConfigError, EditError, RunFolderError
 from mech_absa.examples import Example, Polarity, split_by_sentence
 from mech_absa.metrics import METRICS
 from mech_absa.model import Model, load_model, weights_hash
 from mech_absa.model.hooks import capture, live_hooks
 from mech_absa.prompts import Tokens, Verbalizer
-from mech_absa.scoring import gold_indices, label_scores, question
+from mech_absa.scoring import Stream, gold_indices, label_scores, question
 from mech_absa.sites import ROLES, Site
 from mech_absa.train import PrefixCache, Preset, fit, presets
 from mech_absa.train.task import Task
@@ -95,10 +95,9 @@ def test_eight_examples_can_be_learnt_by_heart(llama, loss, bound, steps):
     )
     assert edit.history[-1]["loss"] < bound < 2 < edit.history[0]["loss"]
     scores = label_scores(
-        llama,
+        Stream(llama, edit),
         [question(llama, e, TEMPLATE) for e in EIGHT],
         Verbalizer().continuations(llama.tokenizer, TEMPLATE),
-        edit=edit,
     )
     assert scores.argmax(1).tolist() == gold_indices(EIGHT, Verbalizer()).tolist()
     assert weights_hash(llama.hooked) == before and not live_hooks(llama.hooked)
@@ -482,3 +481,18 @@ def test_positions_and_files_name_sites(tmp_path: Path):
         "L1.resid_post@-1",
         "L1.resid_post@query.last",
     ]
+
+
+def test_the_scores_of_an_edit_that_diverged_are_refused(llama):
+    """The argmax of NaN is label 0, which once counted as an answer."""
+    preset = Preset("p", (Part("red", "L1.resid_post@query.last", {}, 1e-3),), epochs=1)
+    edit = train(llama, preset)
+    task = Task(llama, "labels", TEMPLATE, None, PrefixCache(llama))
+    questions = task.prepare(EIGHT)
+    assert task.scores(edit, questions).isfinite().all()
+    with torch.no_grad():
+        next(edit.parameters()).fill_(torch.nan)
+    with pytest.raises(EditError, match="the scores of 8 of 8 prompts are not numbers"):
+        task.scores(edit, questions)
+    loss, _ = task.quality(edit, questions, 8)
+    assert math.isnan(loss), "training notices by itself"

@@ -312,7 +312,7 @@ def _train_and_test(
     for test in grid.domains:
         at = {"test": test.name, "in_domain": domain is test and edit is not None}
         task = Task(model, "labels", grid.template, grid.verbalizer, tests)
-        scores = task.scores(edit, task.prepare(test.test.items))
+        scores = task.scores(edit, task.prepare(test.test.items), allow_nan=True)
         rows.append(who | at | about | _scored(task, test, scores, seen, (grid.draws, seed)))
     return [{name: row[name] for name in COLUMNS if name in row} for row in rows]
 

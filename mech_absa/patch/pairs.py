@@ -22,7 +22,15 @@ from ..examples import Example, Examples, marked, mixed_polarity
 from ..model import Model
 from ..model.forward import last
 from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
-from ..scoring import by_label, extend, label_scores, positions_read, question, read_labels
+from ..scoring import (
+    by_label,
+    extend,
+    label_scores,
+    positions_read,
+    question,
+    read_labels,
+    room_for,
+)
 from ..words import Choice, expect
 from .corruption import (
     AspectSwap,
@@ -364,18 +372,12 @@ class _Maker:
     def prompt(self, example: Example, strict: bool) -> Tokenised | None:
         """Return the prompt of an example; None where it and its labels exceed the context."""
         try:
-            tokens = question(self.model, example, self.template)
-            longest = tokens.length + max(len(c.tokens) for c in self.continuations)
-            if longest > self.model.n_ctx:
-                raise PromptTooLong(
-                    f"the prompt of {example.id or example.sentence[:40]!r} and its labels have "
-                    f"{longest} tokens; {self.model.name} reads {self.model.n_ctx}"
-                )
+            room = room_for(self.continuations)
+            return question(self.model, example, self.template, room)
         except PromptTooLong:
             if strict:
                 raise
             return None
-        return tokens
 
     def judged(
         self, examples: Sequence[Example], prompts: Sequence[Tokenised | None]

@@ -56,7 +56,7 @@ def best(model, tok, text: str, words: tuple[str, ...]) -> str:
 
 def test_the_assets_are_small_and_hold_no_code():
     files = [p for p in ASSETS.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in files) <= 16 * 2**20
+    assert sum(p.stat().st_size for p in files) <= 25 * 2**20
     assert all(p.stat().st_size < 4 * 2**20 for p in files if p.name != "model.safetensors")
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".jsonl", ".csv", ".md", ".jinja"}
     config = json.loads((FOLDER / "config.json").read_text())
@@ -65,14 +65,18 @@ def test_the_assets_are_small_and_hold_no_code():
 
 
 def test_the_words_of_the_world_are_single_tokens(tok):
-    broken = [w for w in g.vocabulary() if len(tok.encode(f" {w}", add_special_tokens=False)) != 1]
+    broken = [
+        w
+        for w in {*g.vocabulary(), *g.harder_vocabulary()}
+        if len(tok.encode(f" {w}", add_special_tokens=False)) != 1
+    ]
     assert not broken
     assert all(len(tok.encode(f" {w}", add_special_tokens=False)) == 1 for w in LABELS)
     assert len(tok.encode("Given the sentence:", add_special_tokens=False)) == 4
 
 
 def test_counterfactuals_align_token_by_token(tok):
-    for name in ("restaurant/test", "device/train"):
+    for name in ("restaurant/test", "device/train", "v2/restaurant/test", "v2/service/train"):
         for r in shipped(name, 150):
             ids = tok.encode(PROMPT.format(S=r["text"], A=r["aspect"]))
             for c in r["counterfactuals"]:

@@ -17,6 +17,7 @@ from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Examples, Polarity, leakage, mixed_polarity
 
 FILES = [f"{d}/{s}" for d, s in product(g.DOMAINS, g.SPLITS)]
+HARDER = [f"v2/{name}" for name in FILES]
 
 # Read by a person, not by the grammar: opinion expressions and what they say of the aspect.
 BY_HAND = {
@@ -69,13 +70,18 @@ def world() -> dict[str, list[Example]]:
     return {name: shipped(name) for name in FILES}
 
 
+@pytest.fixture(scope="module")
+def harder() -> dict[str, list[Example]]:
+    return {name: shipped(name) for name in HARDER}
+
+
 def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path):
     assert cli(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
-    for name in FILES:
+    for name in FILES + HARDER:
         assert (tmp_path / "w" / f"{name}.jsonl").read_bytes() == g.builtin_path(
             name
         ).read_bytes(), name
-        assert g.builtin_path(name).stat().st_size < 800_000
+        assert g.builtin_path(name).stat().st_size < 850_000
 
 
 def test_another_seed_writes_another_world():
@@ -94,8 +100,8 @@ def test_opinions_mean_what_a_reader_says(world):
     assert set(seen) == set(BY_HAND)
 
 
-def test_a_counterfactual_differs_in_one_word_of_the_opinion(world):
-    for e in (e for items in world.values() for e in items):
+def test_a_counterfactual_differs_in_one_word_of_the_opinion(world, harder):
+    for e in (e for items in (world | harder).values() for e in items):
         assert {e.polarity, *(c.polarity for c in e.counterfactuals)} == set(Polarity)
         assert len(e.counterfactuals) == 2
         words = e.sentence.split(" ")
@@ -159,7 +165,8 @@ def test_train_and_test_share_no_sentence_frame_or_kept_aspect(world):
         assert 0.3 < sum(e.aspect in kept for e in test) / len(test) < 0.8
 
 
-def test_classes_and_mixed_sentences(world):
+def test_classes_and_mixed_sentences(world, harder):
+    world = world | harder
     for name, items in world.items():
         counts = Examples(tuple(items)).counts()
         assert 0.36 < max(counts.values()) / len(items) < 0.5, (name, counts)
@@ -174,13 +181,15 @@ def test_classes_and_mixed_sentences(world):
     assert majority["restaurant/test"] == "positive" and majority["service/test"] == "negative"
 
 
-def test_every_aspect_is_found_by_its_words(world):
+def test_every_aspect_is_found_by_its_words(world, harder):
+    world = world | harder
     for e in (e for items in world.values() for e in items):
         assert len(re.findall(rf"(?<!\S){re.escape(e.aspect)}(?!\S)", e.sentence)) == 1, e
         assert e.sentence == " ".join(e.sentence.split()) == e.sentence.lower()
 
 
-def test_ids_are_unique_and_say_where_from(world):
+def test_ids_are_unique_and_say_where_from(world, harder):
+    world = world | harder
     for name, items in world.items():
         assert len({e.id for e in items}) == len(items)
         assert all(e.id.startswith(name.replace("/", "-")) for e in items)
@@ -240,6 +249,18 @@ def test_the_vocabulary_covers_every_file(world):
     assert not unknown
 
 
+def test_both_vocabularies_cover_every_file_of_the_second_version(harder):
+    known = {*g.vocabulary(), *g.harder_vocabulary()}
+    words = {
+        w
+        for items in harder.values()
+        for e in items
+        for x in (e, *e.counterfactuals)
+        for w in x.sentence.split()
+    }
+    assert not words - known
+
+
 def test_unknown_names_are_answered_with_those_there_are(tmp_path: Path):
     with pytest.raises(
         DataError,
@@ -257,3 +278,128 @@ def test_a_full_folder_is_not_written_into(tmp_path: Path, capsys):
     assert cli(["--out", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# --- the second version ---------------------------------------------------------------------------
+
+# Read by a person: a sentence, an aspect of it, and what the author says of the aspect. The deciding
+# words are written into frames of the second version by hand.
+HARDER_BY_HAND = [
+    ("length", "battery life", "long", "positive"),
+    ("length", "boot time", "long", "negative"),
+    ("length", "wait", "short", "positive"),
+    ("level", "price", "high", "negative"),
+    ("level", "build quality", "high", "positive"),
+    ("size", "hotel room", "small", "negative"),
+    ("size", "carrying case", "small", "positive"),
+    ("heat", "coffee", "cold", "negative"),
+    ("heat", "beer", "cold", "positive"),
+]
+
+
+@pytest.mark.parametrize(("scale", "aspect", "word", "polarity"), HARDER_BY_HAND)
+def test_an_ambiguous_word_means_what_a_reader_says_and_the_contrary_under_a_negation(
+    scale, aspect, word, polarity
+):
+    opposite = {"positive": "negative", "negative": "positive"}[polarity]
+    tables = [
+        s
+        for scales in g.SCALES.values()
+        for s in scales
+        if s.scale == scale and aspect in s.aspects
+    ]
+    assert tables
+    for s in tables:
+        assert word in s.words(turned=False)[Polarity(polarity)]
+        assert word in s.words(turned=True)[Polarity(opposite)]
+
+
+# A phrase of the sentence with the aspect and the deciding word left open -> whether a negation
+# turns the word round, as a person reads it.
+READ_BY_A_PERSON = {
+    r"i would not say that the ASPECT (was|were) (\w+)": True,
+    r"nobody could say that the ASPECT (was|were) (\w+)": True,
+    r"it is not true that the ASPECT (was|were) (\w+)": True,
+    r"said that the ASPECT (was|were) (\w+) , but that was wrong": True,
+    r"said that the ASPECT (was|were) (\w+) , and that was right": False,
+    r"nobody could doubt that the ASPECT (was|were) (\w+)": False,
+    r"i do not doubt that the ASPECT (was|were) (\w+)": False,
+    r"last year the ASPECT (was|were) \w+ , now (?:it|they) (?:was|were) (\w+)": False,
+    r"everyone told me the ASPECT (was|were) \w+ ; to me (?:it|they) (?:was|were) (\w+)": False,
+    r"of the ASPECT and the [\w ]+ , the first (was) (\w+) and the second": False,
+    r"of the [\w ]+ and the ASPECT , the first was \w+ and the second (was) (\w+)": False,
+    r"between the [\w ]+ and the ASPECT , i would (call) the second (\w+)": False,
+    r"the ASPECT , next to the \w+ [\w ]+ , (seemed) (\w+)": False,
+}
+PLAIN = {w: p for p, ws in g.ADJECTIVES.items() for w in ws}
+
+
+def test_clauses_of_the_second_version_mean_what_a_reader_says(harder):
+    seen = Counter()
+    for e in (c for items in harder.values() for x in items for c in (x, *x.counterfactuals)):
+        word = e.sentence[slice(*e.opinion)]
+        for phrase, turned in READ_BY_A_PERSON.items():
+            m = re.search(phrase.replace("ASPECT", re.escape(e.aspect)), e.sentence)
+            if m is None or m.span(2) != e.opinion or word not in PLAIN:
+                continue
+            swapped = {"positive": "negative", "negative": "positive", "neutral": "neutral"}
+            read = swapped[PLAIN[word].value] if turned else PLAIN[word].value
+            assert e.polarity == read, (phrase, e)
+            seen[phrase] += 1
+    assert all(seen[p] > 5 for p in READ_BY_A_PERSON), seen
+
+
+def test_a_sentence_of_the_second_version_worked_by_hand():
+    import mech_absa.world.harder as h
+
+    words: list[str] = []
+    swaps = {p: (w,) for p, w in zip(Polarity, ("long", "short", "usual"), strict=True)}
+    asked = [
+        h._Asked("fries/s", Polarity.NEGATIVE, swaps, {}),
+        h._Asked("wine list", Polarity.POSITIVE, swaps, {}),
+    ]
+    frame = h.Frame("of the {A} and the {B} , the second was {Q} and the first {be} {O}")
+    mentions = h._fill(random.Random(0), frame, asked, words)
+    assert " ".join(words) == (
+        "of the fries and the wine list , the second was long and the first were short"
+    )
+    r = g.Review((*words, "."), tuple(mentions), "restaurant")
+    fries, wine = r.example(0), r.example(1)
+    assert (fries.aspect, fries.polarity, fries.sentence[slice(*fries.opinion)]) == (
+        "fries",
+        "negative",
+        "short",
+    )
+    assert (wine.aspect, wine.polarity, wine.sentence[slice(*wine.opinion)]) == (
+        "wine list",
+        "positive",
+        "long",
+    )
+    assert wine.counterfactuals[0].sentence.endswith(
+        "the second was short and the first were short ."
+    )
+
+
+def test_ambiguous_words_praise_as_often_as_they_blame(harder):
+    counts: dict[str, Counter] = {}
+    for e in (e for items in harder.values() for e in items):
+        counts.setdefault(e.sentence[slice(*e.opinion)], Counter())[e.polarity.value] += 1
+    for word in ("long", "short", "high", "low", "big", "small", "hot", "cold"):
+        c = counts[word]
+        assert 0.3 < c["positive"] / (c["positive"] + c["negative"]) < 0.7, (word, c)
+
+
+def test_train_and_test_of_the_second_version_share_no_sentence_frame_or_kept_aspect(world, harder):
+    for domain in g.DOMAINS:
+        train, test = harder[f"v2/{domain}/train"], harder[f"v2/{domain}/test"]
+        assert not leakage([*train, *world[f"{domain}/train"]], test).rows
+        everything = {x.sentence for e in train for x in (e, *e.counterfactuals)}
+        assert not everything & {x.sentence for e in test for x in (e, *e.counterfactuals)}
+        text = "\n".join(e.sentence for e in train)
+        for only_test in ("it is wrong to say", "i read that", "two words about", "whereas"):
+            assert only_test not in text
+            assert any(only_test in e.sentence for e in test)
+        kept = {a.removesuffix("/s") for s in g.SCALES[domain] for a in s.test_aspects}
+        # A name that is kept for test as a scaled aspect may be a plain aspect of train.
+        plain = {a.removesuffix("/s") for group in g.DOMAINS[domain].groups for a in group.aspects}
+        assert not (kept - plain) & {e.aspect for e in train}

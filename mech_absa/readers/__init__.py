@@ -212,10 +212,12 @@ def _read_hub(
 
 
 def _builtin(source: str) -> list[tuple[str, Path]]:
-    """The shipped files that `builtin:...` means, each with the name that means it alone."""
+    """Return the shipped files that `builtin:...` means, each with the name that means it alone."""
     from ..world import DOMAINS, SPLITS, builtin_path
 
-    *named, split = source.removeprefix("builtin:").split("/")
+    name = source.removeprefix("builtin:")
+    version = "v2/" if name.startswith("v2/") else ""
+    *named, split = name.removeprefix(version).split("/")
     domains = named[0].split("+") if named else list(DOMAINS)
     if (
         len(named) > 1
@@ -223,9 +225,13 @@ def _builtin(source: str) -> list[tuple[str, Path]]:
         or not set(domains) <= set(DOMAINS)
         or len(set(domains)) < len(domains)
     ):
-        accepted = f"builtin:DOMAINS/SPLIT with domains of {', '.join(DOMAINS)} joined by +, and {choices(SPLITS)}; or builtin:SPLIT"
+        accepted = (
+            f"builtin:DOMAINS/SPLIT with domains of {', '.join(DOMAINS)} joined by +, and "
+            f"{choices(SPLITS)}; builtin:SPLIT; and builtin:v2/... for the harder version"
+        )
         raise DataError(f"there are no such built-in examples; accepted: {accepted}", source)
-    return [(f"builtin:{d}/{split}", builtin_path(f"{d}/{split}")) for d in domains]
+    files = [f"{version}{d}/{split}" for d in domains]
+    return [(f"builtin:{f}", builtin_path(f)) for f in files]
 
 
 def _join(source: str, parts: Sequence[Examples]) -> Examples:

@@ -1,7 +1,7 @@
-"""The built-in review world: `lexicon.py` holds the words, `grammar.py` writes the reviews from them,
-`files.py` writes and finds the shipped files."""
+"""The built-in review world: `lexicon.py` holds the words, `grammar.py` writes reviews from them,
+`harder.py` writes those of the second version, `files.py` writes and finds the shipped files."""
 
-from .files import SIZES, builtin_path, record, write_world
+from .files import SIZES, VERSIONS, builtin_path, record, write_world
 from .grammar import (
     SPLITS,
     Continuation,
@@ -12,6 +12,7 @@ from .grammar import (
     review,
     vocabulary,
 )
+from .harder import SCALES, harder_examples, harder_review, harder_vocabulary
 from .lexicon import ADJECTIVES, CONTINUATIONS, DOMAINS, FRAMES, FREE, LEXICON, Domain, Group
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "FRAMES",
     "FREE",
     "LEXICON",
+    "SCALES",
     "SIZES",
     "SPLITS",
+    "VERSIONS",
     "Continuation",
     "Domain",
     "Group",
@@ -31,6 +34,9 @@ __all__ = [
     "builtin_path",
     "continuations",
     "examples",
+    "harder_examples",
+    "harder_review",
+    "harder_vocabulary",
     "record",
     "review",
     "vocabulary",

@@ -11,9 +11,12 @@ from pathlib import Path
 from ..errors import DataError, choices
 from ..examples import Example
 from .grammar import SPLITS, examples
+from .harder import harder_examples
 from .lexicon import DOMAINS
 
 SIZES = {"train": 1200, "test": 640}
+VERSIONS = {"": examples, "v2": harder_examples}
+"""Version -> what writes its examples; the first has no name, so that its files keep theirs."""
 WORLD = Path(__file__).parents[1] / "assets" / "world"
 
 
@@ -36,35 +39,35 @@ def record(example: Example) -> dict[str, object]:
 
 
 def write_world(out: Path, seed: int = 0) -> list[Path]:
-    """Write the files `out/{domain}/{train,test}.jsonl`, the same bytes for the same seed.
+    """Write `out/{domain}/{train,test}.jsonl` and `out/v2/...`, the same bytes for the same seed.
 
     Returns:
         the paths of the files.
     """
     written = []
-    for domain in DOMAINS:
-        taken: set[str] = set()
-        for split in SPLITS:
-            items = examples(domain, split, SIZES[split], seed, without=taken)
-            taken |= {e.sentence for e in items} | {
-                c.sentence for e in items for c in e.counterfactuals
-            }
-            path = out / domain / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                "".join(json.dumps(record(e)) + "\n" for e in items), encoding="utf-8", newline="\n"
-            )
-            written.append(path)
+    for version, write in VERSIONS.items():
+        for domain in DOMAINS:
+            taken: set[str] = set()
+            for split in SPLITS:
+                items = write(domain, split, SIZES[split], seed, without=taken)
+                taken |= {e.sentence for x in items for e in (x, *x.counterfactuals)}
+                path = out / version / domain / f"{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = "".join(json.dumps(record(e)) + "\n" for e in items)
+                path.write_text(lines, encoding="utf-8", newline="\n")
+                written.append(path)
     return written
 
 
 def builtin_path(name: str) -> Path:
-    """Return the shipped file of a name such as `restaurant/test`.
+    """Return the shipped file of a name such as `restaurant/test` or `v2/restaurant/test`.
 
     Raises:
         DataError: there is no such file; the message lists the names.
     """
+    bare = name.removesuffix(".jsonl")
     known = [f"{d}/{s}" for d in DOMAINS for s in SPLITS]
-    if name.removesuffix(".jsonl") not in known:
-        raise DataError(f"no built-in examples {name!r}; there are {choices(known)}")
-    return WORLD / f"{name.removesuffix('.jsonl')}.jsonl"
+    if bare.removeprefix("v2/") not in known:
+        also = "; with v2/ before it, of the second version"
+        raise DataError(f"no built-in examples {name!r}; there are {choices(known)}{also}")
+    return WORLD / f"{bare}.jsonl"

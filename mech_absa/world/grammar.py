@@ -19,7 +19,7 @@ function of the seed.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -138,7 +138,7 @@ def review(
     """
     test = split == "test"
     chosen = _aspects(rng, domain, aspects, test)
-    polarities = _polarities(rng, domain, aspects)
+    polarities = draw_polarities(rng, domain, aspects)
     clauses = [
         _clause(rng, a, group, p, test) for (a, group), p in zip(chosen, polarities, strict=True)
     ]
@@ -163,7 +163,7 @@ def _aspects(rng: random.Random, domain: Domain, n: int, test: bool) -> list[tup
             return chosen
 
 
-def _polarities(rng: random.Random, domain: Domain, n: int) -> list[Polarity]:
+def draw_polarities(rng: random.Random, domain: Domain, n: int) -> list[Polarity]:
     """Draw polarities by the weights of the domain, twice where all agree: mixed sentences matter most."""
     draw = rng.choices(tuple(Polarity), domain.weights, k=n)
     if n > 1 and len(set(draw)) == 1:
@@ -277,20 +277,38 @@ def examples(
         if got not in known:
             raise ConfigError(f"the built-in world has no {flag} {got!r}; it has {choices(known)}")
     rng = random.Random(f"{domain}/{split}/{seed}")
+    return collect(
+        lambda: review(rng, DOMAINS[domain], rng.choices(*ASPECTS_A_SENTENCE)[0], split),
+        f"{domain}-{split}",
+        n,
+        without,
+    )
+
+
+def collect(
+    draw: Callable[[], Review], stem: str, n: int, without: Collection[str]
+) -> list[Example]:
+    """Draw reviews until they give `n` examples, and none whose texts were drawn before.
+
+    Args:
+        stem: the beginning of every id.
+        without: texts that must not occur.
+    """
     seen = set(without)
-    written: list[Example] = []
-    while len(written) < n:
-        r = review(rng, DOMAINS[domain], rng.choices(*ASPECTS_A_SENTENCE)[0], split)
+    items: list[Example] = []
+    while len(items) < n:
+        r = draw()
         texts = {r.text} | {r.swapped(m, p).text for m in r.mentions for p in Polarity}
-        if seen & texts:  # a counterfactual of one split must not be a sentence of the other either
+        # A counterfactual of one split must not be a sentence of the other either.
+        if seen & texts:
             continue
         seen |= texts
         for i in range(len(r.mentions)):
             e = r.example(i)
-            id = f"{domain}-{split}-{len(written):04d}"
+            id = f"{stem}-{len(items):04d}"
             cf = tuple(replace(c, id=f"{id}-{c.polarity.value}") for c in e.counterfactuals)
-            written.append(replace(e, id=id, counterfactuals=cf))
-    return written
+            items.append(replace(e, id=id, counterfactuals=cf))
+    return items
 
 
 # --- what may follow a review ---------------------------------------------------------------------

@@ -57,6 +57,8 @@ class Config:
     """Compare every system with this edit (a folder, none or bundled) on the same rows."""
     side_effects: bool = False
     """Also measure what each edit changes elsewhere."""
+    baselines: bool = True
+    """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
     texts: Path | None = None
     """A text file of unrelated passages, separated by blank lines, for --side-effects; some are built in."""
     decode: Decode = "label"
@@ -141,7 +143,9 @@ def names(edits: Sequence[str]) -> list[str]:
 
 def run(config: Config) -> Path:
     """Everything the command does; the folder it wrote."""
-    from ..evaluate import side_effects
+    import pandas as pd
+
+    from ..evaluate import baselines, side_effects
 
     out = config.out or Path("runs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     data = [load_examples(d, limit=config.limit, **reading(config)) for d in config.data]
@@ -219,8 +223,16 @@ def run(config: Config) -> Path:
                     batch_size=config.batch_size, name=name, **how,
                 )  # fmt: skip
 
+    beside: list[Scores] = []
+    if config.baselines:
+        unedited = model if "none" in config.edits else None
+        beside = baselines.beside(data, seen, model=unedited, **how)
+
     folder.open()
     _write(folder, scores, comparisons, aggregates, effects)
+    if beside:
+        table = pd.concat([s.to_pandas() for s in beside], ignore_index=True)
+        folder.write("baselines.csv", partial(table.to_csv, index=False))
     folder.finish(
         {
             "command": "evaluate",
@@ -239,12 +251,17 @@ def run(config: Config) -> Path:
                 for system in scores
                 for s in system
             ],
+            "baselines": [
+                {"system": s.name, "data": s.data} | _scores_record(s) for s in beside
+            ],
         },
         report(config),
     )
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     _show(scores, comparisons, aggregates, effects)
+    if beside:
+        show(pd.concat([s.summary() for s in beside], ignore_index=True), "Baselines")
     return folder.path
 
 

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ConfigError
-from ..examples import Example, Examples, Polarity, Span, split_by_sentence
+from ..examples import Example, Examples, Polarity, Span
 from ..prompts import PromptTemplate
+from ..readers import load_examples
 from .predictions import Predictions, predict
-from .scores import score
+from .scores import Scores, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,10 +99,40 @@ def baseline_predictions(
     answers = [majority(train, test)]
     if any(e.opinion for e in train):
         answers += [nearest_opinion(train, test), nearest_opinion(train, test, in_clause=True)]
-    answers.append(words_around(train, test, seed=seed))
+    answers.append(words_around(train, test))
     if model is not None:
         answers.append(best_wording(model, train, test, seed=seed))
     return answers
+
+
+def beside(
+    data: Sequence[Examples],
+    train: Sequence[Example] | None = None,
+    *,
+    model: Model | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[Scores]:
+    """Return the scores of the baselines that belong beside a score on each of several test sets.
+
+    They learn from `train`; where it is None, from the train file of each built-in test set. Other
+    test sets are then left out, for nothing is known that a baseline could learn from.
+    """
+    scores = []
+    for test in data:
+        items = train if train is not None else _own_train(test.source)
+        if items is not None:
+            answers = baseline_predictions(items, test, model=model, seed=seed)
+            scores += [score(p, level=level, draws=draws, seed=seed) for p in answers]
+    return scores
+
+
+def _own_train(source: str) -> Examples | None:
+    """Return the train file that belongs to `builtin:.../test`; None for any other source."""
+    if not source.startswith("builtin:") or source.replace(":", "/").split("/")[-1] != "test":
+        return None
+    return load_examples(source.removesuffix("test") + "train")
 
 
 def majority(train: Sequence[Example], test: Sequence[Example]) -> Predictions:
@@ -174,52 +205,35 @@ def _expressions(words: list[str], lexicon: dict[tuple[str, ...], Polarity]) -> 
 # --- words around the aspect ----------------------------------------------------------------------
 
 
-def words_around(
-    train: Sequence[Example], test: Sequence[Example], *, seed: int = 0
-) -> Predictions:
+def words_around(train: Sequence[Example], test: Sequence[Example]) -> Predictions:
     """Answer with a multinomial logistic regression on words at positions relative to the aspect.
 
-    Features are each of the ten words before and after the aspect with its offset, the words of the
-    aspect, and all words of the sentence. The strength of the L2 penalty is chosen on a fifth of the
-    train sentences.
+    Each of the ten words before and after the aspect is a feature with its offset, and one with its
+    side alone whose value is one over the distance. The counterfactuals of `train` are trained on
+    too. The penalty is L2 with C = 1.
     """
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    def fit(items: Sequence[Example], c: float):
-        vectorizer = DictVectorizer()
-        x = vectorizer.fit_transform([_features(e) for e in items])
-        y = [e.polarity.value for e in items]
-        return vectorizer, LogisticRegression(C=c, max_iter=300).fit(x, y)
-
-    def answer(fitted, items: Sequence[Example]) -> list[Polarity]:
-        vectorizer, regression = fitted
-        labels = regression.predict(vectorizer.transform([_features(e) for e in items]))
-        return [Polarity(str(label)) for label in labels]
-
     name = "words around the aspect"
     if len({e.polarity for e in train}) == 1:
         return replace(majority(train, test), name=name)
-    first, second = split_by_sentence(train, 0.2, seed)
-    strengths = (0.1, 1.0, 10.0)
-    best = strengths[1]
-    if second and len({e.polarity for e in first}) > 1:
-        gold = [e.polarity for e in second]
-        right = [np.mean([a is g for a, g in zip(answer(fit(first, c), second), gold, strict=True)])
-                 for c in strengths]  # fmt: skip
-        best = strengths[int(np.argmax(right))]
-    return _answers(test, answer(fit(train, best), test), name)
+    items = [e for example in train for e in (example, *example.counterfactuals)]
+    vectorizer = DictVectorizer()
+    x = vectorizer.fit_transform([_features(e) for e in items])
+    regression = LogisticRegression(max_iter=300).fit(x, [e.polarity.value for e in items])
+    labels = regression.predict(vectorizer.transform([_features(e) for e in test]))
+    return _answers(test, [Polarity(str(label)) for label in labels], name)
 
 
 def _features(example: Example) -> dict[str, float]:
     words, (start, end) = _located(example)
-    features = {f"any {w}": 1.0 for w in words}
-    features |= {f"aspect {w}": 1.0 for w in words[start:end]}
+    features: dict[str, float] = {}
     for k in range(1, WINDOW + 1):
-        if start - k >= 0:
-            features[f"-{k} {words[start - k]}"] = 1.0
-        if end - 1 + k < len(words):
-            features[f"+{k} {words[end - 1 + k]}"] = 1.0
+        for side, i in (("-", start - k), ("+", end - 1 + k)):
+            if 0 <= i < len(words):
+                features[f"{side}{k} {words[i]}"] = 1.0
+                features.setdefault(f"{side} {words[i]}", 1 / k)  # the nearest place comes first
     return features
 
 

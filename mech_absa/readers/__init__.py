@@ -1,28 +1,33 @@
-"""From any usual ABSA file to `Examples`, through one door.
+"""Load ABSA files of any usual format as `Examples`.
 
-    load_examples("reviews.xml")                        # the format is told from the name and the content
-    load_examples("builtin:restaurant+laptop/test")     # the world that ships with the package; `builtin:test` is all of it
-    load_examples("hf:owner/name:validation")           # the Hugging Face hub; or a folder
+    load_examples("reviews.xml")                     # the format follows from name and content
+    load_examples("builtin:restaurant+laptop/test")  # the built-in world; builtin:test is all of it
+    load_examples("builtin:v2/restaurant/test")      # its harder version
+    load_examples("hf:owner/name:validation")        # a split of a Hugging Face data set
+    load_examples("hf:folder:test")                  # the same of a local folder
 
-| format    | what it is                                                                                   | module  |
-|-----------|----------------------------------------------------------------------------------------------|---------|
-| `jsonl`   | the paper's `sentence, aspect, label`; this project's `text, aspect, from, to, polarity`     | jsonl   |
-| `semeval` | SemEval XML 2014 (also MAMS), 2015 and 2016                                                  | semeval |
-| `seg`     | three lines an example, `$T$` for the aspect                                                 | seg     |
-| `table`   | CSV and TSV with column names                                                                | table   |
-| `tsa`     | TSA JSON: texts with located targets                                                         | tsa     |
-| `hf`      | Hugging Face `datasets`                                                                      | hub     |
+| format      | what it is                                                                    | module      |
+|-------------|-------------------------------------------------------------------------------|-------------|
+| `jsonl`     | JSON lines, an array, or `{id: record}`: the paper's, ARTS, this project's    | `jsonl`     |
+| `semeval`   | SemEval XML 2014 (also MAMS), 2015 and 2016                                   | `semeval`   |
+| `seg`       | three lines per example, `$T$` for the aspect                                 | `seg`       |
+| `table`     | CSV and TSV with column names                                                 | `table`     |
+| `tsa`       | TSA JSON: texts with located targets                                          | `tsa`       |
+| `triplets`  | ASTE, DMASTE, ASQP, ACOS: triplets and quads with opinion words               | `triplets`  |
+| `tags`      | E2E-TBSA and CoNLL: words with tags                                           | `tags`      |
+| `sentihood` | SentiHood JSON                                                                | `sentihood` |
+| `hf`        | Hugging Face `datasets`                                                       | `hub`       |
 
-A file is read whole and checked whole before anything is returned: the first bad record raises, with file and line, unless the caller
-asks to skip, and then every skipped one is kept and counted. Text is UTF-8, with or without a byte-order mark, with any line ends;
-offsets count characters, not bytes.
+A file is read and checked whole before anything is returned. The first bad record raises an error
+with file and line. With `skip_bad` bad records are left out, and their messages are kept and counted.
+Text is UTF-8, with or without a byte-order mark, with any line ends. Offsets count characters, not
+bytes.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +36,15 @@ from pathlib import Path
 
 from ..errors import ConfigError, DataError, choices
 from ..examples import Examples, content_hash
-from . import hub, jsonl, seg, semeval, table, tsa
-from .jsonl import write_jsonl
+from . import hub, jsonl, seg, semeval, sentihood, table, tags, triplets, tsa
+from .jsonl import json_records, write_jsonl
 from .rows import Reading, guess_domain
 
 __all__ = ["FORMATS", "load_examples", "write_jsonl"]
 
 FORMATS: dict[str, Callable[[bytes, Reading], None]] = {
     "jsonl": jsonl.read, "semeval": semeval.read, "seg": seg.read, "table": table.read, "tsa": tsa.read,
+    "triplets": triplets.read, "tags": tags.read, "sentihood": sentihood.read,
 }  # fmt: skip
 """Format of a file -> its reader. `hf` is the one format that is no single file."""
 
@@ -59,9 +65,12 @@ def load_examples(
     labels: Mapping[str, str] | None = None,
     split: str | None = None,
     subset: str | None = None,
+    ignore_case: bool = False,
     limit: int | None = None,
+    seed: int = 0,
+    head: bool = False,
 ) -> Examples:
-    """The examples of one source.
+    """Load the examples of one source.
 
     Args:
         source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all where none is named); `hf:OWNER/NAME`, optionally followed by
@@ -75,7 +84,12 @@ def load_examples(
         labels: label as it stands in the source -> the polarity it means. Needed where labels are numbers other than -1, 0, 1.
         split: split of a Hugging Face data set; needed where it has several.
         subset: configuration of a Hugging Face data set.
-        limit: keep at most the first so many, after all have been read and checked.
+        ignore_case: accept an aspect that differs in case from its words in the sentence, and ask
+            about it as the sentence writes it.
+        limit: keep at most so many examples, drawn without replacement over everything that was
+            read, in its order.
+        seed: of this draw.
+        head: keep the first `limit` examples instead.
 
     Returns:
         Examples in the order of the source, each with span, polarity, line and a unique id, and the account of those left out.
@@ -84,7 +98,9 @@ def load_examples(
         DataError: the source, or a record of it, cannot be read; says where and what is accepted.
         ConfigError: an argument is outside what is accepted.
     """
-    source = os.fspath(source)
+    file = os.fsdecode(source)
+    # A file name that is no UTF-8 can be opened, but not written into a record.
+    source = file.encode("utf-8", "backslashreplace").decode()
     if null_targets not in NULL_TARGETS:
         raise ConfigError(f"null_targets is {null_targets!r}; accepted: {choices(NULL_TARGETS)}")
     if format not in (None, *FORMATS, "hf"):
@@ -94,9 +110,11 @@ def load_examples(
 
     def reading(path: Path, source: str = source, stem: str | None = None) -> Reading:
         stem = path.stem if stem is None else stem
+        stem = stem.encode("utf-8", "backslashreplace").decode()
         return Reading(
-            source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {}
-        )
+            source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {},
+            ignore_case=ignore_case,
+        )  # fmt: skip
 
     if source.startswith("builtin:"):
         _refuse(split=split, subset=subset)
@@ -113,23 +131,28 @@ def load_examples(
         examples = _read_hub(source, split, subset, reading)
     else:
         _refuse(split=split, subset=subset)
-        path = Path(source)
+        path = Path(file)
         examples = _read_file(path, format, reading(path))
-    return examples if limit is None else examples[:limit]
+    if limit is None:
+        return examples
+    return examples[:limit] if head else examples.sample(limit, seed)
 
 
 def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
     try:
+        if path.exists() and not path.is_file():
+            raise DataError("no regular file (a pipe or a device); copy it first", reading.source)
         data = path.read_bytes()
     except FileNotFoundError:
         hub_id = len(path.parts) == 2 and not path.suffix and not path.parent.exists()
         hint = f"; a data set on the hub is written hf:{path}" if hub_id else ""
         raise DataError(f"there is no such file; {_near(path)}{hint}", reading.source) from None
-    except OSError as e:
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or str(e)
         raise DataError(
-            f"the file cannot be read ({e.strerror}); a readable file is accepted", reading.source
+            f"the file cannot be read ({why}); a readable file is accepted", reading.source
         ) from None
-    if not data.removeprefix(b"\xef\xbb\xbf").strip():
+    if not data.removeprefix(b"\xef\xbb\xbf").strip() or _is_blank(data):
         raise DataError("the file is empty; at least one example is needed", reading.source)
     format = format or _format_of(path, data, reading)
     if reading.columns and format not in ("jsonl", "table"):
@@ -140,18 +163,32 @@ def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
     return reading.examples(hashlib.sha256(data).hexdigest())
 
 
+def _is_blank(data: bytes) -> bool:
+    """Return whether a file holds nothing but blanks, those beyond ASCII included."""
+    return len(data) < 1_000_000 and not data.decode("utf-8-sig", "replace").strip()
+
+
 def _format_of(path: Path, data: bytes, reading: Reading) -> str:
     """Told by the suffix where that says it, by the content where it does not."""
-    if format := _SUFFIXES.get(path.suffix.lower()):
+    suffix = path.suffix.lower()
+    if suffix != ".tsv" and (format := _SUFFIXES.get(suffix)):
         return format
     text = reading.text(data).lstrip()
     first, _, rest = text.partition("\n")
+    if triplets.is_line(first):  # before the suffix, for ACOS calls its files .tsv
+        return "triplets"
+    if suffix == ".tsv":
+        return "table"
+    if not text:
+        return "jsonl"
     if text[0] in "[{":
         return _json_format(text)
     if text[0] == "<":
         return "semeval"
     if path.suffix.lower() == ".json":
         return "jsonl"
+    if tags.is_line(first):
+        return "tags"
     if seg.MARK in first or seg.MARK in rest.partition("\n")[0]:
         return "seg"
     if any(mark in first for mark in "\t,;|"):
@@ -168,14 +205,15 @@ def _format_of(path: Path, data: bytes, reading: Reading) -> str:
 
 
 def _json_format(text: str) -> str:
-    """Records with `targets` are TSA's; everything else is a matter for the reader of flat records."""
+    """Tell TSA and SentiHood by the lists in their records; everything else are flat records."""
     try:
-        record, _ = json.JSONDecoder().raw_decode(
-            text, len(text) - len(text.removeprefix("[").lstrip())
-        )
-    except (ValueError, RecursionError):
+        _, parse = next(json_records(text, Reading("", "")))
+        record = parse()
+    except (DataError, StopIteration, RecursionError):
         return "jsonl"
-    return "tsa" if isinstance(record, dict) and "targets" in record else "jsonl"
+    if "targets" in record:
+        return "tsa"
+    return "sentihood" if isinstance(record.get("opinions"), list) else "jsonl"
 
 
 def _header(line: str) -> tuple[str, ...]:

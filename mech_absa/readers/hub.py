@@ -77,7 +77,8 @@ def _load(name: str, source: str, split: str | None, subset: str | None) -> Data
         return next(iter(loaded.values()))
     if split not in loaded:
         asked = "no split was named" if split is None else f"there is no split {split!r}"
-        raise DataError(f"{asked}; there are {choices(loaded)}", source)
+        example = f"hf:{name.removeprefix('hf:')}:{next(iter(loaded))}"
+        raise DataError(f"{asked}; there are {choices(loaded)}; write it as {example}", source)
     return loaded[split]
 
 

@@ -10,15 +10,20 @@ This project's do, and may know the opinion, the domain and minimal edits too:
      "opinion": [14, 20],
      "counterfactuals": [{"text": "the screen is dim", "from": 4, "to": 10, "polarity": "negative", "opinion": [14, 17]}]}
 
-(on one line). Offsets count characters, `[from, to)`. A `from` and `to` of null say that no words of the sentence stand for the aspect.
-One file may hold both kinds; an array of such records is read as well. `write_jsonl` writes the second kind, and what it writes reads
-back as the same examples.
+(on one line). Offsets count characters, `[from, to)`. A `from` and `to` of null say that no words of the
+sentence stand for the aspect. One file may hold both kinds.
+
+An array of such records is read as well, and an object of records, `{id: record, ...}`, as ARTS and
+BERT-for-ABSA keep them; the key becomes the id of a record that has none. Both may be on one line or
+indented. `write_jsonl` writes the second kind of record, and what it writes reads back as the same
+examples.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from typing import Any
 from ..errors import DataError
 from ..examples import Example, Span
 from ..records import write_text
-from .rows import Reading, shortened, string, whole
+from .rows import Reading, shortened, shown, string, whole
 
 
 def read(data: bytes, reading: Reading) -> None:
@@ -45,83 +50,151 @@ def read(data: bytes, reading: Reading) -> None:
 
 
 def json_records(text: str, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """Each record of JSON lines or of a JSON array: its line, and a call that gives it as a dict or raises `DataError`."""
-    if text.lstrip().startswith("["):
-        yield from _array(text, reading)
-        return
-    # Not splitlines: it also splits at characters such as U+2028 that may stand inside a JSON string.
-    for n, raw in enumerate(text.split("\n"), 1):
-        if raw.strip():
-            yield n, lambda raw=raw: _object(_parse(raw))
+    """Yield each record of a JSON file: its line, and a call that returns a dict or raises `DataError`.
+
+    The file may hold one record per line, an array of records, an object of records, or one record.
+    """
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] == "[" or (
+        text[start : start + 1] == "{" and _holds_records(text, start)
+    ):
+        yield from _members(text, start, reading)
+    elif text[start : start + 1] == "{" and (record := _single(text, start)) is not None:
+        yield text.count("\n", 0, start) + 1, lambda: record
+    else:
+        # Not splitlines: it also splits at characters such as U+2028 that may stand in a string.
+        for n, raw in enumerate(text.split("\n"), 1):
+            if raw.strip():
+                yield n, lambda raw=raw: _object(_parse(raw))
 
 
-def _array(text: str, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """One record after the other, so that each knows its line. A break in the syntax ends the reading: nothing behind it can be trusted."""
-    decoder = json.JSONDecoder()
-    seen, line = 0, 1
+def _holds_records(text: str, start: int) -> bool:
+    """Return whether the object that begins at `start` maps ids to records and is the whole file."""
+    head = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{').match(text, start)
+    if head is None:
+        return False
+    # JSON lines may begin with a field that holds an object too, but then they do not end there.
+    line, _, rest = text[start:].partition("\n")
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return all(isinstance(v, dict) for v in value.values()) and not rest.strip()
 
-    def skip(at: int) -> int:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
 
-    def line_of(at: int) -> int:
-        nonlocal seen, line
-        line += text.count("\n", seen, at)
-        seen = at
-        return line
+def _single(text: str, start: int) -> dict[str, Any] | None:
+    """Return the one record that a file holds over several lines; None where that is not so."""
+    if text.find("\n", start) < 0:
+        return None
+    try:
+        value, end = _decoder.raw_decode(text, start)
+    except (ValueError, RecursionError, DataError):
+        return None
+    return value if isinstance(value, dict) and not text[end:].strip() else None
 
-    at = skip(text.index("[") + 1)
-    if text[at : at + 1] == "]":
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; refuse a name that comes twice, of which JSON would silently keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"the field {shortened(twice)!r} comes twice in one record; give it once")
+    return value
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _members(text: str, start: int, reading: Reading) -> Iterator[tuple[int, Any]]:
+    """Yield the records of the array or of the object of records that begins at `start`.
+
+    They are decoded one by one, so that each knows its line. A break in the syntax ends the reading:
+    nothing behind it can be trusted.
+    """
+    line_of = _Lines(text)
+    keyed = text[start] == "{"
+    close = "}" if keyed else "]"
+
+    def broken(problem: str, at: int) -> DataError:
+        return DataError(f"broken JSON: {problem}", reading.source, line_of(at))
+
+    def decode(at: int) -> tuple[Any, int]:
+        try:
+            return _decoder.raw_decode(text, at)
+        except json.JSONDecodeError as e:
+            raise broken(f"{e.msg}, at column {e.colno}", e.pos) from None
+        except (ValueError, RecursionError):
+            raise broken("a number or a nesting beyond all bounds", at) from None
+        except DataError as e:
+            raise DataError(e.problem, reading.source, line_of(at)) from None
+
+    at = _skip(text, start + 1)
+    if text[at : at + 1] == close:
         return
     while True:
-        start = line_of(at)
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            raise DataError(
-                f"broken JSON: {e.msg}, at column {e.colno}", reading.source, e.lineno
-            ) from None
-        except (ValueError, RecursionError):
-            raise DataError(
-                "broken JSON: a number or a nesting beyond all bounds", reading.source, start
-            ) from None
-        yield start, lambda value=value: _object(value)
-        at = skip(at)
-        if text[at : at + 1] == "]":
+        key, begins = None, at
+        if keyed:
+            key, at = decode(at)
+            at = _skip(text, at)
+            if not isinstance(key, str) or text[at : at + 1] != ":":
+                raise broken("an id in quotes and ':' are needed before a record", begins)
+            at = _skip(text, at + 1)
+        value, at = decode(at)
+        yield line_of(begins), lambda value=value, key=key: _with_id(_object(value), key)
+        at = _skip(text, at)
+        if text[at : at + 1] == close:
             if rest := text[at + 1 :].strip():
-                raise DataError(
-                    f"{shortened(rest)!r} follows the end of the JSON array",
-                    reading.source,
-                    line_of(at),
-                )
+                what = "object" if keyed else "array"
+                problem = f"{shortened(rest)!r} follows the end of the JSON {what}"
+                raise DataError(problem, reading.source, line_of(at))
             return
         if text[at : at + 1] != ",":
-            raise DataError(
-                "broken JSON: ',' or ']' is needed after a record of the array",
-                reading.source,
-                line_of(at),
-            )
-        at = skip(at + 1)
+            what = "object of records" if keyed else "array"
+            raise broken(f"',' or '{close}' is needed after a record of the {what}", at)
+        at = _skip(text, at + 1)
+
+
+class _Lines:
+    """The line of a place in a text, for places that are asked for in their order."""
+
+    def __init__(self, text: str):
+        self.text, self.seen, self.line = text, 0, 1
+
+    def __call__(self, at: int) -> int:
+        at = max(at, self.seen)
+        self.line += self.text.count("\n", self.seen, at)
+        self.seen = at
+        return self.line
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _with_id(record: dict[str, Any], key: str | None) -> dict[str, Any]:
+    return record if key is None or record.get("id") is not None else {**record, "id": key}
 
 
 def _parse(raw: str) -> Any:
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_unique)
     except json.JSONDecodeError as e:
         raise DataError(
-            f"broken JSON: {e.msg}, at column {e.colno} of {shortened(raw.strip())!r}; one JSON object a line is accepted"
+            f"broken JSON: {e.msg}, at column {e.colno} of {shortened(raw.strip())!r}; one JSON object per line is accepted"
         ) from None
     except (ValueError, RecursionError):
         raise DataError(
-            "broken JSON: a number or a nesting beyond all bounds; one JSON object a line is accepted"
+            "broken JSON: a number or a nesting beyond all bounds; one JSON object per line is accepted"
         ) from None
 
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
-            f"{shortened(json.dumps(value))} came; a JSON object with the fields of an example is accepted"
+            f"{shown(value)} came; a JSON object with the fields of an example is accepted"
         )
     return value
 
@@ -130,9 +203,7 @@ def _list(value: Any) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError(
-            f"'counterfactuals' holds {shortened(repr(value))}; a list of objects is accepted"
-        )
+        raise DataError(f"'counterfactuals' holds {shown(value)}; a list of objects is accepted")
     return value
 
 
@@ -140,9 +211,7 @@ def _pair(value: Any, name: str) -> Span | None:
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2):
-        raise DataError(
-            f"{name!r} holds {shortened(repr(value))}; a pair of offsets [from, to] is accepted"
-        )
+        raise DataError(f"{name!r} holds {shown(value)}; a pair of offsets [from, to] is accepted")
     return (whole(value[0], name), whole(value[1], name))
 
 
@@ -154,7 +223,7 @@ def _counterfactual(row: Any, reading: Reading, line: int) -> Example:
     polarity = reading.polarity(row[names["polarity"]])
     if polarity is None:
         raise DataError(
-            f"a counterfactual has the label {row[names['polarity']]!r}; a single polarity is accepted"
+            f"a counterfactual has the label {shown(row[names['polarity']])}; a single polarity is accepted"
         )
     if not 0 <= start < end <= len(text):
         raise DataError(

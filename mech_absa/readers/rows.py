@@ -15,6 +15,7 @@ Three rules that are easy to get wrong live here and nowhere else.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -40,6 +41,12 @@ NULL = "NULL"
 """What SemEval 2015/16 writes for the target of an opinion that no words of the sentence stand for."""
 
 REQUIRED = ("sentence", "aspect", "polarity")
+
+CATEGORY_ONLY = ("no aspect term", "aspect category", "opinion on a whole text")
+"""Reasons of `left_out` for opinions that can be asked about by their category."""
+
+LONGEST = 600
+"""Characters of the longest message about a record, whatever the record holds."""
 
 _DOMAINS = {
     "rest": "restaurant", "restaurant": "restaurant", "restaurants": "restaurant", "mams": "restaurant",
@@ -70,6 +77,8 @@ class Reading:
         columns: field (a key of `FIELDS`, or `id`) -> the name it has in this source, where the guess would be wrong.
         labels: label as it stands in the source -> the polarity it means, where the usual spellings do not say.
         signed: the format itself says that its numbers are -1, 0 and 1.
+        ignore_case: an aspect may differ in case from its words in the sentence; it is then asked
+            about as the sentence writes it.
     """
 
     source: str
@@ -80,12 +89,14 @@ class Reading:
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     signed: bool = False
+    ignore_case: bool = False
 
     items: list[Example] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     ambiguous: int = 0
     _ids: set[str] = field(default_factory=set)
+    _repeated: dict[str, int] = field(default_factory=dict)
     _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     _numbers: set[str] = field(default_factory=set)
     _resolved: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
@@ -103,8 +114,10 @@ class Reading:
         """Give complaints raised inside this source and `line`; with `skip_bad`, keep them and go on."""
         try:
             yield
-        except DataError as e:
-            placed = DataError(e.problem, self.source, line)
+        except (DataError, RecursionError) as e:
+            deep = "the record is nested too deeply; a flat record is accepted"
+            problem = e.problem if isinstance(e, DataError) else deep
+            placed = DataError(shortened(problem, LONGEST), self.source, line)
             if not self.skip_bad:
                 raise placed from e
             self.problems.append(str(placed))
@@ -117,7 +130,9 @@ class Reading:
             DataError: it is not UTF-8; names the line.
         """
         try:
-            return data.decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
+            # Old Macintosh files end their lines with a carriage return alone.
+            return text if "\n" in text else text.replace("\r", "\n")
         except UnicodeDecodeError as e:
             problem = f"the byte 0x{data[e.start]:02x} is not UTF-8; only UTF-8 text is accepted, so convert the file first"
             raise DataError(problem, self.source, data.count(b"\n", 0, e.start) + 1) from None
@@ -136,11 +151,12 @@ class Reading:
         return self._resolved[key]
 
     def _resolve(self, names: Collection[str], required: Collection[str]) -> dict[str, str]:
-        came = ", ".join(names) or "no field at all"
+        came = shortened(", ".join(names) or "no field at all", 200)
         for name, column in self.columns.items():
             if column not in names:
                 raise DataError(
-                    f"the field {column!r}, named as the {name}, is missing; there are: {came}"
+                    f"the field {shortened(column)!r}, given with --columns as the {name}, is missing; "
+                    f"there are: {came}"
                 )
         found = dict(self.columns)
         for name, known_as in FIELDS.items():
@@ -154,13 +170,16 @@ class Reading:
             ]
             if len(fits) > 1:
                 raise DataError(
-                    f"{choices(fits)} could be the {name}; name one, as in columns={{{name!r}: {fits[0]!r}}} or --columns {name}={fits[0]}"
+                    f"{choices(fits)} could be the {name}; name one, as in "
+                    f"columns={{{name!r}: {fits[0]!r}}} or --columns {name}={fits[0]}"
                 )
             if fits:
                 found[name] = fits[0]
             elif name in required:
                 raise DataError(
-                    f"the field {name!r} is missing; there are: {came}; accepted names: {choices(known_as)}"
+                    f"the field {name!r} is missing; there are: {came}; accepted names: "
+                    f"{choices(known_as)}, or any other with --columns {name}=NAME "
+                    f"(columns={{{name!r}: 'NAME'}} in Python)"
                 )
         return found
 
@@ -221,17 +240,27 @@ class Reading:
 
         Counterfactuals take their ids and their domain from the example.
         """
-        asked = Example(
-            sentence, aspect, Polarity.NEUTRAL, span, opinion
-        )  # offsets are checked even where the row is left out
+        if self.ignore_case and span is not None:
+            found = sentence[slice(*span)] if 0 <= span[0] <= span[1] else ""
+            aspect = found if found.casefold() == aspect.casefold() else aspect
+        # Offsets are checked even where the row is left out.
+        try:
+            asked = Example(sentence, aspect, Polarity.NEUTRAL, span, opinion)
+        except DataError as e:
+            if span is None or sentence[slice(*span)].casefold() != aspect.casefold():
+                raise
+            hint = "; case differs, which --ignore-case (ignore_case=True) accepts"
+            raise DataError(e.problem + hint) from None
         polarity = self.polarity(label)
         if polarity is None:
-            self.left_out[str(label).strip().lower()] += 1
+            self.left_out[shortened(str(label).strip().lower())] += 1
             return
         if any(c.polarity is polarity for c in counterfactuals):
             raise DataError(
                 f"a counterfactual is as {polarity} as its example; another polarity is accepted"
             )
+        for name, value in (("id", id), ("domain", domain)):
+            string(value, name)
         id, domain = self._unique(id or f"{self.stem}:{line}"), domain or self.domain
         edited = tuple(
             replace(c, id=f"{id}~{n}", domain=domain) for n, c in enumerate(counterfactuals, 1)
@@ -249,40 +278,60 @@ class Reading:
         )
 
     def add_null_target(
-        self, sentence: str, category: str, label: object, line: int, id: str = ""
+        self,
+        sentence: str,
+        category: str,
+        label: object,
+        line: int,
+        id: str = "",
+        reason: str = "no aspect term",
     ) -> None:
-        """Count an opinion whose target is NULL, or ask about its category (`FOOD#STYLE_OPTIONS`: "food style options")."""
+        """Add or count an opinion that no words of the sentence stand for.
+
+        With `null_targets="category"` it is asked about by the words of its category
+        (`FOOD#STYLE_OPTIONS`: "food style options"); else it is counted under `reason`.
+        """
         words = category.lower().replace("_", " ").split("#")
         aspect = " ".join(w for w in words if w != "general" or len(words) == 1)
         if self.null_targets == "category":
             self.add(sentence, aspect, label, None, line, id)
         else:
             self.polarity(label)  # an unknown label is an error even where the opinion is left out
-            self.left_out["no aspect term"] += 1
+            self.left_out[reason] += 1
 
     def polarity(self, label: object) -> Polarity | None:
         """The polarity that `label` means here; None for `conflict` and `mixed`."""
-        text = str(label).strip()
+        text = label.strip() if isinstance(label, str) else shown(label)
         if text in self.labels:
             return Polarity.parse(self.labels[text])
         if text.lstrip("+-").isdigit():
             self._numbers.add(text)
         if not isinstance(label, str | int) or isinstance(label, bool):
-            raise DataError(f"unknown label {label!r}; a word or a number is accepted")
-        return Polarity.parse(text)
+            raise DataError(f"unknown label {shown(label)}; a word or a number is accepted")
+        try:
+            return Polarity.parse(text)
+        except DataError:
+            accepted = "positive/pos/1, negative/neg/-1, neutral/neu/0 or conflict/mixed (left out)"
+            raise DataError(
+                f"unknown label {shown(label)}; accepted: {accepted}; say what another label means "
+                f"with --meaning {shortened(text, 20) or 'LABEL'}=negative (labels={{...}} in Python)"
+            ) from None
 
     def _find(self, sentence: str, aspect: str) -> Span:
         places = occurrences(sentence, aspect)
         if not places:
-            again = sentence.lower().find(aspect.lower())
-            hint = (
-                f"; only {sentence[again : again + len(aspect)]!r} does, and case must match"
-                if again >= 0
-                else ""
-            )
-            raise DataError(
-                f"the aspect {aspect!r} does not stand in the sentence {shortened(sentence)!r}{hint}"
-            )
+            other_case = occurrences(sentence, aspect, ignore_case=True)
+            if not other_case:
+                raise DataError(
+                    f"the aspect {shown(aspect)} does not stand in the sentence {shown(sentence)}"
+                )
+            if not self.ignore_case:
+                raise DataError(
+                    f"the aspect {shown(aspect)} does not stand in the sentence {shown(sentence)}; "
+                    f"only {shown(sentence[slice(*other_case[0])])} does, which --ignore-case "
+                    "(ignore_case=True) accepts"
+                )
+            places = other_case
         self.ambiguous += len(places) > 1
         terms = [p for p in places if is_whole_term(sentence, p)] or places
         nth = self._asked[sentence, aspect]
@@ -290,11 +339,12 @@ class Reading:
         return terms[min(nth, len(terms) - 1)]
 
     def _unique(self, id: str) -> str:
-        candidate, n = id, 1
+        candidate, n = id, self._repeated.get(id, 1)
         while candidate in self._ids:
             n += 1
             candidate = f"{id}.{n}"
         self._ids.add(candidate)
+        self._repeated[id] = n  # one id for all rows must not take time that grows with its square
         return candidate
 
     # The end ---------------------------------------------------------------------------------------------------------------
@@ -306,7 +356,7 @@ class Reading:
             DataError: there is not one example, or the labels are numbers that could mean anything.
         """
         if self._numbers and "-1" not in self._numbers and not self.signed:
-            came = choices(sorted(self._numbers))
+            came = shortened(choices(sorted(self._numbers)), 200)
             raise DataError(
                 f"the labels are bare numbers ({came}) and none is -1, so what they mean is a guess; "
                 "say it, as in labels={'0': 'negative', '1': 'neutral', '2': 'positive'} or --meaning 0=negative 1=neutral 2=positive",
@@ -315,6 +365,8 @@ class Reading:
         if not self.items:
             why = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items())
             first = f"; the first: {self.problems[0]}" if self.problems else ""
+            if any(self.left_out[reason] for reason in CATEGORY_ONLY):
+                first += "; --null-targets category (null_targets='category') asks about categories"
             raise DataError(
                 f"no example could be read ({why or 'there are no records'}); at least one is needed{first}",
                 self.source,
@@ -329,8 +381,12 @@ class Reading:
         )
 
 
-def occurrences(sentence: str, aspect: str) -> list[Span]:
-    """Every place where the characters of `aspect` stand in `sentence`, also overlapping ones."""
+def occurrences(sentence: str, aspect: str, ignore_case: bool = False) -> list[Span]:
+    """Return every place of the characters of `aspect` in `sentence`, overlapping ones too."""
+    if ignore_case:
+        # A lookahead finds overlapping places; lower() may change lengths and so shift offsets.
+        pattern = re.compile(f"(?=({re.escape(aspect)}))", re.IGNORECASE)
+        return [m.span(1) for m in pattern.finditer(sentence)]
     places, start = [], sentence.find(aspect)
     while start >= 0:
         places.append((start, start + len(aspect)))
@@ -354,7 +410,7 @@ def _in_word(c: str) -> bool:
 def string(value: object, name: str) -> str:
     """`value`, if it is text that can be written down."""
     if not isinstance(value, str):
-        raise DataError(f"the field {name!r} holds {shortened(repr(value))}; a string is accepted")
+        raise DataError(f"the field {name!r} holds {shown(value)}; a string is accepted")
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise DataError(
             f"the field {name!r} holds half of a surrogate pair, {shortened(ascii(value))}; whole characters are accepted"
@@ -366,11 +422,19 @@ def whole(value: object, name: str) -> int:
     """`value` as a whole number, written as one or as its digits."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal() and len(value) < 20:
+    if isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\s*-?[0-9]+\s*", value):
         return int(value)
     raise DataError(
-        f"the field {name!r} holds {shortened(repr(value))}; a whole number of characters is accepted"
+        f"the field {name!r} holds {shown(value)}; a whole number of characters is accepted"
     )
+
+
+def shown(value: object) -> str:
+    """Return a short form of a value from a file, for a message."""
+    try:
+        return shortened(repr(value[:200] if isinstance(value, str) else value))
+    except (RecursionError, ValueError):
+        return "a value nested or long beyond all bounds"
 
 
 def shortened(text: str, width: int = 80) -> str:

@@ -15,6 +15,7 @@ from ..errors import DataError
 from .rows import Reading, shortened
 
 MARK = "$T$"
+LONGEST_SENTENCE = 1_000_000
 
 
 def read(data: bytes, reading: Reading) -> None:
@@ -26,7 +27,9 @@ def read(data: bytes, reading: Reading) -> None:
         if (text := raw.rstrip("\r")).strip()
     ]
     starts = [i for i, (_, text) in enumerate(lines) if MARK in text]
-    if lines and (not starts or starts[0] > 0):
+    if not lines:
+        return
+    if not starts or starts[0] > 0:
         starts.insert(0, 0)  # what stands before the first mark is a record too, and a bad one
     for here, after in zip(starts, [*starts[1:], len(lines)], strict=True):
         line = lines[here][0]
@@ -44,6 +47,11 @@ def _add(record: list[str], line: int, reading: Reading) -> None:
             f"the record that begins here has {len(record)} of the three lines; it is a sentence with {MARK}, the aspect, and -1, 0 or 1"
         )
     sentence, aspect, label = record[0], record[1].strip(), record[2]
+    if sentence.count(MARK) * len(aspect) > LONGEST_SENTENCE:
+        raise DataError(
+            f"{sentence.count(MARK)} times {MARK} and an aspect of {len(aspect)} characters would make "
+            f"a sentence beyond {LONGEST_SENTENCE:,} characters; write the aspect where it stands"
+        )
     start = sentence.index(MARK)
     before = len(reading.items)
     reading.add(

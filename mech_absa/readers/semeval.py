@@ -14,6 +14,10 @@ An opinion whose target is NULL, or that names only a category, has no words of 
 `FOOD#STYLE_OPTIONS` as "food style options") with no span. Every opinion is one example: where two categories of one target differ
 in polarity, `examples.duplicates` finds them.
 
+The aspect categories of 2014 (`<aspectCategory category="food" .../>`) and the opinions on whole
+reviews of 2016 (subtask 2: `<Opinions>` beside `<sentences>`) are treated likewise and counted as
+`aspect category` and `opinion on a whole text`. The text of the latter is the whole review.
+
 Files are read with defusedxml: one that declares entities is refused, never expanded. Lines are those of the elements in the file.
 """
 
@@ -48,23 +52,31 @@ def read(data: bytes, reading: Reading) -> None:
         raise DataError(
             f"broken XML: {e.getMessage()}", reading.source, e.getLineNumber()
         ) from None
-    except LookupError as e:
-        raise DataError(f"broken XML: {e}; UTF-8 is accepted", reading.source, 1) from None
+    except (LookupError, ValueError) as e:
+        # ValueError: Python has the encoding, but expat cannot read XML in it.
+        problem = f"broken XML: {shortened(str(e), 200)}; UTF-8 is accepted"
+        raise DataError(problem, reading.source, tree.line if tree.lines else 1) from None
 
     root = tree.close()
     sentences = list(root.iter("sentence"))
     if not sentences:
         raise DataError(
-            f"the XML begins with <{root.tag}> and holds no <sentence>; accepted: SemEval 2014 (<sentences>) and 2015/16 (<Reviews>)",
+            f"the XML begins with <{shortened(root.tag)}> and holds no <sentence>; accepted: SemEval 2014 (<sentences>) and 2015/16 (<Reviews>)",
             reading.source, tree.lines[root],
         )  # fmt: skip
     for n, sentence in enumerate(sentences, 1):
         asked = [*sentence.iter("aspectTerm"), *sentence.iter("Opinion")]
-        if not asked:
+        categories = list(sentence.iter("aspectCategory"))
+        if not asked and not categories and not tree.whole:
             reading.left_out["sentence without aspects"] += 1
-        for k, element in enumerate(asked, 1):
+        for k, element in enumerate([*asked, *categories], 1):
             with reading.at(tree.lines[element]):
                 _add(sentence, element, tree.lines[element], f"{reading.stem}:{n}.{k}", reading)
+    for n, (text, element) in enumerate(_on_whole_texts(root), 1):
+        with reading.at(tree.lines[element]):
+            line, id = tree.lines[element], f"{reading.stem}:text.{n}"
+            category, label = (_attribute(element, a) for a in ("category", "polarity"))
+            reading.add_null_target(text, category, label, line, id, "opinion on a whole text")
 
 
 def _add(sentence: Element, element: Element, line: int, id: str, reading: Reading) -> None:
@@ -74,6 +86,10 @@ def _add(sentence: Element, element: Element, line: int, id: str, reading: Readi
             "the sentence has no <text>, or an empty one; SemEval puts it before the aspects"
         )
     label = _attribute(element, "polarity")
+    if element.tag == "aspectCategory":
+        category = _attribute(element, "category")
+        reading.add_null_target(text, category, label, line, id, "aspect category")
+        return
     if element.tag == "aspectTerm":
         term = _attribute(element, "term")
     elif (term := element.get("target", NULL)) == NULL:
@@ -81,6 +97,15 @@ def _add(sentence: Element, element: Element, line: int, id: str, reading: Readi
         return
     span = (whole(_attribute(element, "from"), "from"), whole(_attribute(element, "to"), "to"))
     reading.add(text, _as_in(text, span, term), label, span, line, id)
+
+
+def _on_whole_texts(root: Element) -> list[tuple[str, Element]]:
+    """Return the opinions on whole reviews, each with the sentences of its review as one text."""
+    pairs = []
+    for review in root.iter("Review"):
+        text = " ".join(t for s in review.iter("sentence") if (t := s.findtext("text")))
+        pairs += [(text, o) for opinions in review.findall("Opinions") for o in opinions]
+    return pairs
 
 
 def _attribute(element: Element, name: str) -> str:
@@ -102,6 +127,8 @@ class _Tree(xml.sax.handler.ContentHandler):
     def __init__(self):
         super().__init__()
         self.lines: dict[Element, int] = {}
+        self.whole = False
+        self._open: list[str] = []
         self._builder = TreeBuilder()
 
     @property
@@ -109,9 +136,15 @@ class _Tree(xml.sax.handler.ContentHandler):
         return self._locator.getLineNumber() or 1  # type: ignore[attr-defined]
 
     def startElement(self, name, attrs):
+        if name == "sentence" and "sentence" in self._open:
+            problem = "a <sentence> stands inside another <sentence>"
+            raise xml.sax.SAXParseException(problem, None, self._locator)
+        self.whole |= name == "Opinion" and "sentence" not in self._open
+        self._open.append(name)
         self.lines[self._builder.start(name, dict(attrs))] = self.line
 
     def endElement(self, name):
+        self._open.pop()
         self._builder.end(name)
 
     def characters(self, content):

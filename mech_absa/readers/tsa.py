@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError
 from .jsonl import json_records
-from .rows import Reading, shortened, string, whole
+from .rows import Reading, shortened, shown, string, whole
 
 
 def read(data: bytes, reading: Reading) -> None:
@@ -20,35 +20,36 @@ def read(data: bytes, reading: Reading) -> None:
         targets: list[Any] = []
         with reading.at(line):
             record = parse()
-            text = string(_field(record, "text", "the record"), "text")
-            targets = _field(record, "targets", "the record")
+            text = string(field(record, "text", "the record"), "text")
+            targets = field(record, "targets", "the record")
             if not isinstance(targets, list):
                 targets, came = [], targets
-                raise DataError(
-                    f"'targets' holds {shortened(repr(came))}; a list of objects is accepted"
-                )
+                raise DataError(f"'targets' holds {shown(came)}; a list of objects is accepted")
             if not targets:
                 reading.left_out["sentence without aspects"] += 1
         for k, target in enumerate(targets, 1):
             with reading.at(line):
-                location = _field(target, "location", "a target")
+                location = field(target, "location", "a target")
                 begin, end = (
-                    whole(_field(location, name, "a location"), name) for name in ("begin", "end")
+                    whole(field(location, name, "a location"), name) for name in ("begin", "end")
                 )
-                term = string(_field(target, "text", "a target"), "text")
+                term = string(field(target, "text", "a target"), "text")
                 reading.add(
                     text,
                     term,
-                    _field(target, "sentiment", "a target"),
+                    field(target, "sentiment", "a target"),
                     (begin, end),
                     line,
                     f"{reading.stem}:{n}.{k}",
                 )
 
 
-def _field(record: Any, name: str, what: str) -> Any:
+def field(record: Any, name: str, what: str) -> Any:
+    """Return a field of a JSON object of a file, or complain about what came instead."""
     if not isinstance(record, dict):
-        raise DataError(f"{what} is {shortened(repr(record))}; a JSON object is accepted")
+        raise DataError(f"{what} is {shown(record)}; a JSON object is accepted")
     if name not in record:
-        raise DataError(f"{what} has no field {name!r}; there are: {', '.join(record) or 'none'}")
+        raise DataError(
+            f"{what} has no field {name!r}; there are: {shortened(', '.join(record) or 'none', 200)}"
+        )
     return record[name]

@@ -128,5 +128,22 @@ def test_the_table_has_a_row_per_baseline_with_its_interval():
     assert list(table["system"]) == [p.name for p in b.baseline_predictions(train, test)]
     answers = b.nearest_opinion(train, test)
     row = table[table["system"] == "nearest opinion"].iloc[0]
-    assert row["accuracy"] == np.mean([a is e.polarity for a, e in zip(answers.answers, test, strict=True)])
+    assert row["accuracy"] == np.mean(
+        [a is e.polarity for a, e in zip(answers.answers, test, strict=True)]
+    )
     assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+
+
+def test_a_built_in_test_file_is_scored_beside_what_its_own_train_file_teaches():
+    test = load_examples("builtin:v2/restaurant/test")
+    small = test[:40]
+    scores = {s.name: s for s in b.beside([small], draws=100)}
+    train = load_examples("builtin:v2/restaurant/train")
+    assert scores["majority"].accuracy == b.majority(train, small).correct.mean()
+    right = b.nearest_opinion(train, small).correct.mean()
+    assert scores["nearest opinion"].accuracy == right
+    assert b._own_train("builtin:test").source == "builtin:train"
+    assert b._own_train("builtin:v2/test").source == "builtin:v2/train"
+    assert b._own_train("builtin:laptop/train") is None and b._own_train("mine/test") is None
+    other = small[:]
+    assert b.beside([other.__class__(other.items, "mine.jsonl")]) == []

@@ -54,7 +54,7 @@ def test_a_format_given_beats_the_name(write):
 
 def test_limit_keeps_the_first_after_all_were_checked(write):
     path = write("x.json", PAPER * 5)
-    assert [e.line for e in load_examples(path, limit=2)] == [1, 2]
+    assert [e.line for e in load_examples(path, limit=2, head=True)] == [1, 2]
     assert load_examples(path, limit=2).sha256 == load_examples(path).sha256
     assert len(load_examples(path, limit=99)) == 5
     with pytest.raises(DataError, match=r"y\.json:6"):
@@ -204,13 +204,13 @@ def test_bytes_that_are_not_utf8_are_named(write, suffix):
 def test_a_format_that_cannot_be_told_is_named(write):
     with pytest.raises(
         DataError,
-        match=r"the format cannot be told from the name or the content; .* one of jsonl, semeval, seg, table or tsa",
+        match=r"the format cannot be told from the name or the content; .* one of jsonl, semeval, seg, table, tsa, triplets, tags or sentihood",
     ):
         load_examples(write("x", "once upon a time, there was tea\n"))
 
 
 @pytest.mark.parametrize(("options", "why"), [
-    ({"format": "xml"}, "there is no format 'xml'; accepted: jsonl, semeval, seg, table, tsa or hf"),
+    ({"format": "xml"}, "there is no format 'xml'; accepted: jsonl, semeval, seg, table, tsa, triplets, tags, sentihood or hf"),
     ({"null_targets": "keep"}, "null_targets is 'keep'; accepted: drop or category"),
     ({"limit": -1}, "limit is -1; a number of examples of at least 1 is accepted"),
     ({"limit": 0}, "limit is 0"),

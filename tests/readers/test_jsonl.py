@@ -291,7 +291,7 @@ def edited(counterfactual: dict) -> str:
 
 GOOD = paper(("the food", "food", "Pos"))
 BAD = [
-    ('{"sentence": "the fo', "broken JSON", "one JSON object a line is accepted"),
+    ('{"sentence": "the fo', "broken JSON", "one JSON object per line is accepted"),
     ("[" * 100_000, "nesting beyond all bounds", "accepted"),
     ("7", "7 came", "a JSON object with the fields of an example is accepted"),
     ('{"sentence": "the food", "label": "Pos"}', "'aspect' is missing; there are: sentence, label", "accepted names: aspect"),
@@ -299,7 +299,7 @@ BAD = [
     ('{"aspect": "x", "sentence": "x"}', "field 'polarity' is missing", "polarity, label or sentiment"),
     ('{"sentence": "a", "text": "b", "aspect": "a", "label": "Pos"}', "sentence or text could be", "columns={'sentence':"),
     (paper(("the food", "wine", "Pos")), "the aspect 'wine' does not stand in the sentence 'the food'", ""),
-    (paper(("the Food", "food", "Pos")), "only 'Food' does, and case must match", ""),
+    (paper(("the Food", "food", "Pos")), "only 'Food' does, which --ignore-case", ""),
     (paper(("the food", " ", "Pos")), "the aspect is empty", "at least one character"),
     (paper(("the food", "food", "meh")), "unknown label 'meh'", "accepted: positive/pos/1, negative/neg/-1, neutral/neu/0"),
     ('{"sentence": "a", "aspect": "a", "label": null}', "unknown label None", "a word or a number is accepted"),

@@ -66,7 +66,7 @@ def test_2014_by_hand(write):
         ("food", (5, 9), POS, 14, "Restaurants_Train:3.1"),
         ("food", (0, 4), NEG, 14, "Restaurants_Train:3.2"),
     ]
-    assert examples.left_out == {"conflict": 1, "sentence without aspects": 1}
+    assert examples.left_out == {"conflict": 1, "aspect category": 1, "sentence without aspects": 1}
     assert {e.domain for e in examples} == {"restaurant"} and examples.ambiguous == 0
 
 

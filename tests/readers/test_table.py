@@ -71,10 +71,12 @@ def test_columns_by_name(write):
     assert (e.sentence, e.aspect, e.polarity, e.id) == ("my tea", "tea", POS, "k1")
     with pytest.raises(
         DataError,
-        match=r"x\.csv:1: the field 'Words', named as the sentence, is missing; there are: Comment, What, Sent, text, key",
+        match=r"x\.csv:1: the field 'Words', given with --columns as the sentence, is missing; there are: Comment, What, Sent, text, key",
     ):
         load_examples(path, columns={"sentence": "Words"})
-    with pytest.raises(DataError, match=r"x\.csv:1: the field 'no', named as the id, is missing"):
+    with pytest.raises(
+        DataError, match=r"x\.csv:1: the field 'no', given with --columns as the id, is missing"
+    ):
         load_examples(
             path, columns={"sentence": "Comment", "aspect": "What", "polarity": "Sent", "id": "no"}
         )

@@ -6,7 +6,7 @@
 
 Several edits are scored one by one, and those that differ by their seed alone together as well. The run leaves `scores.csv`,
 `predictions.parquet`, `run.json` and `report.html`; with `--compare` also `comparisons.csv`, with several seeds `aggregate.csv`, with
-`--side-effects` `side_effects.json`.
+`--side-effects` `side_effects.json`, and with `--baselines` `baselines.csv`.
 Everything is computed before the first file is written.
 """
 

@@ -73,8 +73,9 @@ def load_examples(
     """Load the examples of one source.
 
     Args:
-        source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all where none is named); `hf:OWNER/NAME`, optionally followed by
-            `:SPLIT`; or the folder of a Hugging Face data set.
+        source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all where none is named;
+            `builtin:v2/DOMAINS/SPLIT` is the harder version); or a Hugging Face data set, as
+            `hf:OWNER/NAME` or `hf:FOLDER` with `:SPLIT` behind it where it has several splits.
         format: a key of `FORMATS`, or `hf`; told from the source where None.
         skip_bad: keep the messages of bad records in `Examples.problems` and go on, instead of raising the first.
         null_targets: what becomes of SemEval opinions whose target is NULL: `drop` leaves them out and counts them, `category` asks
@@ -97,6 +98,12 @@ def load_examples(
     Raises:
         DataError: the source, or a record of it, cannot be read; says where and what is accepted.
         ConfigError: an argument is outside what is accepted.
+
+    Examples:
+        >>> import mech_absa as ma
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> len(examples), examples[0].aspect, examples[0].polarity.value
+        (642, 'grilled fish', 'neutral')
     """
     file = os.fsdecode(source)
     # A file name that is no UTF-8 can be opened, but not written into a record.

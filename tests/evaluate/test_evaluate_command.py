@@ -72,6 +72,7 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     out = files / "out"
     assert {p.name for p in out.iterdir()} == {
         "scores.csv", "predictions.parquet", "comparisons.csv", "aggregate.csv", "side_effects.json", "run.json", "report.html",
+        "baselines.csv",
     }  # fmt: skip
     scores = pd.read_csv(out / "scores.csv")
     examples = load_examples(data)

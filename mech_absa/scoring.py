@@ -172,12 +172,12 @@ def read_labels(
 
 
 def by_label(
-    parts: Sequence[Float[Tensor, "*row part"]], continuations: Sequence[Continuation]
+    parts: Sequence[Tensor], continuations: Sequence[Continuation]
 ) -> Float[Tensor, "*row label"]:
     """Return one column per label, in the verbalizer's order.
 
     Args:
-        parts: the scores that each continuation gives, as `read_labels` returns them.
+        parts: `[*row, its labels]`, the scores that each continuation gives (`read_labels`).
         continuations: in the same order.
     """
     columns = [i for c in continuations for i, _ in c.labels]

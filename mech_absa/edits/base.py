@@ -55,7 +55,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: Model) -> Shape:
-        """The shape of a loaded model."""
+        """Return the shape of a loaded model."""
         return cls(
             model.n_layers,
             model.d_model,
@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Weight matrices of a block."""
+        """Return the names of the weight matrices of a block."""
         return tuple(
             m
             for m in MATRICES
@@ -99,7 +99,7 @@ class Matrix:
         return f"L{self.layer}.{self.name}"
 
     def size(self, shape: Shape) -> tuple[int, int]:
-        """(inputs, outputs)."""
+        """Return (inputs, outputs)."""
         heads, kv = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
         return {
             "W_Q": (shape.d_model, heads), "W_K": (shape.d_model, kv), "W_V": (shape.d_model, kv), "W_O": (heads, shape.d_model),
@@ -107,7 +107,7 @@ class Matrix:
         }[self.name]  # fmt: skip
 
     def reads(self, hooked: Any) -> nn.Module:
-        """The module whose output is what the matrix is given."""
+        """Return the module whose output the matrix reads."""
         block = hooked.blocks[self.layer]
         if self.name == "W_O":
             return block.attn.hook_z
@@ -122,7 +122,7 @@ class Matrix:
         return block.ln2 if of_mlp else block.ln1
 
     def writes(self, hooked: Any) -> nn.Module:
-        """The module whose output is what the matrix returns, before any post-norm."""
+        """Return the module whose output is that of the matrix, before any post-norm."""
         block = hooked.blocks[self.layer]
         if self.name in ("W_O", "W_out"):
             return block.attn if self.name == "W_O" else block.mlp
@@ -133,7 +133,7 @@ class Matrix:
         }[self.name]()  # fmt: skip
 
     def _tensors(self, hooked: Any) -> tuple[Tensor, Tensor | None]:
-        """TransformerLens's own parameters: the matrix, and its bias where it has one."""
+        """Return TransformerLens's own parameters: the matrix, and its bias or None."""
         block = hooked.blocks[self.layer]
         owner = block.attn if self.name in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
         bias = (
@@ -149,7 +149,7 @@ class Matrix:
     def weight(
         self, hooked: Any
     ) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
-        """The matrix and its bias (None where a matrix can have none), as the model holds them."""
+        """Return the matrix and its bias (None where it can have none), as the model holds them."""
         W, b = self._tensors(hooked)
         if W.ndim == 3:
             W = rearrange(
@@ -187,10 +187,14 @@ Place = Site | Matrix | Block
 
 
 def parse_place(text: str) -> Place:
-    """The place that `text` spells.
+    """Return the place that `text` spells.
 
     Raises:
-        SiteError: none.
+        SiteError: it spells none.
+
+    Examples:
+        >>> parse_place("L5.W_O"), parse_place("L5").layer
+        (Matrix(layer=5, name='W_O'), 5)
     """
     if match := re.fullmatch(r"L(\d+)", text):
         return Block(int(match[1]))
@@ -208,10 +212,10 @@ class Where:
 
     def __init__(self, tokens: Tokens):
         self.roles = tokens.roles
-        self._made: dict[tuple[str | int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._indices: dict[tuple[str | int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def index(self, at: str | int | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(rows, positions) of a role, a role group or a position of the prompt; None for every
+        """Return (rows, positions) of a role, a role group or a position of the prompt; None for every
         token there is.
 
         Args:
@@ -219,13 +223,13 @@ class Where:
         """
         if at is None:
             return None
-        if (at, device) not in self._made:
+        if (at, device) not in self._indices:
             rows, cols = self.mask(at).nonzero(as_tuple=True)
-            self._made[at, device] = rows.to(device), cols.to(device)
-        return self._made[at, device]
+            self._indices[at, device] = rows.to(device), cols.to(device)
+        return self._indices[at, device]
 
     def mask(self, at: str | int) -> Tensor:
-        """The same as a mask [batch pos]."""
+        """Return the same tokens as a mask [batch pos]."""
         if isinstance(at, str):
             return torch.isin(self.roles, torch.tensor(role_indices(at), device=self.roles.device))
         inside = self.roles >= 0
@@ -254,16 +258,16 @@ class Intervention(nn.Module):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Its parameters by name: all of them train, there is nothing else to keep."""
+        """Return the parameters by name; all of them train."""
         return dict(self.named_parameters())
 
     @abstractmethod
     def reset(self, model: Model, generator: torch.Generator) -> None:
-        """The values that training starts from."""
+        """Set the values that training starts from."""
 
     @abstractmethod
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
-        """(writers, readers): what is hooked while the edit is in force. All writers are hooked
+        """Return (writers, readers): what is hooked while the edit is in force. All writers are hooked
         before all readers."""
 
     def settle(self) -> None:
@@ -271,7 +275,7 @@ class Intervention(nn.Module):
         return None
 
     def penalty(self, step: int) -> Tensor | None:
-        """What is added to the loss at this step, where anything is."""
+        """Return what is added to the loss at this step, or None."""
         return None
 
     def merge(self, model: Model) -> None:
@@ -284,17 +288,17 @@ class Intervention(nn.Module):
 
     @property
     def unmergeable(self) -> str:
-        """Why not, for the message of `merge`."""
+        """Return why it cannot be merged, for the message of `merge`."""
         return "no weight of the model expresses it"
 
 
 def parameter(*sizes: int) -> nn.Parameter:
-    """An uninitialised float32 parameter."""
+    """Return an uninitialised float32 parameter."""
     return nn.Parameter(torch.empty(*sizes, dtype=torch.float32))
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: float32, or wider where the model is."""
+    """Return the dtype to compute in: float32, or wider where the model is."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -316,7 +320,7 @@ class SiteIntervention(Intervention):
 
     @abstractmethod
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
-        """The new activation, for activations in float32 or wider."""
+        """Return the new activation, for activations in float32 or wider."""
 
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
         def change(h: Tensor) -> Tensor:
@@ -329,7 +333,7 @@ class SiteIntervention(Intervention):
         return [at_site(model.hooked, self.site, change)], []
 
     def affine(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
-        """(M, c) of h -> h M + c, where the change is one; None where it is not."""
+        """Return (M, c) of h -> h M + c; None where the change is not affine."""
         return None
 
     @property
@@ -381,7 +385,7 @@ class MatrixIntervention(Intervention):
     def change(
         self, y: Float[Tensor, "batch pos d_out"], x: Float[Tensor, "batch pos d_in"], model: Model
     ) -> Float[Tensor, "batch pos d_out"]:
-        """The new output."""
+        """Return the new output."""
 
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
         seen: dict[str, Tensor] = {}
@@ -404,10 +408,10 @@ class MatrixIntervention(Intervention):
 
 
 def rank_of(rank: int, most: int, place: Place) -> int:
-    """`rank`, where a matrix can have it.
+    """Return `rank` after a check.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the matrix cannot have that rank.
     """
     if not 1 <= rank <= most:
         raise ConfigError(f"rank {rank} was asked for at {place}; accepted: 1 to {most}")
@@ -416,7 +420,7 @@ def rank_of(rank: int, most: int, place: Place) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """One intervention as it is asked for and written down.
+    """One intervention as it is configured and saved.
 
     Attributes:
         family: a key of `FAMILIES`.

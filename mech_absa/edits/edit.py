@@ -50,11 +50,11 @@ FAMILIES: dict[str, type[Intervention]] = {
         HeadGate,
     )
 }
-"""Name -> what it makes."""
+"""Families of interventions by name."""
 
 
 def build(part: Part, shape: Shape) -> Intervention:
-    """The intervention that a part asks for, its parameters without values.
+    """Return the intervention that a part describes, its parameters without values.
 
     Raises:
         ConfigError: the family is unknown, or its options are not accepted.
@@ -80,7 +80,7 @@ def build(part: Part, shape: Shape) -> Intervention:
 
 
 def count(parts: Sequence[Part], shape: Shape) -> int:
-    """Trainable parameters of an edit of a model of this shape; no weights are needed."""
+    """Return the trainable parameters of an edit of a model of this shape; no weights are needed."""
     with torch.device("meta"):
         return sum(p.numel() for part in parts for p in build(part, shape).trainable.values())
 
@@ -93,10 +93,18 @@ class Edit(nn.Module):
         shape: of the model it is for.
         base: name of that model.
         sha256: hash of that model's weights.
-        record: how it was trained.
+        record: how it was trained (`TrainingRecord`).
 
     Attributes:
-        history: a row a training step; empty for an edit that was loaded.
+        history: one row per training step; empty for an edit that was loaded.
+
+    Examples:
+        >>> import mech_absa as ma
+        >>> edit = ma.load_edit("bundled", ma.load_model())
+        >>> edit.n_parameters, edit.layers[0], edit.parts[0].place
+        (143360, 0, 'L0.W_Q')
+        >>> edit.record.labels
+        ('positive', 'negative', 'neutral')
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class Edit(nn.Module):
 
     @classmethod
     def fresh(cls, model: Model, parts: Sequence[Part], seed: int = 0) -> Edit:
-        """An untrained edit of `model`; the same seed gives the same parameters on every device.
+        """Return an untrained edit; the same seed gives the same parameters on every device.
 
         Raises:
             ConfigError: a part asks for what its family does not offer.
@@ -187,7 +195,7 @@ class Edit(nn.Module):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers with an intervention; below the first of them the model runs as it was."""
+        """Return the layers with an intervention; below the first of them the model is unchanged."""
         return tuple(sorted({i.place.layer for i in self}))
 
     @property
@@ -205,10 +213,10 @@ class Edit(nn.Module):
             intervention.settle()
 
     def check(self, model: Model) -> None:
-        """Nothing, when this edit was made for `model`.
+        """Check that this edit was made for `model`.
 
         Raises:
-            EditError: it was not.
+            EditError: it was made for another.
         """
         if model.sha256 != self.sha256:
             raise EditError(
@@ -217,7 +225,7 @@ class Edit(nn.Module):
             )
 
     def _points(self, model: Model, tokens: Tokens) -> tuple[list[Point], list[Point]]:
-        """(writers, readers) of all interventions."""
+        """Return (writers, readers) of all interventions."""
         self.check(model)
         where = Where(tokens)
         made = [intervention.points(model, where) for intervention in self]
@@ -226,7 +234,7 @@ class Edit(nn.Module):
         ]
 
     def points(self, model: Model, tokens: Tokens) -> list[Point]:
-        """What `forward.last` calls in a forward pass over `tokens`: the edit without hooks.
+        """Return what `forward.last` calls in a pass over `tokens`: the edit without hooks.
 
         Raises:
             EditError: it was made for another model.
@@ -236,7 +244,7 @@ class Edit(nn.Module):
 
     @contextlib.contextmanager
     def applied(self, model: Model, tokens: Tokens) -> Iterator[Edit]:
-        """The edit, in force for every forward pass over `tokens` in the block.
+        """Apply the edit in every forward pass over `tokens` inside the block.
 
         Args:
             model: the one it was made for.
@@ -256,7 +264,7 @@ class Edit(nn.Module):
             )
 
     def merged(self, model: Model) -> Model:
-        """A second model, with the edit in its weights.
+        """Return a second model with the edit in its weights.
 
         Raises:
             EditError: a part of it cannot be expressed by weights; says why.
@@ -286,5 +294,5 @@ class Edit(nn.Module):
 
 
 def at_rates(parts: Sequence[Part], scale: float) -> tuple[Part, ...]:
-    """The same parts, every learning rate times `scale`."""
+    """Return the parts with every learning rate times `scale`."""
     return tuple(replace(p, lr=p.lr * scale) for p in parts)

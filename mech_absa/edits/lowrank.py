@@ -21,7 +21,8 @@ from .base import MatrixIntervention, Place, Shape, parameter, rank_of
 
 
 class LoRA(MatrixIntervention):
-    """y + s (dropout(x) A) B, with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised."""
+    """y + s (dropout(x) A) B, with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised.
+    """
 
     family = "lora"
     formula = "y + s (dropout(x) A) B, s = alpha / r or alpha / sqrt(r)"
@@ -53,12 +54,12 @@ class LoRA(MatrixIntervention):
         nn.init.zeros_(self.B)
 
     def low_rank(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
-        """s (dropout(x) A) B."""
+        """Return s (dropout(x) A) B."""
         x = F.dropout(x, self.dropout, self.training)
         return (x @ self.A.to(x) * self.scale) @ self.B.to(x)
 
     def update(self) -> Float[Tensor, "d_in d_out"]:
-        """s A B, what is added to the matrix, in float64."""
+        """Return s A B, the change of the matrix, in float64."""
         return self.scale * self.A.double() @ self.B.double()
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
@@ -100,7 +101,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def norm(self, model: Model) -> Float[Tensor, " d_out"]:
-        """||W + s A B|| of every column."""
+        """Return ||W + s A B|| of every column."""
         W, _ = self.matrix.weight(model.hooked)
         kind = torch.promote_types(W.dtype, torch.float32)
         A, B = (p.to(W.device, kind) for p in (self.A, self.B))
@@ -122,5 +123,6 @@ class DoRA(LoRA):
 
 
 def _ratio(m: Float[Tensor, " d_out"], norm: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"]:
-    """m / norm; 1 for a column of zeros, which has no direction (trained models do have such columns)."""
+    """Return m / norm; 1 for a column of zeros, which has no direction (trained models do have such
+    columns)."""
     return torch.where(norm > 0, m / torch.where(norm > 0, norm, 1.0), 1.0)

@@ -101,14 +101,14 @@ def _load(model: Model) -> Any:
 
 
 def _twin(hf: Any) -> Any:
-    """A copy that may be written to."""
+    """Return a copy that may be written to."""
     import copy
 
     return copy.deepcopy(hf).eval().requires_grad_(False)
 
 
 def _of_layers(hf: Any, layers: tuple[int, ...]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of some layers, in their order."""
+    """Yield the parameters of some layers, in their order."""
     for name, p in hf.named_parameters():
         match = re.search(r"\.(\d+)\.", name)
         if match and int(match[1]) in layers:
@@ -125,7 +125,7 @@ def _starts(hf: Any, layers: tuple[int, ...]) -> dict[str, tuple[int, int]]:
 
 
 def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tensor]:
-    """Where every number of the converted model comes from: our names -> addresses, 0 where
+    """Return where every number of the converted model comes from: our names -> addresses, 0 where
     conversion made it up."""
     from transformer_lens import loading_from_pretrained as tl
 
@@ -153,7 +153,7 @@ def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tens
 
 
 def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
-    """`hf` with a bias that its configuration left out.
+    """Return `hf` with a bias that its configuration left out.
 
     Raises:
         EditError: the architecture has no such bias.

@@ -85,7 +85,7 @@ class TrainingRecord:
 
     @property
     def trained(self) -> bool:
-        """Whether any step was taken."""
+        """Return whether any step was taken."""
         return self.steps > 0
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class TrainingRecord:
 
 @runtime_checkable
 class Trained(Protocol):
-    """What knows its parts and how it was trained: an edit."""
+    """A trained edit: it has parts and a record of its training."""
 
     parts: Any
     record: TrainingRecord

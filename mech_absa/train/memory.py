@@ -22,7 +22,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes at the highest since the last reset: of the accelerator where `device` is one,
+    """Return the highest number of bytes since the last reset: of the accelerator where `device` is one,
     otherwise of this process (resident)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -79,12 +79,12 @@ class PrefixCache:
                 self.used += kept[key].nbytes
 
     def get(self, layer: int, tokens: Tokens) -> Resid:
-        """The residual stream of a batch as it enters `layer`, 0 at the padding."""
+        """Return the residual stream of a batch as it enters `layer`, 0 at the padding."""
         if layer == 0:
             with torch.no_grad():
                 return self.model.embed(tokens.ids)
-        found = self._look(layer, tokens)
-        return self._run(layer, tokens) if found is None else found
+        kept = self._look(layer, tokens)
+        return self._run(layer, tokens) if kept is None else kept
 
     def _look(self, layer: int, tokens: Tokens) -> Resid | None:
         kept = self._kept.get(layer, {})
@@ -101,7 +101,7 @@ class PrefixCache:
 
     @torch.no_grad()
     def _run(self, layer: int, tokens: Tokens) -> Resid:
-        """From the highest layer below that is kept for the whole batch, or from the embeddings."""
+        """Run from the highest kept layer below, or from the embeddings."""
         start, x = 0, None
         for lower in sorted((k for k in self._kept if k < layer), reverse=True):
             if (x := self._look(lower, tokens)) is not None:

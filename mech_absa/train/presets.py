@@ -98,11 +98,11 @@ class Preset:
                     raise ConfigError(f"the {what} of {p.family} is {value}; accepted: 0 or more")
 
     def but(self, **changes: Any) -> Preset:
-        """The same, with some things otherwise."""
+        """Return the preset with some fields changed."""
         return replace(self, **changes)
 
     def rates(self, scale: float) -> Preset:
-        """The same, every learning rate times `scale`."""
+        """Return the preset with every learning rate times `scale`."""
         return self.but(parts=at_rates(self.parts, scale))
 
 
@@ -110,7 +110,7 @@ class Preset:
 
 
 def read_sites(sites: Sites) -> list[Site]:
-    """The sites that were meant.
+    """Return sites as a list, whatever form they came in.
 
     Raises:
         SiteError: there are none, or one does not parse.
@@ -131,7 +131,7 @@ def read_sites(sites: Sites) -> list[Site]:
 
 
 def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]]:
-    """The sites of a sites.json, and what else stands in it (the model they were traced in, the
+    """Return the sites of a sites.json, and what else stands in it (the model they were traced in, the
     rule they were chosen by).
 
     Raises:
@@ -163,7 +163,7 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
 def traced_sites(
     path: str | os.PathLike[str], model: Model, anywhere: bool = False
 ) -> tuple[list[Site], list[str]]:
-    """The sites of a sites.json, for a model: the one they were traced in, or the one that became
+    """Return the sites of a sites.json, for a model: the one they were traced in, or the one that became
     it by an adapter.
 
     The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and
@@ -218,7 +218,12 @@ def range_sites(
     positions: Iterable[str | int | None] = (LAST_OF_QUERY,),
     n_layers: int = 10**6,
 ) -> list[Site]:
-    """The outputs of a range of layers, at every one of `positions`."""
+    """Return the outputs of a range of layers at each of `positions`.
+
+    Examples:
+        >>> [str(site) for site in range_sites("2-3", n_layers=8)]
+        ['L2.resid_post@query.last', 'L3.resid_post@query.last']
+    """
     chosen = parse_layers(layers, n_layers) if isinstance(layers, str) else tuple(layers)
     return [Site(layer, "resid_post", None, at) for layer in chosen for at in positions]
 
@@ -228,7 +233,8 @@ def _layers(sites: Sequence[Site]) -> list[int]:
 
 
 def _outputs(sites: Sequence[Site]) -> list[Site]:
-    """The layer outputs at the sites' layers and positions (the paper's position, where a site has none)."""
+    """Return the layer outputs at the sites' layers and positions (the paper's position, where a
+    site has none)."""
     return sorted(
         {Site(s.layer, "resid_post", None, LAST_OF_QUERY if s.at is None else s.at) for s in sites},
         key=lambda s: (s.layer, str(s.at)),
@@ -236,12 +242,12 @@ def _outputs(sites: Sequence[Site]) -> list[Site]:
 
 
 def parts(family: str, places: Iterable[Any], lr: float, **options: Any) -> tuple[Part, ...]:
-    """The same intervention at several places."""
+    """Return the same intervention at several places."""
     return tuple(Part(family, str(p), options, lr) for p in places)
 
 
 def matrices(layers: Iterable[int], *names: str) -> list[str]:
-    """`L5.W_O` and so on, for every layer and name."""
+    """Return `L5.W_O` and so on, for every layer and name."""
     return [f"L{layer}.{name}" for layer in layers for name in names]
 
 
@@ -251,7 +257,7 @@ def matrices(layers: Iterable[int], *names: str) -> list[str]:
 def both_parts(
     sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any
 ) -> tuple[Part, ...]:
-    """The paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs
+    """Return the paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs
     and positions."""
     found = read_sites(sites)
     return (
@@ -263,7 +269,7 @@ def both_parts(
 def paper(
     sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2
 ) -> Preset:
-    """The edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not
+    """Return the edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not
     state, is that of the authors' code."""
     made = both_parts(
         sites,
@@ -278,7 +284,7 @@ def paper(
 
 
 def authors_code(sites: Sites, *, rank: int = 4, alpha: float = 8.0) -> Preset:
-    """The edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up,
+    """Return the edit as the authors' script trains it: 2e-5 for everything, linear decay, no warm-up,
     batches of 2, one epoch."""
     made = both_parts(
         sites,
@@ -368,7 +374,11 @@ at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before t
 
 and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2
 0.49, 5e-2 0.64; adapter 5e-4 0.60, 2e-3 1.00, 8e-3 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2
-1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora.
+1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of
+lora. The rate of head_gate was found with `gates="tempered"`.
+
+The rates were found in layers 2-4 and favour them: with as few steps, other layers may need other
+rates. A comparison of places has to tune the rate of each (`figures/places.py` does).
 """
 
 METHODS = (
@@ -397,7 +407,7 @@ def bundled(
     epochs: int = 3,
     shape: Shape | None = None,
 ) -> Preset:
-    """A method at `sites`, with rates that suit small models.
+    """Return a method at `sites`, with rates that suit small models.
 
     Args:
         sites: where; weight edits act in the sites' layers, on every token.
@@ -408,6 +418,13 @@ def bundled(
 
     Raises:
         ConfigError: there is no such method.
+
+    Examples:
+        >>> preset = bundled("L3.resid_post@query.last", epochs=2)
+        >>> preset.epochs, [part.family for part in preset.parts]
+        (2, ['lora', 'loreft'])
+        >>> bundled("L3.resid_post@query.last", "loreft").rates(0.5).parts[0].lr
+        0.01
     """
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; accepted: {choices(METHODS)}")
@@ -464,7 +481,7 @@ def _bundled_rival(
 
 
 def named(name: str, sites: Sequence[Site], shape: Shape, rank: int = 4) -> Preset:
-    """The preset of a name, as the command takes it.
+    """Return the preset of a name, as the command takes it.
 
     Args:
         name: `paper`, `authors_code`, one of `METHODS`, or `table2:` and a key of `TABLE_2` (which

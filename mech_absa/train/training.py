@@ -223,7 +223,7 @@ class Training:
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether all batches of the epoch have been used."""
+        """Return whether all batches of the epoch have been used."""
         return self.state.batch >= self.batches and not self.state.diverged
 
     def end_epoch(self) -> None:

@@ -50,7 +50,7 @@ ZERO_SHOT = "zero_shot"
 
 @dataclass(frozen=True)
 class Domain:
-    """What is trained on and tested on under one name."""
+    """Training and test examples under one name."""
 
     name: str
     train: Examples
@@ -71,7 +71,12 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """The method that `text` spells."""
+        """Return the method that `text` spells.
+
+        Examples:
+            >>> str(Method.parse("both@2-3")), Method.parse("zero_shot").where
+            ('both@2-3', 'sites')
+        """
         preset, _, where = text.partition("@")
         if not preset:
             raise ConfigError(
@@ -85,7 +90,7 @@ class Method:
     def sites(
         self, given: Sequence[Site], positions: Sequence[str | int], n_layers: int, seed: int
     ) -> list[Site]:
-        """Where it edits.
+        """Return where it edits.
 
         Args:
             given: the traced sites, where there are any.
@@ -114,7 +119,12 @@ class Method:
 
 
 def domain_name(source: str) -> str:
-    """`restaurant` for builtin:restaurant/train, `device` for .../device_train.json."""
+    """Return the domain that a file is named after.
+
+    Examples:
+        >>> domain_name("builtin:restaurant/train"), domain_name("data/device_train.json")
+        ('restaurant', 'device')
+    """
     stem = source.removeprefix("builtin:").rsplit("/", 1)
     name = (
         stem[0]
@@ -126,7 +136,7 @@ def domain_name(source: str) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained and tested: every method with every seed, on each domain, tested on all of them.
+    """A study: every method with every seed, on each domain, tested on all of them.
 
     Attributes:
         domains: trained on one by one, each tested on all.
@@ -165,7 +175,7 @@ class Grid:
 
     @property
     def n_trainings(self) -> int:
-        """How many times `run_matrix` reports."""
+        """Return how many times `run_matrix` reports."""
         return sum(1 for domain in self.domains for _ in self.trainings(domain))
 
     def preset(self, model: Model, method: Method, seed: int) -> Preset:

@@ -10,7 +10,8 @@ task's question on the built-in test files: in-domain is restaurant and laptop, 
 - **its halves**: W_O alone, LoReFT alone. W_O acts on every token, so a position can only matter to the other half;
 - **its position**: LoReFT elsewhere, alone and with W_O: at all words of the sentence before or after the aspect, which is more tokens than
   the edit has; or at one, as the edit mostly has: the ninth of the prompt, some word of the sentence, or the third, which is always the same;
-- **its layers**: the first and the last two of the model instead of those a trace selects;
+- **its layers**: the first and the last two of the model instead of those a trace selects, and random windows that share no layer with
+  the traced or the last ones (rates are the same everywhere; `figures/places.py` tunes those of each place);
 - **its labels**: the training labels in random order, at the right place and in the right layers. A third of them stay right by chance.
 
 Settings are the preset's but for the epochs, the same in every row; no setting was chosen by a score on these test files. Intervals resample sentences; they
@@ -38,6 +39,7 @@ from mech_absa.scoring import Applicable
 from mech_absa.sites import parse_layers
 from mech_absa.train import presets
 from mech_absa.train.fit import fit
+from mech_absa.train.places import named_layers, random_layers, random_windows
 from mech_absa.train.prefix import PrefixCache
 from mech_absa.world import DOMAINS
 
@@ -55,6 +57,8 @@ class Config:
     """Of the edit."""
     control_rank: int = 4
     """Of the controls, and of the row they are compared with; must be among the ranks."""
+    windows: int = 3
+    """Random windows of layers, at most."""
     epochs: int = 2
     """Passes over the training examples."""
     seeds: tuple[int, ...] = (1,)
@@ -100,7 +104,10 @@ class Arm:
 def arms(config: Config, model: Model) -> list[Arm]:
     """The edit at every rank, then the controls."""
     here, r = parse_layers(config.layers, model.n_layers), config.control_rank
-    first, last = (0, 1), (model.n_layers - 2, model.n_layers - 1)
+    n, width = model.n_layers, len(here)
+    first, last = named_layers("first", width, n), named_layers("last", width, n)
+    drawn = range(min(config.windows, random_windows(width, n, here)))
+    windows = [random_layers(width, n, here, draw) for draw in drawn]
     return [
         *(Arm("the edit", "both", rank, here) for rank in config.ranks),
         Arm("shuffled labels", "both", r, here, shuffled=True),
@@ -113,6 +120,7 @@ def arms(config: Config, model: Model) -> list[Arm]:
         Arm("both, words before the aspect", "both", r, here, "before"),
         Arm("both, first layers", "both", r, first),
         Arm("both, last layers", "both", r, last),
+        *(Arm("both, random layers", "both", r, window) for window in windows),
         Arm("LoReFT alone, first layers", "loreft", r, first),
         Arm("LoReFT alone, last layers", "loreft", r, last),
     ]
@@ -186,7 +194,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
             head = {
                 "what": arm.what, "method": arm.method, "rank": arm.rank, "layers": " ".join(map(str, arm.layers)),
                 "position": "every token" if arm.method == "lora_o" else arm.position, "labels": "shuffled" if arm.shuffled else "gold",
-                "seed": seed, "parameters": edit.n_parameters, "seconds": round(time.perf_counter() - start, 1),
+                "seed": seed, "parameters": edit.n_parameters, "steps": edit.record.steps, "seconds": round(time.perf_counter() - start, 1),
                 "validation_after_each_epoch": " ".join(f"{v:.3f}" for v in curve),
             }  # fmt: skip
             yield row(head, edit)
@@ -194,7 +202,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
 
 COLUMNS = {
     "what": "edit", "rank": "rank", "layers": "layers", "position": "LoReFT at", "labels": "labels", "seed": "seed", "parameters": "parameters",
-    "seconds": "s", "in_text": "in-domain %", "out_text": "out-of-domain %", "mixed_text": "mixed polarity %",
+    "steps": "steps", "seconds": "s", "in_text": "in-domain %", "out_text": "out-of-domain %", "mixed_text": "mixed polarity %",
 }  # fmt: skip
 
 
@@ -207,7 +215,7 @@ def run(config: Config) -> None:
         made.append(row)
         print(" | ".join(str(row[c]) for c in COLUMNS if c in row), flush=True)
         table = pd.DataFrame(made)
-        for name in ("rank", "seed"):
+        for name in ("rank", "seed", "steps"):
             if name in table:
                 table[name] = table[name].astype("Int64")
         with atomic(config.out / "edit_controls.csv") as path:

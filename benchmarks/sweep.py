@@ -19,6 +19,10 @@ What is measured, and how:
   kernel's own high-water mark, reset just before; on an accelerator its allocator's.
 - *difference*: the largest between the two sides' effects, over the cells that both ran.
 
+A second baseline is what a careful user of TransformerLens writes by hand: `batched_side` patches all
+positions of a layer in one batch, one forward pass per (kind, layer). It does the same arithmetic as
+the peer, in larger products. Every speed names the version of TransformerLens that it is against.
+
 The result is one JSON file (an entry a shape, those not run this time kept) and, with `--write`, the table in `README.md`.
 """
 
@@ -28,6 +32,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import importlib.metadata
 import io
 import json
 import math
@@ -60,8 +65,10 @@ from mech_absa.patch.plan import default_memory
 from mech_absa.patch.request import By
 from mech_absa.prompts import ROLE, Continuation, Tokenised
 from mech_absa.records import versions, write_json, write_text
+from mech_absa.sites import Site
 
 HERE = Path(__file__).resolve().parent
+TL_VERSION = importlib.metadata.version("transformer-lens")
 MARKS = ("<!-- sweep: begin -->", "<!-- sweep: end -->")
 BLOCK_EVERY = ("resid_pre", "attn_out", "mlp_out")
 """The kinds, and their order, of `transformer_lens.patching.get_act_patch_block_every`."""
@@ -127,7 +134,8 @@ class Shape:
 
     @property
     def peer(self) -> str:
-        return "the loop" if self.draws else "transformer_lens.patching"
+        """Return the first baseline, with its version."""
+        return "the loop" if self.draws else f"transformer_lens.patching {TL_VERSION}"
 
 
 SHAPES: dict[str, Shape] = {
@@ -143,6 +151,11 @@ SHAPES: dict[str, Shape] = {
     "rome": Shape(
         "ROME: GPT-2 small, hidden states, 40 tokens, 10 noise draws", lambda: _gpt2(768, 12, 12, 50257), kinds=("resid_post",), draws=10, faster=8
     ),
+    "gpt2-small-204": Shape("GPT-2 small, 204 tokens", lambda: _gpt2(768, 12, 12, 50257), tokens=204),
+    "smollm2": Shape(
+        "SmolLM2-135M: Llama, 30 x 576, 9 heads over 3, vocabulary 49152, 40 tokens", lambda: _llama(576, 1536, 30, 9, 3, 49152)
+    ),
+    "smollm2-204": Shape("SmolLM2-135M, 204 tokens", lambda: _llama(576, 1536, 30, 9, 3, 49152), tokens=204),
     "llama-2-7b": Shape(
         "Llama-2-7B, bf16, 60 tokens, roles", lambda: _llama(4096, 11008, 32, 32, 32, 32000), tokens=60, by="role", pairs=8, dtype="bfloat16"
     ),
@@ -345,6 +358,50 @@ def transformer_lens_side(
                     (k * L + layer, s, row): float(x) - base
                     for (layer, s), x in zip(chosen, found, strict=True)
                 }
+    return PeerRun(effects, done, q.cells, spent * q.cells / done)
+
+
+def batched_side(q: Question, fraction: float, clock: Clock = time.perf_counter) -> PeerRun:
+    """TransformerLens's hooks, all positions of a layer in one batch: one pass per (kind, layer).
+
+    Under `torch.inference_mode`, on its own layout of the weights, the cache of the clean run given;
+    the last position's logits are read. A fraction is some of the layers of the first prompt.
+    """
+    hooked, L = q.plain, q.model.n_layers
+    n = max(1, round(fraction * L))
+    layers = sorted({int((i + 0.5) * L / n) for i in range(n)})
+    names = [c.hook_name for c in components(q.model, q.shape.kinds)]
+    effects: dict[tuple[int, int, int], float] = {}
+    spent, done = 0.0, 0
+    a, b = q.labels
+    with torch.inference_mode():
+        for row, (pair, spans) in enumerate(zip(q.pairs, q.spans, strict=True)):
+            if fraction < 1 and row:
+                break
+            ids = [t.ids.to(q.model.device) for t in (pair.clean, pair.corrupted)]
+            cache = hooked.run_with_cache(ids[0], names_filter=names)[1]
+            last = hooked(ids[1])[0, -1].float()
+            base = float(last[a] - last[b])
+            batch = ids[1].expand(len(spans), -1)
+            mask = torch.zeros(len(spans), pair.length, 1, dtype=torch.bool, device=q.model.device)
+            for s, span in enumerate(spans):
+                mask[s, list(span.positions)] = True
+            for k, kind in enumerate(q.shape.kinds):
+                for layer in layers:
+                    name = Site(layer, kind).hook_name
+                    clean = cache[name]
+
+                    def patch(
+                        x: Tensor, hook: Any, clean: Tensor = clean, mask: Tensor = mask
+                    ) -> Tensor:
+                        return torch.where(mask, clean, x)
+
+                    start = clock()
+                    logits = hooked.run_with_hooks(batch, fwd_hooks=[(name, patch)])[:, -1]
+                    metric = (logits[:, a].float() - logits[:, b].float()).tolist()
+                    spent += clock() - start
+                    done += len(spans)
+                    effects |= {(k * L + layer, s, row): m - base for s, m in enumerate(metric)}
     return PeerRun(effects, done, q.cells, spent * q.cells / done)
 
 
@@ -560,6 +617,11 @@ class Result:
     goal_faster: float | None = None
     pairs_per_minute: float | None = None
     peer_pairs_per_minute: float | None = None
+    cells_per_second: float | None = None
+    batched: str | None = None
+    batched_seconds: float | None = None
+    batched_difference: float | None = None
+    faster_than_batched: float | None = None
 
 
 def measure(
@@ -611,6 +673,15 @@ def measure(
             60 * shape.pairs / seconds,
             60 * shape.pairs / peer_seconds,
         )
+        result.cells_per_second = q.cells / seconds
+        if not shape.draws:
+            batched = batched_side(q, fraction, clock)
+            result.batched = f"TransformerLens {TL_VERSION}, all positions of a layer in one batch"
+            result.batched_seconds = batched.spent
+            result.batched_difference = max(
+                abs(x - float(effects[at])) for at, x in batched.effects.items()
+            )
+            result.faster_than_batched = batched.spent / seconds
     return result
 
 
@@ -638,8 +709,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         return f"**{x:.{digits}f}**" + ("" if wanted is None else f" (goal {wanted:g})")
 
     def timed(r: dict[str, Any], key: str) -> str:
-        about = "~" if r["peer_extrapolated"] and "peer" in key else ""
-        return "" if r[key] is None else f"{about}{r[key]:.3g}"
+        about = "~" if r["peer_extrapolated"] and ("peer" in key or "batched" in key) else ""
+        return "" if r.get(key) is None else f"{about}{r[key]:.3g}"
 
     present = {n: results[n] for n in SHAPES if n in results}
     first = [
@@ -653,6 +724,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "times faster",
         "pairs a minute, ours",
         "the peer",
+        "cells a second, ours",
+        "seconds, positions batched",
+        "times faster than that",
     ]
     lines = [_row(first), "|---" + "|---:" * (len(first) - 1) + "|"]
     for r in present.values():
@@ -688,6 +762,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                     faster,
                     timed(r, "pairs_per_minute"),
                     timed(r, "peer_pairs_per_minute"),
+                    timed(r, "cells_per_second"),
+                    timed(r, "batched_seconds"),
+                    "" if r.get("faster_than_batched") is None else f"**{r['faster_than_batched']:.1f}**",
                 ]
             )
         )
@@ -702,9 +779,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             f", {r['threads']} thread{'s' * (r['threads'] > 1)}" if "CPU" in r["device"] else ""
         )
         lines.append(
-            f"- {name}: against {r['peer']}, {share}; {r['device']}{threads}; {r['measured']}, load average {r['load']:.1f} before."
+            f"- {name}: against {r['peer']}, {share}{second_peer(r)}; {r['device']}{threads}; {r['measured']}, load average {r['load']:.1f} before."
         )
     return "\n".join(lines)
+
+
+def second_peer(r: dict[str, Any]) -> str:
+    """Name the second baseline where it was measured."""
+    if r.get("batched") is None:
+        return ""
+    return f", and {r['batched']} (largest difference {r['batched_difference']:.1e})"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -728,7 +812,7 @@ class Config:
     """Exact sweeps, ours and the peer's, side by side in one process."""
 
     shapes: tuple[str, ...] = DEFAULT_SHAPES
-    """Which: tiny, tiny-gqa, tiny-parallel, tiny-rome, gpt2-small, llama-gqa, pythia, rome, llama-2-7b."""
+    """Which: tiny, tiny-gqa, tiny-parallel, tiny-rome, gpt2-small, llama-gqa, pythia, rome, gpt2-small-204, smollm2, smollm2-204, llama-2-7b."""
     threads: int = 2
     """CPU threads."""
     peer_fraction: float = 0.05

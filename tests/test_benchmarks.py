@@ -54,6 +54,20 @@ def test_no_product_of_the_peer_escapes_the_counter(name):
     assert run.spent == run.of * by_hand
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-gqa", "tiny-parallel"])
+def test_the_second_baseline_computes_the_same_cells(name):
+    """All positions of a layer in one batch: the effects are ours, and the products the first peer's."""
+    shape = bench.SHAPES[name]
+    q = bench.question(bench.random_model(shape), shape)
+    ours = bench.ours(q)
+    with bench.flop_clock() as (clock, _):
+        run = bench.batched_side(q, 1.0, clock)
+    assert run.cells == run.of == len(run.effects) == q.cells
+    assert max(abs(x - float(ours[at])) for at, x in run.effects.items()) < 1e-4
+    assert run.spent == run.of * bench.forward_flops(q.model, shape.tokens)
+    assert bench.batched_side(q, 0.3).cells == 3 * shape.tokens  # one of four layers
+
+
 @pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
 )

@@ -13,9 +13,13 @@ What a token is for is its role; `ROLES` lists them in reading order. Layers and
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from .errors import SiteError, choices
 
@@ -177,3 +181,134 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
             f"layer {max(layers)} was asked for; the model has {n_layers} layers, 0 to {n_layers - 1}"
         )
     return tuple(sorted(layers))
+
+
+# ---- sites.json -------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class TracedModel(Protocol):
+    """What a sites.json records of a model, and checks against it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def dtype(self) -> Any: ...
+    def check_site(self, site: Site) -> Site: ...
+
+
+def traced_in(
+    model: TracedModel, base: TracedModel | None = None, adapter: str | None = None
+) -> dict[str, Any]:
+    """Return what a sites.json says of the model that was traced.
+
+    Args:
+        model: the traced one.
+        base: what it was before an adapter's weights were merged into it; itself where None.
+        adapter: the name of that adapter.
+    """
+    base = base or model
+    return {
+        "name": base.name,
+        "sha256": model.sha256,
+        "base_sha256": base.sha256,
+        "adapter": adapter,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "d_model": model.d_model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]]:
+    """Read a sites.json: its sites, and the record beside them (model, rule, intervals).
+
+    Args:
+        path: of the file, or of the folder of a traced run that holds it.
+
+    Raises:
+        SiteError: the file is missing, damaged, or names no sites.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "sites.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SiteError(
+            f"{path}: the sites cannot be read ({error.strerror}); the sites.json of a traced run is needed"
+        ) from None
+    except (ValueError, RecursionError):
+        raise SiteError(f"{path}: not JSON; the sites.json of a traced run is needed") from None
+    data = data if isinstance(data, dict) else {"sites": data}
+    names = data.get("sites")
+    if isinstance(names, list):
+        names = [s.get("site") if isinstance(s, dict) else s for s in names]
+    if not isinstance(names, list) or not names or not all(isinstance(s, str) for s in names):
+        raise SiteError(
+            f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed"
+        )
+    try:
+        return [Site.parse(s) for s in names], data
+    except SiteError as error:
+        raise SiteError(f"{path}: {error}") from None
+
+
+def traced_sites(
+    path: str | os.PathLike[str], model: TracedModel, anywhere: bool = False
+) -> tuple[list[Site], list[str]]:
+    """Return the sites of a sites.json for a model: the one they were traced in, or its base.
+
+    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and either
+    is accepted. Weights of another dtype have another hash; there, a model of the same name and sizes is
+    taken for the same, with a note.
+
+    Args:
+        path: of the file or its run's folder.
+        model: what is to be edited.
+        anywhere: accept sites of another model, where this one has them, with a note.
+
+    Returns:
+        the sites, and notes for the run's record.
+
+    Raises:
+        SiteError: the file holds no sites, or sites of another model, or this model lacks one.
+    """
+    sites, record = sites_file(path)
+    notes = []
+    traced = record.get("model")
+    known = (traced.get("sha256"), traced.get("base_sha256")) if isinstance(traced, dict) else ()
+    if isinstance(traced, dict) and model.sha256 not in known:
+        this = traced_in(model)
+        origin = (
+            f"these sites were found in {traced.get('name', 'a model')} (weights "
+            f"{str(traced.get('sha256'))[:12]}, {traced.get('n_layers', '?')} layers)"
+        )
+        mine = f"{model.name} has others ({model.sha256[:12]}, {model.n_layers} layers)"
+        alike = all(traced.get(k) == this[k] for k in ("name", "n_layers", "n_heads", "d_model"))
+        if alike and traced.get("dtype") != this["dtype"]:
+            notes.append(
+                f"{path}: {origin} in {traced.get('dtype')}, so that its weights cannot be compared "
+                f"with those of {model.name}"
+            )
+        elif anywhere:
+            notes.append(
+                f"{path}: {origin}, and {mine}; they are edited all the same, as asked for"
+            )
+        else:
+            raise SiteError(
+                f"{path}: {origin}, and {mine}; trace this model, say the layers with --layers, or give "
+                "--any-sites to edit there"
+            )
+    try:
+        return [model.check_site(s) for s in sites], notes
+    except SiteError as error:
+        raise SiteError(f"{path}: {error}") from None

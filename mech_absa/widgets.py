@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .errors import ConfigError, DataError, SiteError, choices
+from .words import expect
 
 if TYPE_CHECKING:
     from .examples import Example
@@ -252,6 +253,11 @@ def attention(
     Raises:
         SiteError: the model has no such layer.
     """
+    from .examples import Example
+    from .model import Model
+
+    expect(model, Model, "attention(model=...)", "a Model, from load_model()")
+    expect(example, Example, "attention(example=...)", "one Example, from load_examples(...)")
     from circuitsvis.attention import attention_heads
 
     texts, pattern = patterns(model, example, layer, template)

@@ -24,6 +24,7 @@ from ..progress import bar
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder
+from ..sites import traced_sites
 from ..train import presets
 from ..train.matrix import (
     Domain,
@@ -156,7 +157,7 @@ def main(config: Config) -> Path:
     )
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     sites, notes = (
-        presets.traced_sites(config.sites, model, config.any_sites)
+        traced_sites(config.sites, model, config.any_sites)
         if config.sites is not None
         else ([], [])
     )

@@ -34,7 +34,7 @@ from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder, read_json
 from ..schemas import RUNS
-from ..sites import Site
+from ..sites import Site, traced_sites
 from ..train import presets
 from ..train.fit import fit
 from ..train.memory import peak
@@ -163,7 +163,7 @@ def where(config: Config, model: Model) -> tuple[list[Site], list[str]]:
         SiteError: the sites are of another model, or this one lacks them.
     """
     if config.sites is not None:
-        return presets.traced_sites(config.sites, model, config.any_sites)
+        return traced_sites(config.sites, model, config.any_sites)
     if config.layers is None:
         return [], []
     at = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]

@@ -40,6 +40,7 @@ from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..readers.jsonl import json_records
 from ..readers.rows import Reading
 from ..scoring import Applicable, Stream, by_length, label_scores, last_residual, question, room_for
+from ..words import expect
 
 Decode = Literal["label", "generate"]
 DECODES = ("label", "generate")
@@ -192,6 +193,9 @@ def predict(
         PromptError: a prompt longer than the model's context; labels that cannot be told apart; an example whose class has no label.
         EditError: a score is not a number.
     """
+    expect(model, Model, "predict(model=...)", "a Model, from load_model()")
+    if edit is not None:
+        expect(edit, Applicable, "predict(edit=...)", "an edit, such as load_edit('bundled', model)")
     if decode not in DECODES:
         raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
     if not len(examples):

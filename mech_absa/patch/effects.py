@@ -106,9 +106,18 @@ class Effects:
         ).astype({"kind": str, **({"role": str} if by == "role" else {})})
 
     def importance(self, by: str = "role", **options: Any) -> ImportanceMap:
-        """Averages over pairs with intervals; see `ImportanceMap.of`."""
+        """Return averages over pairs with intervals; see `ImportanceMap.of`.
+
+        Raises:
+            DataError: these are an excerpt, whose averages would pass for those of the whole run.
+        """
         from .importance import ImportanceMap
 
+        if whole := self.about.get("excerpt_of"):
+            raise DataError(
+                f"these effects are an excerpt: {len(self.pairs)} of {whole} pairs; the averages over all "
+                "of them stand in the run's importance.csv, see ImportanceMap.load"
+            )
         return ImportanceMap.of(self, by=by, **options)
 
     def example(self, example_id: str) -> pd.DataFrame:
@@ -174,6 +183,9 @@ class Effects:
     def load(cls, folder: str | Path) -> Effects:
         """Effects from the folder of a run.
 
+        A folder may hold fewer pairs than were traced, as an example beside a finished map. It is marked
+        as an excerpt (`about["excerpt_of"]`), and has no averages.
+
         Raises:
             DataError: it holds none.
         """
@@ -186,9 +198,10 @@ class Effects:
                     f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch"
                 )
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        return cls(
-            read_frame(folder / "effects.parquet"), read_frame(folder / "pairs.parquet"), about
-        )
+        pairs = read_frame(folder / "pairs.parquet")
+        if (about.get("kept") or 0) > len(pairs):
+            about["excerpt_of"] = about["kept"]
+        return cls(read_frame(folder / "effects.parquet"), pairs, about)
 
     def only(self, **equal: Any) -> Effects:
         """The rows whose columns equal (or are among) the values given."""
@@ -213,3 +226,57 @@ def read_frame(path: str | Path) -> pd.DataFrame:
 def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:
     """The site of a row of a table."""
     return Site(int(layer), kind, int(head) if kind in HEAD_KINDS else None, role)
+
+
+@dataclass(frozen=True, eq=False)
+class BothDirections:
+    """Effects of the same cells traced in both directions.
+
+    Restoring a clean state in the corrupted run measures the pure indirect effect, PIE; putting a corrupted
+    state into the clean run measures the total indirect effect, TIE. Their difference is what the state does
+    together with the rest: INT = TIE - PIE (the interaction; 0 where effects add up).
+
+    Attributes:
+        pie: traced with direction `denoise`.
+        tie: traced with direction `noise`.
+
+    Raises:
+        ConfigError: the two were not traced on the same cells, metric and corruption.
+    """
+
+    pie: Effects
+    tie: Effects
+
+    def __post_init__(self) -> None:
+        directions = (self.pie.about.get("direction"), self.tie.about.get("direction"))
+        if directions != ("denoise", "noise"):
+            raise ConfigError(
+                f"effects of the directions {directions[0]} and {directions[1]} were given; accepted: "
+                "denoise, then noise"
+            )
+        for key in ("model", "metric", "corruption", "by", "window"):
+            a, b = self.pie.about.get(key), self.tie.about.get(key)
+            if a != b:
+                raise ConfigError(f"the two traces differ in {key}: {a} and {b}")
+        keys = ["example_id", "kind", "layer", "head", "position", "role"]
+        a, b = (e.frame[keys].reset_index(drop=True).astype(str) for e in (self.pie, self.tie))
+        if not a.equals(b):
+            raise ConfigError("the two traces have other cells; trace the same pairs and sites")
+
+    @property
+    def mean(self) -> Effects:
+        """Return the mean of both directions, from which sites are chosen by default."""
+        return self._combined((_column(self.pie) + _column(self.tie)) / 2, "both")
+
+    @property
+    def interaction(self) -> Effects:
+        """Return INT = TIE - PIE of every cell; its map has intervals and p-values as any other."""
+        return self._combined(_column(self.tie) - _column(self.pie), "interaction")
+
+    def _combined(self, effect: np.ndarray, direction: str) -> Effects:
+        frame = self.pie.frame.assign(effect=effect, patched=np.nan, draw_sd=np.nan)
+        return replace(self.pie, frame=frame, about=self.pie.about | {"direction": direction})
+
+
+def _column(effects: Effects) -> np.ndarray:
+    return effects.frame["effect"].to_numpy(dtype=float)

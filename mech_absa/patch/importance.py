@@ -10,7 +10,7 @@ p-value corrected over all cells of the map, and how many pairs and sentences it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from ..errors import ConfigError, DataError, choices
-from ..sites import ROLES, Site
+from ..sites import ROLES, Site, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, support
 from .effects import Effects, cell_site
-from .selection import CONTROL, Selection, select, traced_in
+from .selection import CONTROL, Selection, select
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -191,6 +191,33 @@ class ImportanceMap:
         with atomic(path) as temporary:
             self.table.to_csv(temporary, index=False, float_format="%.8g")
 
+    @classmethod
+    def load(cls, path: str | Path) -> ImportanceMap:
+        """Load the map of a run.
+
+        Args:
+            path: the folder of a run, or its importance.csv.
+
+        Returns:
+            the map, with the pairs' effects where the folder holds them all; a map from importance.csv
+            alone has no `values`, and no sites can be chosen from it.
+
+        Raises:
+            DataError: there is no map.
+        """
+        folder = Path(path)
+        file = folder / "importance.csv" if folder.is_dir() else folder
+        if not file.exists():
+            raise DataError(f"{folder} holds no map (importance.csv is missing)")
+        table = pd.read_csv(file)
+        table["head"] = table["head"].fillna(-1).astype(int)
+        if not (file.parent / "about.json").exists():
+            return cls(table, np.empty((0, len(table))), np.empty(0), {})
+        effects = Effects.load(file.parent)
+        if "excerpt_of" in effects.about:
+            return cls(table, np.empty((0, len(table))), np.empty(0), effects.about)
+        return replace(cls.of(effects, adjustment="none"), table=table)
+
     # ---- choosing sites -----------------------------------------------------------------------------
 
     def select(
@@ -240,25 +267,15 @@ def _sentences(values: Float[np.ndarray, "pair cell"], clusters: np.ndarray) -> 
 
 
 def load_sites(path: str | Path) -> list[Site]:
-    """The sites of a `sites.json`.
+    """Return the sites of a `sites.json`.
+
+    Args:
+        path: of the file, or of the folder of a traced run.
 
     Raises:
-        DataError: it is not one.
+        SiteError: it is not one.
     """
-    import json
-
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = record["sites"] if isinstance(record, dict) else record
-        return [Site.parse(name) for name in names]
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no file {path}; sites.json is written by python -m mech_absa.patch"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path} is no sites.json; an object with a list 'sites' such as [\"L3.resid_post@query.last\"] is needed"
-        ) from None
+    return sites_file(path)[0]
 
 
 __all__ = [

@@ -35,7 +35,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..errors import ConfigError, DataError, choices
-from ..model import Model
 from ..records import plain, write_json
 from ..sites import HEAD_KINDS, ROLES, Site
 from ..stats import FEW, Estimate, cell_tests, cluster_bootstrap
@@ -123,29 +122,6 @@ class Selection(Sequence[Site]):
         record = plain(self)
         record["sites"] = [str(s) for s in self.sites]
         write_json(path, record | ({"model": dict(model)} if model is not None else {}))
-
-
-def traced_in(
-    model: Model, base: Model | None = None, adapter: str | None = None
-) -> dict[str, Any]:
-    """Return what a sites.json says of the model that was traced.
-
-    Args:
-        model: the traced one.
-        base: what it was before an adapter's weights were merged into it; itself where None.
-        adapter: the name of that adapter.
-    """
-    base = base or model
-    return {
-        "name": base.name,
-        "sha256": model.sha256,
-        "base_sha256": base.sha256,
-        "adapter": adapter,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "d_model": model.d_model,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
 
 
 # ---- the rule ---------------------------------------------------------------------------------------
@@ -267,6 +243,10 @@ def _checked(
     importance: ImportanceMap, kind: str | None, width: int | None
 ) -> tuple[str, list[int], int]:
     """Return kind, layers and width, checked against the map."""
+    if not len(importance.values):
+        raise DataError(
+            "this map was loaded without the effects of its pairs; sites are chosen from a whole run's folder"
+        )
     kinds = list(importance.table["kind"].unique())
     kind = kind or ("resid_post" if "resid_post" in kinds else kinds[0])
     if kind not in kinds:

@@ -20,6 +20,7 @@ from ..examples import Example, class_counts, split_by_sentence
 from ..model import Model
 from ..progress import bar
 from ..prompts import PromptTemplate, Verbalizer
+from ..words import expect
 from .prefix import PrefixCache
 from .presets import Preset
 from .task import Task
@@ -78,6 +79,8 @@ def fit(
         >>> edit.record.steps, edit.layers, edit.n_parameters
         (1, (3,), 2564)
     """
+    expect(model, Model, "fit(model=...)", "a Model, from load_model()")
+    expect(preset, Preset, "fit(preset=...)", "a Preset, such as presets.paper(sites)")
     _check_types(model, train, preset, seed)
     train, held, notes = divided(train, validation, seed)
     cache = cache if cache is not None and cache.model is model else PrefixCache(model)

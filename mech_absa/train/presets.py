@@ -21,19 +21,16 @@ site's layer and position count, its kind does not.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ..edits.base import Part, Shape
 from ..edits.edit import at_rates
 from ..errors import ConfigError, SiteError, choices
-from ..model import Model
-from ..sites import Site, parse_layers
+from ..sites import Site, parse_layers, sites_file
 
 Loss = Literal["labels", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -128,89 +125,6 @@ def read_sites(sites: Sites) -> list[Site]:
             "no sites were given to edit; at least one is needed, such as L5.resid_post@query.last"
         )
     return found
-
-
-def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]]:
-    """Return the sites of a sites.json, and what else stands in it (the model they were traced in, the
-    rule they were chosen by).
-
-    Raises:
-        SiteError: the file is missing, damaged, or names no sites.
-    """
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SiteError(
-            f"{path}: the sites cannot be read ({error.strerror}); the sites.json of a traced run is needed"
-        ) from None
-    except ValueError:
-        raise SiteError(f"{path}: not JSON; the sites.json of a traced run is needed") from None
-    data = data if isinstance(data, dict) else {"sites": data}
-    named = data.get("sites")
-    if not isinstance(named, list) or not named:
-        raise SiteError(
-            f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed"
-        )
-    try:
-        return [
-            Site.parse(s["site"] if isinstance(s, dict) and "site" in s else str(s)) for s in named
-        ], data
-    except SiteError as error:
-        raise SiteError(f"{path}: {error}") from None
-
-
-def traced_sites(
-    path: str | os.PathLike[str], model: Model, anywhere: bool = False
-) -> tuple[list[Site], list[str]]:
-    """Return the sites of a sites.json, for a model: the one they were traced in, or the one that became
-    it by an adapter.
-
-    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and
-    either will do. Weights of another dtype have another hash; there, a model of the same name and
-    sizes is taken for the same, and that is said.
-
-    Args:
-        path: of the file.
-        model: what is to be edited.
-        anywhere: take sites of another model all the same, where this one has them; that is said
-            too.
-
-    Returns:
-        the sites, and sentences for the run's record.
-
-    Raises:
-        SiteError: the file holds no sites, or sites of another model, or this model lacks one.
-    """
-    from ..patch.importance import traced_in
-
-    sites, said = sites_file(path)
-    notes = []
-    traced = said.get("model")
-    if isinstance(traced, dict) and model.sha256 not in (
-        traced.get("sha256"),
-        traced.get("base_sha256"),
-    ):
-        found = f"these sites were found in {traced.get('name', 'a model')} (weights {str(traced.get('sha256'))[:12]}, {traced.get('n_layers', '?')} layers)"
-        mine = f"{model.name} has others ({model.sha256[:12]}, {model.n_layers} layers)"
-        this = traced_in(model)
-        alike = all(traced.get(k) == this[k] for k in ("name", "n_layers", "n_heads", "d_model"))
-        if alike and traced.get("dtype") != this["dtype"]:
-            notes.append(
-                f"{path}: {found} in {traced.get('dtype')}, so that its weights cannot be compared with those of {model.name}"
-            )
-        elif anywhere:
-            notes.append(
-                f"{path}: {found}, and {mine}; they are edited all the same, as was asked for"
-            )
-        else:
-            raise SiteError(
-                f"{path}: {found}, and {mine}; trace this model, say the layers with --layers, or give --any-sites to edit there"
-            )
-    try:
-        return [model.check_site(s) for s in sites], notes
-    except SiteError as error:
-        raise SiteError(f"{path}: {error}") from None
 
 
 def range_sites(

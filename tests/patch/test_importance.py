@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mech_absa.errors import ConfigError, DataError
+from mech_absa.errors import ConfigError, DataError, SiteError
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap, load_sites
 from mech_absa.sites import ROLES
@@ -193,7 +193,7 @@ def test_sites_and_map_survive_the_file(tmp_path):
     again = pd.read_csv(tmp_path / "importance.csv")
     assert again["aie"].to_numpy() == pytest.approx(importance.table["aie"].to_numpy(), rel=1e-6)
     (tmp_path / "bad.json").write_text("[1, 2")
-    with pytest.raises(DataError, match=r"bad\.json is no sites\.json"):
+    with pytest.raises(SiteError, match=r"bad\.json: not JSON; the sites\.json of a traced run"):
         load_sites(tmp_path / "bad.json")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 from transformer_lens import patching as theirs
 
 import mech_absa as ma

@@ -1,7 +1,7 @@
-"""`python -m mech_absa.evaluate.card`: the table of a model card: what a base model and its adaptation can do, beside what was aimed at.
+"""`mech-absa card`, or `python -m mech_absa.evaluate.card`: the table of a model card: what a base model and its adaptation can do, beside what was aimed at.
 
-    python -m mech_absa.evaluate.card --out runs/card
-    python -m mech_absa.evaluate.card --real ../shared/data/me_absc --real-edits runs/real --out runs/card
+    mech-absa card --out runs/card
+    mech-absa card --real ../shared/data/me_absc --real-edits runs/real --out runs/card
 
 Greedy, three classes, 95 % intervals that resample sentences. Four questions are asked of the built-in test files:
 
@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from tyro.conf import OmitArgPrefixes
 
 from ..errors import ConfigError, DataError
 from ..evaluate.predictions import Predictions, joined, predict
@@ -29,45 +32,57 @@ from ..examples import Example
 from ..model import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
-from ..records import RunFolder, plain, write_json, write_text
+from ..records import RunFolder, write_json, write_text
 from ..scoring import Applicable
 from ..world import CONTINUATIONS, DOMAINS
-from .cli import command
-from .evaluate import load, show
+from .cli import command, out_folder
+from .evaluate import load
+from .flags import (
+    FREE,
+    ModelFlags,
+    OptionalInt,
+    OptionalPath,
+    RunFlags,
+    at_least,
+    recorded,
+    share,
+)
 
 REAL = ("device", "laptop", "rest", "service")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The table of a model card: a base model and its adaptation on the built-in test files, and on real ones."""
+    """Show what a base model and its adaptation can do, on the built-in test files and on real ones.
 
-    model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name."""
+    Examples:
+      mech-absa card --limit 200 --out runs/card
+    """
+
     adapter: str = "bundled"
     """The adaptation: bundled, the folder of an edit, or none."""
     in_domain: tuple[str, ...] = ("restaurant", "laptop")
     """Built-in domains that the adaptation was trained on."""
-    real: Path | None = None
+    real: OptionalPath = None
     """A folder with {device,laptop,rest,service}_test.json, and _train.json for the leaked rows."""
-    real_edits: Path | None = None
+    real_edits: OptionalPath = None
     """A folder with an edit for each of them, in folders of these names."""
-    limit: int | None = None
-    """At most so many examples of each file."""
+    limit: OptionalInt = None
+    """At most this many examples of each file, the first ones."""
     level: float = 0.95
     """Of the intervals."""
     draws: int = 2000
     """Bootstrap draws."""
     seed: int = 0
     """Of the bootstrap."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
     batch_size: int = 64
-    """Prompts a forward pass."""
-    out: Path = Path("runs/card")
-    """A new or empty folder."""
+    """Prompts per forward pass."""
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        at_least(1, limit=self.limit, draws=self.draws, batch_size=self.batch_size)
+        share("--level", self.level)
         if strange := [d for d in self.in_domain if d not in DOMAINS]:
             raise ConfigError(
                 f"--in-domain names {strange[0]!r}; the built-in domains are {', '.join(DOMAINS)}"
@@ -102,7 +117,7 @@ class Goal:
         return f">= {low}" if self.high == 1.0 else f"{low} to {100 * self.high:.0f}"
 
     def reached(self, q: Quality) -> bool:
-        """Whether the accuracy lies in it."""
+        """Return whether the accuracy lies in it."""
         return (q.majority if self.low is None else self.low) <= q.accuracy.value <= self.high
 
 
@@ -120,8 +135,8 @@ class Row:
     quality: Quality
     goal: Goal | None = None
 
-    def record(self) -> dict:
-        """In JSON's types."""
+    def record(self) -> dict[str, Any]:
+        """Return the line in JSON's types."""
         reached = None if self.goal is None else self.goal.reached(self.quality)
         head = {
             "system": self.system,
@@ -133,7 +148,7 @@ class Row:
         return head | self.quality.row()
 
     def cells(self) -> dict[str, str]:
-        """As text."""
+        """Return the line as text."""
         q = self.quality
         reached = "" if self.goal is None else "yes" if self.goal.reached(q) else "no"
         return {
@@ -143,7 +158,7 @@ class Row:
 
 
 def continuation_prompts() -> list[tuple[PromptTemplate, Verbalizer]]:
-    """Every ordinary sentence that may follow a review, as a question with its three answers."""
+    """Return every ordinary sentence that may follow a review, as a question with its three answers."""
     return [
         (PromptTemplate("{sentence} " + text.replace("{A}", "{aspect}")), Verbalizer.of(words))
         for text, words in CONTINUATIONS
@@ -153,7 +168,7 @@ def continuation_prompts() -> list[tuple[PromptTemplate, Verbalizer]]:
 def continue_naturally(
     model: Model, examples: Sequence[Example], edit: Applicable | None = None, batch_size: int = 64
 ) -> list[Predictions]:
-    """What the model goes on with after a review and each of `CONTINUATIONS`, one set of answers each."""
+    """Return what the model goes on with after a review and each of `CONTINUATIONS`, one set of answers each."""
     return [
         predict(model, examples, edit, template=t, verbalizer=v, batch_size=batch_size)
         for t, v in continuation_prompts()
@@ -161,7 +176,7 @@ def continue_naturally(
 
 
 def rows(config: Config, model: Model, adapter: Applicable | None) -> Iterator[Row]:
-    """The lines of the card, one after the other."""
+    """Yield the lines of the card."""
 
     def sure(p: Predictions) -> Quality:
         return quality(p, level=config.level, draws=config.draws, seed=config.seed)
@@ -189,30 +204,34 @@ def rows(config: Config, model: Model, adapter: Applicable | None) -> Iterator[R
         yield Row("base", "ABSC prompt", d, sure(p), BASE)
     yield Row("base", "ABSC prompt", "all four", sure(joined(list(base.values()), "all")), BASE)
     if adapter is not None:
-        adapted = {d: asked(adapter, examples) for d, examples in data.items()}
-        for d, p in adapted.items():
-            where, goal = (
-                ("in-domain", IN_DOMAIN)
-                if d in config.in_domain
-                else ("out-of-domain", OUT_OF_DOMAIN)
-            )
-            yield Row("adapted", f"ABSC prompt, {where}", d, sure(p), goal)
-        for where, inside in (("in-domain", True), ("out-of-domain", False)):
-            if chosen := [p for d, p in adapted.items() if (d in config.in_domain) is inside]:
-                yield Row(
-                    "adapted",
-                    f"ABSC prompt, {where}",
-                    "together",
-                    sure(joined(chosen, where)),
-                    IN_DOMAIN if inside else OUT_OF_DOMAIN,
-                )
-        for d, p in [*adapted.items(), ("all four", joined(list(adapted.values()), "all"))]:
-            if (
-                mixed := score(p, level=config.level, draws=config.draws, seed=config.seed).mixed
-            ) is not None:
-                yield Row("adapted", "mixed polarity only", d, mixed, MIXED)
+        yield from _adapted(config, {d: asked(adapter, examples) for d, examples in data.items()})
     if config.real is not None:
         yield from _real(config, config.real, model, adapter)
+
+
+def _adapted(config: Config, adapted: dict[str, Predictions]) -> Iterator[Row]:
+    def sure(p: Predictions) -> Quality:
+        return quality(p, level=config.level, draws=config.draws, seed=config.seed)
+
+    for d, p in adapted.items():
+        where, goal = (
+            ("in-domain", IN_DOMAIN) if d in config.in_domain else ("out-of-domain", OUT_OF_DOMAIN)
+        )
+        yield Row("adapted", f"ABSC prompt, {where}", d, sure(p), goal)
+    for where, inside in (("in-domain", True), ("out-of-domain", False)):
+        if chosen := [p for d, p in adapted.items() if (d in config.in_domain) is inside]:
+            yield Row(
+                "adapted",
+                f"ABSC prompt, {where}",
+                "together",
+                sure(joined(chosen, where)),
+                IN_DOMAIN if inside else OUT_OF_DOMAIN,
+            )
+    for d, p in [*adapted.items(), ("all four", joined(list(adapted.values()), "all"))]:
+        if (
+            mixed := score(p, level=config.level, draws=config.draws, seed=config.seed).mixed
+        ) is not None:
+            yield Row("adapted", "mixed polarity only", d, mixed, MIXED)
 
 
 def _real(config: Config, folder: Path, model: Model, adapter: Applicable | None) -> Iterator[Row]:
@@ -233,41 +252,55 @@ def _real(config: Config, folder: Path, model: Model, adapter: Applicable | None
                 yield Row(name, "ABSC prompt, rows not in train", f"{d} (real)", s.unseen)
 
 
-def markdown(made: Sequence[Row]) -> str:
-    """The lines as a Markdown table."""
-    cells = [r.cells() for r in made]
-    lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(c.values()) for c in cells)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+def markdown(lines: Sequence[Row]) -> str:
+    """Return the lines as a Markdown table."""
+    cells = [r.cells() for r in lines]
+    table = [list(cells[0]), ["---"] * len(cells[0]), *(list(c.values()) for c in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
 
 
-def run(config: Config) -> Path:
-    """Everything the command does; the folder it wrote."""
-    folder = RunFolder(config.out, plain(asdict(config)), free=("device", "batch_size", "out"))
+def main(config: Config) -> Path:
+    """Score, and write the folder."""
+    folder = RunFolder(
+        out_folder(config, "card"), recorded(config), config.run.resume, (*FREE, "batch_size")
+    )
     start = time.perf_counter()
-    model = load_model(config.model, device=config.device)
+    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
     seconds = time.perf_counter() - start
     adapter = load(config.adapter, model)
-    made = list(rows(config, model, adapter))
+    folder.bind({"model": model.sha256})
+    if folder.finished:
+        print(f"{folder.path} already holds this run, whole; nothing to do")
+        return folder.path
+    lines = list(rows(config, model, adapter))
     about = {
         "model": model.name, "sha256": model.sha256, "parameters": model.n_parameters, "layers": model.n_layers, "d_model": model.d_model,
-        "adapter": config.adapter, "adapter_parameters": getattr(adapter, "n_parameters", None), "seconds_to_load": round(seconds, 2),
+        "adapter": config.adapter, "adapter_parameters": getattr(adapter, "n_parameters", None),
     }  # fmt: skip
     folder.open()
-    write_json(folder.path / "card.json", about | {"rows": [r.record() for r in made]})
-    write_text(folder.path / "card.md", markdown(made))
-    folder.finish({"command": "evaluate.card"} | about)
-    import pandas as pd
-
-    show(pd.DataFrame([r.cells() for r in made]), f"{model.name}, loaded in {seconds:.1f} s")
-    missed = [r for r in made if r.goal is not None and not r.goal.reached(r.quality)]
-    print(
-        f"{sum(r.goal is not None for r in made) - len(missed)} of {sum(r.goal is not None for r in made)} goals reached"
-    )
+    write_json(folder.path / "card.json", about | {"rows": [r.record() for r in lines]})
+    write_text(folder.path / "card.md", markdown(lines))
+    folder.finish({"command": "evaluate.card"} | about | {"seconds_to_load": round(seconds, 2)})
+    if not config.run.quiet:
+        show(lines, f"{model.name}, loaded in {seconds:.1f} s")
+        print(f"written to {folder.path}\n{conclusion(lines)}")
     return folder.path
 
 
+def show(lines: Sequence[Row], title: str) -> None:
+    """Print the lines of the card."""
+    from .tables import print_table
+
+    cells = [r.cells() for r in lines]
+    print_table(list(cells[0]), [list(c.values()) for c in cells], title)
+
+
+def conclusion(lines: Sequence[Row]) -> str:
+    """Say in one line how many goals were reached."""
+    reached = [r.goal.reached(r.quality) for r in lines if r.goal is not None]
+    return f"{sum(reached)} of {len(reached)} goals reached."
+
+
 def cli(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 and one sentence on stderr."""
-    return command(
-        Config, lambda config: print(f"written to {run(config)}"), "mech_absa.evaluate.card", argv
-    )
+    """Run the command and return its exit code."""
+    return command(Config, main, "mech_absa.evaluate.card", argv)

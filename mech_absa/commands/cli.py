@@ -1,29 +1,42 @@
-"""What all commands share: parse a dataclass, run, and turn errors into one sentence.
+"""How every command starts and ends: parse a dataclass, run, and turn errors into one sentence.
 
 A command is a frozen dataclass (its fields are the flags, its docstring the help) and a function of it. Bad input prints one sentence on
-the error stream and exits with code 2; nothing is half-written, because folders are opened only after everything was checked. What tyro
-refuses (an unknown flag, a word where a number belongs) it says in a box of many lines; here it is one sentence like all others.
+the error stream and exits with code 2; nothing is half-written, because folders are opened only after everything was checked. A full
+disk, a lack of memory, Ctrl-C and a termination signal end with one sentence too, and leave a folder that --resume takes up.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a defect of this package: a self-check failed |
+| 2 | bad input, or the machine refused (disk, memory, permission) |
+| 130, 143 | interrupted (SIGINT), terminated (SIGTERM) |
+| 141 | whoever read the output stopped reading |
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, MechAbsaError
-from ..examples import Examples
-from ..records import close_all
+from ..records import close_all, versions
 
 Config = TypeVar("Config")
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM)."""
 
 
 def command(
@@ -32,7 +45,7 @@ def command(
     prog: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse `argv` into `config`, run `main`, and give the exit code.
+    """Parse `argv` into `config`, run `main`, and return the exit code.
 
     Args:
         config: a dataclass.
@@ -40,124 +53,219 @@ def command(
         prog: the module, named in the help and before an error.
         argv: default the process's own.
     """
-    import tyro
-
-    # Nothing below needs a hub once its input is local, and a library's progress bars hide our own.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                parsed = tyro.cli(
-                    config,
-                    prog=f"python -m {prog}",
-                    args=words,
-                    description=inspect.cleandoc(config.__doc__ or ""),
-                )
-        except SystemExit as end:
-            if end.code in (0, None):  # the help was asked for
-                return 0
-            raise ConfigError(_sentence(config, words, said.getvalue())) from None
-        try:
+
+    def work() -> None:
+        if words == ["--version"]:
+            print(f"mech_absa {versions().get('mech-absa', 'of this folder')}")
+            return
+        parsed = parse(config, words, prog)
+        if parsed is not None:
             main(parsed)
-        finally:
-            close_all()
+
+    return boundary(work, prog, any(f == "resume" for f in _names(config)))
+
+
+def start(name: str, argv: Sequence[str] | None = None) -> int:
+    """Import a command and run it; an interruption while it is imported ends with a sentence too."""
+    codes: list[int] = []
+
+    def work() -> None:
+        codes.append(importlib.import_module(f".{name}", __package__).cli(argv))
+
+    return boundary(work, f"mech_absa.{name}", False) or codes[0]
+
+
+def boundary(work: Callable[[], None], prog: str, resumable: bool) -> int:
+    """Run `work` and return an exit code; print one sentence where it fails."""
+    code, sentence = 0, ""
+    again = "; give the same flags with --resume to go on" if resumable else ""
+    try:
+        with _terminable():
+            try:
+                work()
+            finally:
+                close_all()
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:  # whoever read the output has read enough: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except MechAbsaError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-            print(f"{prog}: {error}", file=sys.stderr)
-        return error.exit_code
+        code, sentence = error.exit_code, str(error)
     except KeyboardInterrupt:
-        again = (
-            "; give the same flags with --resume to go on"
-            if any(f.name == "resume" for f in dataclasses.fields(config))
-            else ""
-        )  # type: ignore[arg-type]
-        print(f"{prog}: interrupted{again}", file=sys.stderr)
-        return 130
+        code, sentence = 130, f"interrupted{again}"
+    except Terminated:
+        code, sentence = 143, f"terminated{again}"
+    except OSError as error:
+        if not isinstance(error.errno, int):  # a library's own, such as a damaged parquet file
+            raise
+        code, sentence = 2, f"{_machine(error)}{again}"
+    except (MemoryError, RuntimeError) as error:
+        if not _no_memory(error):
+            raise
+        code, sentence = 2, f"the memory is not enough; lower --memory or --batch-size{again}"
+    if sentence and os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"{prog}: {sentence}", file=sys.stderr)
+    return code
 
 
-def named(flag: str, words: Sequence[str]) -> dict[str, str]:
-    """`name=value` words as a mapping, such as {"aspect": "Term"}.
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _machine(error: OSError) -> str:
+    """Say what the operating system refused."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking, on a CPU or an accelerator."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def parse(config: type[Config], words: Sequence[str], prog: str) -> Config | None:
+    """Return the configuration that the words of a command line name; None where the help was asked for.
 
     Raises:
-        ConfigError: a word is none.
+        ConfigError: a word is not accepted.
     """
-    for word in words:
-        if not re.fullmatch(r"[^=]+=.+", word):
-            raise ConfigError(f"{flag} {word!r} was given; words such as aspect=Term are accepted")
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
+    import tyro
+
+    from .flags import check_numbers, preset_defaults
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a library's bars hide our own
+    words, preset = _preset(list(words))
+    options: dict[str, Any] = {}
+    if preset is not None:
+        options["default"] = preset_defaults(config, preset, prog.removeprefix("mech_absa."))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed: Config = tyro.cli(
+                config,
+                prog=f"python -m {prog}",
+                args=words,
+                description=inspect.cleandoc(config.__doc__ or ""),
+                **options,
+            )
+    except SystemExit as end:
+        if end.code in (0, None):  # the help was asked for
+            return None
+        raise ConfigError(_sentence(config, words, printed.getvalue())) from None
+    check_numbers(parsed)
+    return parsed
 
 
-def reading(config: Any) -> dict[str, Any]:
-    """What the flags of a command say about reading its data: keyword arguments of `load_examples`.
-
-    Raises:
-        ConfigError: a word of --columns or --meaning is no pair.
-    """
-    return {
-        "skip_bad": config.skip_bad, "columns": named("--columns", config.columns), "labels": named("--meaning", config.meaning),
-    }  # fmt: skip
+def _preset(words: list[str]) -> tuple[list[str], str | None]:
+    """Split `--preset-file PATH` from the words of a command line."""
+    for i, word in enumerate(words):
+        flag, equals, _ = word.replace("_", "-", 2).partition("=")
+        if flag == "--preset-file":
+            if equals:
+                return words[:i] + words[i + 1 :], word.partition("=")[2]
+            if i + 1 < len(words):
+                return words[:i] + words[i + 2 :], words[i + 1]
+            raise ConfigError("--preset-file needs a run folder or its run.json")
+    return words, None
 
 
 def report(config: Any) -> Callable[[Path], Any] | None:
     """Return what writes the report of a finished run; None where --no-report was given."""
-    if not config.report:
+    if not config.run.report:
         return None
     from ..report import leave_report
 
     return leave_report
 
 
-def tell_left_out(data: Examples) -> None:
-    """Say on the error stream what a reader left out, and where the first of it stands."""
+def out_folder(config: Any, name: str) -> Path:
+    """Return the folder of --out; runs/NAME-<time> where none was given."""
+    import time
+
+    given: Path | None = config.run.out
+    return given or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+
+
+def warn(notes: Sequence[str]) -> None:
+    """Print warnings on the error stream."""
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def tell_left_out(data: Any) -> None:
+    """Print on the error stream what a reader left out, and where the first of it stands."""
     for problem in data.problems[:3]:
         print(f"left out: {problem}", file=sys.stderr)
-    if data.left_out:
-        print(
-            f"{data.source}: left out {', '.join(f'{n} ({reason})' for reason, n in data.left_out.items())}",
-            file=sys.stderr,
-        )
+    parts = [f"{n} ({reason})" for reason, n in data.left_out.items()]
+    if parts:
+        print(f"{data.source}: left out {', '.join(parts)}", file=sys.stderr)
 
 
-def _sentence(config: type, words: Sequence[str], said: str) -> str:
-    """Why the parser refused `words`: the first flag that there is not, or what stands above the rule in the parser's box."""
-    known = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(config)]
+def _names(config: Any) -> list[str]:
+    from .flags import flag_names
+
+    return flag_names(config)
+
+
+def _sentence(config: type, words: Sequence[str], printed: str) -> str:
+    """Say why the parser refused `words`: the first flag that there is not, or what stands above the rule in its box."""
+    known = ["--" + name.replace("_", "-") for name in _names(config)]
     switches = ["--no-" + flag[2:] for flag in known]
     for word in words:
         flag = word.split("=")[0].replace("_", "-")
         if re.fullmatch(r"--[a-z][\w-]*", flag) and flag not in (*known, *switches, "--help"):
-            near = (
-                difflib.get_close_matches(flag, known, 1)
-                or [k for k in known if k.startswith(flag)][:1]
-            )
-            return f"there is no flag {flag}; " + (
-                f"the nearest is {near[0]}" if near else "--help names those there are"
-            )
-    inside: list[
-        str
-    ] = []  # of the box: its title, perhaps a rule, what is wrong, a rule or the lower edge
-    for line in said.splitlines()[1:]:
+            near = difflib.get_close_matches(flag, known, 1)
+            near = near or [k for k in known if k.startswith(flag)][:1]
+            hint = f"the nearest is {near[0]}" if near else "--help names those there are"
+            return f"there is no flag {flag}; {hint}"
+    inside: list[str] = []  # of the box: its title, what is wrong, a rule or the lower edge
+    for line in printed.splitlines()[1:]:
         if not re.fullmatch(r"[│|+╰╯\s]*[─-]{3,}[│|+╰╯\s]*", line):
             inside.append(line.strip("│| "))
         elif inside:
             break
-    text = " ".join(filter(None, inside)).rstrip(". ")
+    return _plain_words(" ".join(filter(None, inside)).rstrip(". "))
+
+
+KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path"}
+
+
+def _plain_words(text: str) -> str:
+    """Say what the parser's message means, without the names of Python's types."""
     if missing := re.match(r"Missing from [^:]*: (--[\w-]+)", text):
         return f"{missing[1]} must be given; --help says what it takes"
     text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
-    text = re.sub(
-        r"invalid literal for int\(\) with base 10: ('.*')",
-        r"\1 was given; a whole number is needed",
-        text,
-    )
-    text = re.sub(
-        r"could not convert string to float: ('.*')", r"\1 was given; a number is needed", text
-    )
+    union = re.match(r"(\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", text)
+    if union:
+        kind = next((v for k, v in KINDS.items() if k in union[2]), "another value")
+        return f"{union[1]}: {union[3]} was given; {kind} is needed; --help names what is accepted"
+    for pattern, kind in (
+        (r"invalid literal for int\(\) with base 10: ('.*')", "a whole number"),
+        (r"could not convert string to float: ('.*')", "a number"),
+    ):
+        text = re.sub(pattern, rf"\1 was given; {kind} is needed", text)
     return f"{text}; --help names what is accepted"
+
+
+__all__ = ["Terminated", "boundary", "command", "out_folder", "parse", "report", "start", "warn"]

@@ -1,4 +1,4 @@
-"""`python -m mech_absa.generate`: write the built-in review world."""
+"""`mech-absa generate`, or `python -m mech_absa.generate`: write the built-in review world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from .cli import command
 
 @dataclass(frozen=True)
 class Config:
-    """Write the built-in review world as JSON lines."""
+    """Write the built-in review world as JSON lines.
+
+    Examples:
+      mech-absa generate --out world
+    """
 
     out: Path
     """A new or empty folder, which will hold {domain}/{train,test}.jsonl."""
@@ -30,5 +34,5 @@ def run(config: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """The command: its exit code."""
+    """Run the command and return its exit code."""
     return command(Config, run, "mech_absa.generate", argv)

@@ -1,30 +1,30 @@
-"""`python -m mech_absa.train.matrix`: train on each domain, test on all.
+"""`mech-absa matrix`, or `python -m mech_absa.train.matrix`: train on each domain, test on all.
 
-    python -m mech_absa.train.matrix --methods zero_shot both@sites both@all --sites runs/trace/sites.json --out runs/matrix
-    python -m mech_absa.train.matrix --train data/{device,laptop,rest,service}_train.json --test data/{device,laptop,rest,service}_test.json
+    mech-absa matrix --methods zero_shot both@sites both@all --sites runs/trace --out runs/matrix
+    mech-absa matrix --train data/{device,laptop,rest,service}_train.json --test data/{device,laptop,rest,service}_test.json
 
-Leaves `matrix.csv` (a row for method, seed, training and test domain), `summary.csv` (a row a method), `run.json` and `report.html`. A
+Leaves `matrix.csv` (a row per method, seed, training and test domain), `summary.csv` (a row per method), `run.json` and `report.html`. A
 killed run is taken up with `--resume`: trainings that were finished are not repeated.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from tyro.conf import OmitArgPrefixes
 
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
-from ..model import load_model
+from ..examples import Examples
+from ..model import Model, load_model
 from ..progress import bar
-from ..prompts import PromptTemplate, Verbalizer
-from ..readers import load_examples
 from ..records import RunFolder
-from ..sites import traced_sites
+from ..sites import Site
 from ..train import presets
 from ..train.matrix import (
     Domain,
@@ -36,77 +36,73 @@ from ..train.matrix import (
 )
 from ..train.presets import Preset
 from ..world import DOMAINS
-from .cli import command, reading, report, tell_left_out
-
-FREE = ("out", "resume", "device", "cache_gib", "report", "quiet")
-"""Settings that do not change a result."""
+from .cli import command, out_folder, report, tell_left_out, warn
+from .flags import (
+    FREE,
+    ModelFlags,
+    OptionalInt,
+    OptionalSources,
+    QuestionFlags,
+    ReadFlags,
+    RunFlags,
+    Sources,
+    at_least,
+    recorded,
+)
+from .train import named_sites, places
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train on each domain and test on all, for a list of methods and seeds."""
+    """Train on each domain and test on all, for a list of methods and seeds.
 
-    train: tuple[str, ...] = tuple(f"builtin:{d}/train" for d in DOMAINS)
-    """Training files, one a domain."""
-    test: tuple[str, ...] = tuple(f"builtin:{d}/test" for d in DOMAINS)
+    Examples:
+      mech-absa matrix --methods zero_shot both@middle lora@all --out runs/matrix
+      mech-absa matrix --methods both@sites both@random --sites runs/trace --seeds 0 1 2
+    """
+
+    train: Sources = tuple(f"builtin:{d}/train" for d in DOMAINS)
+    """Training files, one per domain."""
+    test: Sources = tuple(f"builtin:{d}/test" for d in DOMAINS)
     """Test files, in the same order."""
+    limit_train: OptionalInt = None
+    """Train on at most this many examples per domain, drawn at random; every seed has the same."""
+    limit_test: OptionalInt = None
+    """Test on at most this many examples per domain, drawn likewise."""
+    head: bool = False
+    """Take the first examples for --limit-train and --limit-test, instead of drawing them."""
     methods: tuple[str, ...] = ("zero_shot", "both@middle", "lora@all", "loreft@all")
-    """PRESET@WHERE: a preset of python -m mech_absa.train, at sites, first, middle, last, random, all, or layers such as 2-5."""
+    """PRESET@WHERE: a preset of mech-absa train, at sites, first, middle, last, random, all, or layers such as 2-5."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings."""
-    sites: Path | None = None
-    """The sites.json of a traced run, for methods that say @sites; first, middle, last and random then take as many layers."""
+    sites: OptionalSources = ()
+    """For methods that say @sites: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last; first,
+    middle, last and random then take as many layers."""
     any_sites: bool = False
     """Edit at sites that were found in another model."""
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
-    """Where representations are edited, when there is no --sites."""
-    model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name."""
+    """Where representations are edited, without --sites."""
     rank: int = 4
     """Of every method."""
-    epochs: int | None = None
-    """Passes over the examples; the presets' where nothing is said, as in all that follow."""
-    batch_size: int | None = None
-    """Examples a forward pass."""
+    epochs: OptionalInt = None
+    """Passes over the examples. Default: the presets'."""
+    batch_size: OptionalInt = None
+    """Examples per forward pass. Default: the presets'."""
     lr_scale: float = 1.0
     """All learning rates times this."""
     validation: float = 0.1
     """Share of the training sentences on which the best epoch is chosen; 0 keeps the last."""
-    limit_train: int | None = None
-    """At most so many training examples a domain."""
-    limit_test: int | None = None
-    """At most so many test examples a domain, drawn at random with seed 0."""
-    template: str = PromptTemplate().text
-    """The question, with {sentence} and {aspect}."""
-    labels: tuple[str, ...] = ("positive", "negative", "neutral")
-    """The label strings for positive, negative and neutral."""
-    separator: str = " "
-    """Between the question and the label."""
-    columns: tuple[str, ...] = ()
-    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
-    meaning: tuple[str, ...] = ()
-    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
-    skip_bad: bool = False
-    """Leave out records that cannot be read, and count them."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    dtype: str = "float32"
-    """float32, bfloat16, float16 or float64."""
-    cache_gib: float = 1.0
-    """Memory for activations that are computed once."""
-    out: Path = Path("runs/matrix")
-    """A new or empty folder."""
-    resume: bool = False
-    """Take up the killed run that --out holds."""
-    report: bool = True
-    """Write report.html."""
-    quiet: bool = False
-    """Print nothing but errors."""
+    memory: float = 1.0
+    """GiB for activations that are computed once."""
+    reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
+    question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.train or len(self.train) != len(self.test):
             raise ConfigError(
-                f"--train names {len(self.train)} files and --test {len(self.test)}; one each a domain is needed"
+                f"--train names {len(self.train)} files and --test {len(self.test)}; one each per domain is needed"
             )
         if len(names := {domain_name(t) for t in self.train}) < len(self.train):
             raise ConfigError(
@@ -114,27 +110,45 @@ class Config:
             )
         if not self.methods or not self.seeds:
             raise ConfigError("--methods and --seeds each need at least one")
-        for flag, values in (("--methods", self.methods), ("--seeds", self.seeds)):
-            if twice := [v for v in values if values.count(v) > 1]:
-                raise ConfigError(
-                    f"{flag} names {twice[0]} more than once; the same training would count twice"
-                )
+        once("--methods", self.methods)
+        once("--seeds", self.seeds)
         if not 0 <= self.validation < 1:
             raise ConfigError(
                 f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1"
             )
-        least = {
-            "limit-train": (self.limit_train, 1),
-            "limit-test": (self.limit_test, 1),
-            "cache-gib": (self.cache_gib, 0),
-        }
-        for name, (value, low) in (least | {"seeds": (min(self.seeds), 0)}).items():
-            if value is not None and not value >= low:
-                raise ConfigError(f"--{name} is {value}; accepted: {low} or more")
-        if len(self.labels) not in (2, 3):
-            raise ConfigError(
-                f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed"
-            )
+        at_least(1, limit_train=self.limit_train, limit_test=self.limit_test)
+        at_least(0, memory=self.memory)
+        self.reading.check()
+        self.question.check()
+
+
+def once(flag: str, values: Sequence[Any]) -> None:
+    """Raise a ConfigError for the first value that is there twice."""
+    if twice := [v for v in values if values.count(v) > 1]:
+        raise ConfigError(
+            f"{flag} names {twice[0]} more than once; the same training would count twice"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a matrix uses: everything that is loaded and checked before the first training."""
+
+    config: Config
+    model: Model
+    grid: Grid
+    notes: list[str]
+
+    @property
+    def domains(self) -> Sequence[Domain]:
+        """The domains, with their training and test examples."""
+        return self.grid.domains
+
+
+def change(config: Config, preset: Preset) -> Preset:
+    """Return a preset with what the flags change."""
+    given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
+    return preset.rates(config.lr_scale).but(**given)
 
 
 def main(config: Config) -> Path:
@@ -142,6 +156,34 @@ def main(config: Config) -> Path:
 
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
+    """
+    task = prepare(config)
+    folder = RunFolder(
+        out_folder(config, "matrix"), recorded(config), config.run.resume, (*FREE, "memory")
+    )
+    hashes = [e.sha256 for d in task.domains for e in (d.train, d.test)]
+    folder.bind({"model": task.model.sha256, "data": hashes})
+    if folder.finished:
+        return folder.path
+    folder.open()
+    rows = train_all(task, folder)
+    table, short = pd.DataFrame(rows), summary(rows)
+    folder.write("matrix.csv", partial(table.to_csv, index=False))
+    folder.write("summary.csv", partial(short.to_csv, index=False))
+    task.notes.extend(broken(table))
+    folder.finish(record_of(task), report(config))
+    if not config.run.quiet:
+        warn(task.notes)
+        show(short)
+        print(f"written to {folder.path}\n{conclusion(short)}")
+    return folder.path
+
+
+def prepare(config: Config) -> Task:
+    """Load the data and the model, and check every training before the first.
+
+    Raises:
+        MechAbsaError: an input is not accepted.
     """
     domains = [
         Domain(
@@ -151,94 +193,115 @@ def main(config: Config) -> Path:
         )
         for a, b in zip(config.train, config.test, strict=True)
     ]
-    template, verbalizer = (
-        PromptTemplate(config.template),
-        Verbalizer.of(config.labels, config.separator),
-    )
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
-    sites, notes = (
-        traced_sites(config.sites, model, config.any_sites)
-        if config.sites is not None
-        else ([], [])
-    )
-    methods = [Method.parse(m) for m in config.methods]
-    positions = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]
-
-    def change(preset: Preset) -> Preset:
-        given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
-        return preset.rates(config.lr_scale).but(**given)
-
+    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
+    sites: list[Site] = []
+    notes: list[str] = []
+    if config.sites:
+        sites, notes = named_sites(config.sites, model, config.any_sites)
     grid = Grid(
         domains,
-        methods,
+        [Method.parse(m) for m in config.methods],
         config.seeds,
         sites,
-        positions,
+        places(config.positions),
         config.rank,
-        change,
+        partial(change, config),
         config.validation,
-        template,
-        verbalizer,
+        config.question.prompt,
+        config.question.verbalizer,
     )
     grid.check(model)
-    notes += dict.fromkeys(
-        note for d in domains for note in caveats(d.train.items, [o.test for o in domains], d.name)
-    )
-    folder = RunFolder(config.out, vars(config), resume=config.resume, free=FREE)
-    folder.bind(
-        {"model": model.sha256, "data": [e.sha256 for d in domains for e in (d.train, d.test)]}
-    )
-    if folder.finished:
-        return folder.path
+    tests = [d.test for d in domains]
+    said = (note for d in domains for note in caveats(d.train.items, tests, d.name))
+    return Task(config, model, grid, [*notes, *dict.fromkeys(said)])
 
-    folder.open()
-    with bar("trainings", grid.n_trainings, config.quiet) as advance:
-        rows = run_matrix(
-            model,
-            grid,
-            budget=int(config.cache_gib * 2**30),
+
+def train_all(task: Task, folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows of the matrix; finished trainings are kept in the folder's parts."""
+    config = task.config
+    with bar("trainings", task.grid.n_trainings, config.run.quiet) as advance:
+        rows: list[dict[str, Any]] = run_matrix(
+            task.model,
+            task.grid,
+            budget=int(config.memory * 2**30),
             parts=folder.part("rows"),
             on_done=advance,
         )
-    table, short = pd.DataFrame(rows), summary(rows)
-    folder.write("matrix.csv", partial(table.to_csv, index=False))
-    folder.write("summary.csv", partial(short.to_csv, index=False))
-    for row in table[table["diverged"]].drop_duplicates(["method", "train", "seed"]).itertuples():
-        notes.append(f"{row.method} trained on {row.train} with seed {row.seed}: {row.stopped}")
-    for row in table[table["warnings"] != ""].drop_duplicates(["train", "warnings"]).itertuples():
-        notes.append(f"{row.train} with seed {row.seed}: {row.warnings}")
-    folder.finish(
-        {
-            "command": "train.matrix",
-            "model": {
-                "name": model.name,
-                "sha256": model.sha256,
-                "parameters": model.n_parameters,
-                "device": str(model.device),
-            },
-            "domains": {
-                d.name: {"train": d.train.account(), "test": d.test.account()} for d in domains
-            },
-            "sites": [str(s) for s in sites],
-            "trainings": grid.n_trainings,
-            "warnings": notes,
+    return rows
+
+
+def broken(table: pd.DataFrame) -> list[str]:
+    """Return a sentence per training whose loss was no number, or that warned."""
+    lost = table[table["diverged"]].drop_duplicates(["method", "train", "seed"])
+    warned = table[table["warnings"] != ""].drop_duplicates(["train", "warnings"])
+    return [
+        *(
+            f"{r.method} trained on {r.train} with seed {r.seed}: {r.stopped}"
+            for r in lost.itertuples()
+        ),
+        *(f"{r.train} with seed {r.seed}: {r.warnings}" for r in warned.itertuples()),
+    ]
+
+
+def record_of(task: Task) -> dict[str, Any]:
+    """Return what run.json says of a matrix."""
+    model = task.model
+    return {
+        "command": "train.matrix",
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "parameters": model.n_parameters,
+            "device": str(model.device),
         },
-        report(config),
+        "domains": {
+            d.name: {"train": d.train.account(), "test": d.test.account()} for d in task.domains
+        },
+        "sites": [str(s) for s in task.grid.sites],
+        "trainings": task.grid.n_trainings,
+        "warnings": task.notes,
+    }
+
+
+def show(short: pd.DataFrame) -> None:
+    """Print the summary, a row per method."""
+    from .tables import print_table
+
+    rows = [[_cell(v) for v in row] for row in short.itertuples(index=False)]
+    used = [i for i in range(len(short.columns)) if any(row[i] is not None for row in rows)]
+    names = [str(short.columns[i]).replace("_", " ") for i in used]
+    print_table(
+        names, [[row[i] for i in used] for row in rows], "Trained on each domain, tested on all"
     )
-    if not config.quiet:
-        for note in notes:
-            print(f"warning: {note}", file=sys.stderr)
-        print(short.round(4).to_string(index=False))
-        print(f"written to {folder.path}")
-    return folder.path
 
 
-def _read(source: str, config: Config, limit: int | None):
-    examples = load_examples(source, **reading(config))
+def _cell(value: Any) -> Any:
+    """Return a number with four digits; None where there is no value."""
+    if isinstance(value, float):
+        return None if value != value else f"{value:.4g}"
+    return value
+
+
+def conclusion(short: pd.DataFrame) -> str:
+    """Say in one line which method is best."""
+    column = next(
+        (c for c in ("accuracy_out", "accuracy_in") if c in short and short[c].notna().any()), None
+    )
+    if column is None:
+        return f"{len(short)} methods compared."
+    best = short.loc[short[column].idxmax()]
+    where = "on other domains" if column == "accuracy_out" else "on its own domain"
+    return (
+        f"Best {where}: {best['method']}, accuracy {best[column]:.1%} over {best['seeds']} seeds."
+    )
+
+
+def _read(source: str, config: Config, limit: int | None) -> Examples:
+    examples = config.reading.read(source, limit, head=config.head)
     tell_left_out(examples)
-    return examples if limit is None else examples.sample(limit)
+    return examples
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """The command: its exit code."""
+    """Run the command and return its exit code."""
     return command(Config, main, "mech_absa.train.matrix", argv)

@@ -1,26 +1,28 @@
-"""`python -m mech_absa.patch`: from reviews to an importance map.
+"""`mech-absa patch`, or `python -m mech_absa.patch`: from reviews to an importance map.
 
-    python -m mech_absa.patch                                                    the bundled model on built-in reviews
-    python -m mech_absa.patch --data reviews.csv --model gpt2 --out runs/mine    your data, your model
-    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.patch ...                   the same files, made by four processes
+    mech-absa patch                                                    the bundled model on built-in reviews
+    mech-absa patch --data reviews.csv --model gpt2 --out runs/mine    your data, your model
+    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.patch ...         the same files, by four processes
 
-A run leaves `run.json` (all that is needed to make it again), `effects.parquet` (one row a pair and cell), `pairs.parquet`, `about.json`,
-`importance.csv`, `sites.json`, `figures/` and `report.html`. It is written in parts while it goes on: a killed run is taken up with
-`--resume` and ends in the same bytes.
+A run leaves `run.json` (all that is needed to make it again), `effects.parquet` (one row per pair and cell), `pairs.parquet`,
+`about.json`, `importance.csv`, `sites.json`, `figures/` and `report.html`. It is written in parts while it goes on: a killed run is taken
+up with `--resume` and ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tyro.conf import OmitArgPrefixes
 
-from ..errors import ConfigError, DataError, choices
+from ..errors import ConfigError, DataError
 from ..examples import Examples
 from ..model import BUNDLED, DTYPES, Model, load_model
 from ..patch.corruption import (
@@ -35,227 +37,231 @@ from ..patch.corruption import (
 from ..patch.effects import Effects, read_frame, write_frame
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
-from ..patch.pairs import make_pairs
+from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
-from ..patch.request import Request
+from ..patch.request import DEFAULT_RULES, Request
 from ..patch.self_check import self_check
 from ..progress import bar
-from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
 from ..records import RunFolder
-from ..sites import Site, parse_layers
-from ..stats import ADJUSTMENTS, resolution, spelled_p
-from .cli import command, reading, report, tell_left_out
+from ..sites import HEAD_KINDS, Site, parse_layers
+from ..stats import ADJUSTMENTS, spelled_p
+from . import before
+from .cli import command, out_folder, report, tell_left_out, warn
+from .flags import (
+    FREE,
+    ModelFlags,
+    OptionalFloat,
+    OptionalInt,
+    OptionalSources,
+    OptionalText,
+    QuestionFlags,
+    ReadFlags,
+    RunFlags,
+    Sources,
+    at_least,
+    join,
+    one_of,
+    recorded,
+    share,
+)
 
-UNRECORDED = ("out", "resume", "quiet")
-"""Settings that say how a run is made, not what it is: two runs that differ in these leave the same bytes."""
-FREE = ("device", "report", "figures")
-"""Settings that are recorded, and may change when a run is resumed."""
-CORRUPTIONS = tuple(WORDS)
+HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Find which layer, token and component of a language model carry the sentiment of an aspect.
+    """Find which layers, tokens and components of a language model carry the sentiment of an aspect.
 
-    Every example is run clean and corrupted; then one clean state at a time is put back into the corrupted run, and the effect on the
-    probability of the right answer is measured, exactly, for every layer, token and component.
+    Every example is run clean and corrupted. Then one clean state at a time is put back into the
+    corrupted run, and its effect on the answer is measured, for every layer, token and component.
+
+    Examples:
+      mech-absa patch --limit 40 --out runs/first
+      mech-absa patch --data reviews.csv --model gpt2 --by role --out runs/mine
+      mech-absa patch --method ig --metric logit_diff --limit 20
     """
 
-    data: tuple[str, ...] = ("builtin:restaurant+laptop/test",)
-    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/test); several are joined."""
-    model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name such as gpt2."""
+    data: Sources = ("builtin:restaurant+laptop/train",)
+    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined."""
+    limit: OptionalInt = None
+    """Trace at most this many pairs, drawn by --seed from all data."""
+    head: bool = False
+    """Take the first examples of the data for --limit, instead of drawing them."""
+    sample: OptionalInt = None
+    """Draw this many examples by --seed before anything else."""
+    keep: str = "paper"
+    """Pairs that are traced: paper (clean answer right, corrupted answer wrong), clean (clean answer right) or all."""
+    strict: bool = False
+    """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
     adapter: str = "auto"
     """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, or none. auto is
     bundled for the bundled model and none otherwise."""
-    out: Path | None = None
-    """Output folder, new or empty; default runs/patch-<time>."""
-    limit: int | None = None
-    """Trace at most this many pairs."""
-    sample: int | None = None
-    """Draw this many examples at random (by --seed) before anything else."""
-    keep: str = "paper"
-    """Which pairs are traced: paper (clean answer right, corrupted answer wrong), clean (clean answer right) or all."""
     corruption: str = "auto"
-    """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them), aspect-swap
-    (the question asks about another aspect of the same sentence), opinion-swap (the opinion expression replaced from --lexicon), mean, zero or
-    resample (ablations of the clean run). auto takes counterfactuals where all examples have them, and noise otherwise."""
-    lexicon: tuple[str, ...] = ()
+    """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them),
+    aspect-swap (the question asks about another aspect of the sentence), opinion-swap (the opinion expression replaced from --lexicon),
+    mean, zero or resample (ablations of the clean run). auto takes counterfactuals where all examples have them, and noise otherwise."""
+    lexicon: OptionalSources = ()
     """Training data with opinion spans, from which opinion-swap takes its expressions."""
-    strict: bool = False
-    """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
     noise_scale: float = 3.0
     """Noise in standard deviations of the aspect terms' embeddings."""
     noise_draws: int = 10
-    """Independent draws of the noise for every pair."""
+    """Independent draws of the noise per pair."""
     noise_span: str = "all"
     """Tokens that are noised: all (the paper), sentence, aspect or query."""
-    sites: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
+    sites: Sources = ("resid_post", "attn_out", "mlp_out")
     """Kinds of state (resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; q, k, v by the loop), or single sites such as L5.head3."""
     layers: str = "all"
-    """Layers to trace: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
+    """Layers of the kinds: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
     by: str = "token"
-    """token restores one token at a time and averages by role afterwards; role restores all tokens of a role together, at a tenth of the cost."""
+    """token restores one token at a time and averages by role afterwards; role restores all tokens of a role together, at a tenth of the
+    cost."""
     metric: str = "prob"
     """prob (P of the right label, the paper's), prob_label (among the labels only), logprob, logit_diff or kl."""
     direction: str = "denoise"
-    """denoise puts clean states into the corrupted run; noise puts corrupted states into the clean run; both does both. Ablations are noise."""
+    """denoise puts clean states into the corrupted run; noise puts corrupted states into the clean run; both does both.
+    Ablations are always noise."""
     window: int = 1
     """Neighbouring layers restored together (ROME: 10 for attention and MLP)."""
     method: str = "exact"
-    """exact, or an estimate from gradients, compared with an exact sample of cells: atp, atpstar, relp, ig."""
+    """exact, or an estimate from gradients, compared with an exact sample of cells: atp, atpstar, relp or ig."""
     steps: int = 16
     """Steps of integrated gradients."""
-    rules: tuple[str, ...] = ("ln", "identity", "half")
+    rules: tuple[str, ...] = tuple(str(r.value) for r in DEFAULT_RULES)
     """Rules of RelP: ln, identity, half, pattern."""
     exact_top: int = 0
     """Of an estimate, compute this many leading cells of the map exactly afterwards."""
     control: int = 200
     """Cells computed exactly beside an estimate; in half precision, cells computed again in float32."""
     engine: str = "wavefront"
-    """wavefront (all cells in one walk over the layers) or loop (one forward pass a cell)."""
-    template: str = PromptTemplate().text
-    """The question; must contain {sentence} and {aspect}."""
-    labels: tuple[str, ...] = ("positive", "negative", "neutral")
-    """Label words for positive, negative and neutral."""
-    separator: str = " "
-    """Between prompt and label; the paper's authors glue the label on ("")."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    dtype: str = "float32"
-    """float32, bfloat16, float16 or float64. Metrics are float32 or wider whatever this says."""
+    """wavefront (all cells in one walk over the layers) or loop (one forward pass per cell)."""
     n_devices: int = 1
-    """Spread the layers over this many accelerators."""
-    memory: float | None = None
-    """Budget in GiB for activations in flight; default half a GiB on a CPU, a third of an accelerator."""
+    """Accelerators over which the layers are spread."""
+    memory: OptionalFloat = None
+    """GiB for activations in flight. Default: half a GiB on a CPU, a third of an accelerator."""
     seed: int = 0
-    """Of the noise, of samples, of the bootstrap and of the self-checks."""
+    """Of the noise, of draws, of the bootstrap and of the self-checks."""
     level: float = 0.95
     """Of the intervals."""
     adjustment: str = "maxt"
     """Of the p-values over all cells: maxt or holm (family-wise), bh or by (false discovery rate), or none."""
-    select_kind: str | None = None
-    """Kind of state that sites are chosen from; default resid_post."""
-    select_width: int | None = None
-    """Neighbouring layers chosen; default the paper's share of the depth, 6 of 32."""
-    columns: tuple[str, ...] = ()
-    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
-    meaning: tuple[str, ...] = ()
-    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
-    skip_bad: bool = False
-    """Leave bad rows of the data out and count them, instead of stopping at the first."""
-    null_targets: str = "drop"
-    """Aspects that no words stand for (SemEval's NULL): drop, or category to ask about the category's words."""
-    resume: bool = False
-    """Take up a killed run of the same configuration."""
+    select_kind: OptionalText = None
+    """Kind of state that sites are chosen from. Default: resid_post."""
+    select_width: OptionalInt = None
+    """Neighbouring layers that are chosen. Default: the paper's share of the depth, 6 of 32."""
     figures: bool = True
     """Draw the figures."""
-    report: bool = True
-    """Write report.html."""
-    quiet: bool = False
-    """Print nothing but errors."""
+    reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
+    question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a run traces: everything that is loaded and checked before the sweep.
+
+    Attributes:
+        config: the flags.
+        examples: all that were read.
+        base: the model as it was loaded.
+        model: the same with the adapter's weights merged.
+        adapter: name of the adapter.
+        plan: of the sweep, with the pairs.
+        notes: warnings.
+    """
+
+    config: Config
+    examples: Examples
+    base: Model
+    model: Model
+    adapter: str | None
+    plan: Plan
+    notes: list[str]
+
+    @property
+    def pairs(self) -> Pairs:
+        """The pairs that are traced."""
+        return self.plan.pairs
 
 
 def corruption_of(config: Config, examples: Examples) -> Corruption:
-    """The corruption that the flags name.
+    """Return the corruption that the flags name.
 
     Raises:
         ConfigError: there is none of that name.
     """
     name = config.corruption
     if name == "auto":
-        name = (
-            "counterfactual"
-            if len(examples) and all(e.counterfactuals for e in examples)
-            else "noise"
-        )
+        whole = len(examples) and all(e.counterfactuals for e in examples)
+        name = "counterfactual" if whole else "noise"
     if name == "noise":
         return GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
     if name == "resample":
         return Resample(config.seed)
     if name == "opinion-swap" and config.lexicon:
-        training = [e for source in config.lexicon for e in load_examples(source)]
+        training = [e for s in config.lexicon for e in load_examples(s, **config.reading.options)]
         return OpinionSwap(Lexicon.of(training), seed=config.seed)
     return as_corruption(name)
 
 
 def read_data(config: Config) -> Examples:
-    """All data named, joined, with what was left out."""
-    parts = [
-        load_examples(source, null_targets=config.null_targets, **reading(config))
-        for source in config.data
-    ]
-    joined = parts[0]
-    for more in parts[1:]:
-        left = {
-            k: joined.left_out.get(k, 0) + more.left_out.get(k, 0)
-            for k in {**joined.left_out, **more.left_out}
-        }
-        joined = Examples(
-            (*joined.items, *more.items), f"{joined.source} + {more.source}", joined.sha256 + more.sha256, left,
-            joined.ambiguous + more.ambiguous, (*joined.problems, *more.problems),
-        )  # fmt: skip
-    ids = [e.id for e in joined]
-    if len(set(ids)) < len(ids):
-        raise DataError(f"{joined.source}: two examples have the same id; give every file once")
-    return joined if config.sample is None else joined.sample(config.sample, config.seed)
+    """Return all data named, joined, in the order in which pairs are tried.
+
+    Raises:
+        DataError: a source cannot be read, or no example is left.
+    """
+    examples = join([config.reading.read(source) for source in config.data])
+    if config.sample is not None:
+        examples = examples.sample(config.sample, config.seed)
+    if not len(examples):
+        raise DataError(f"{examples.source}: no example is left (left out: {examples.left_out})")
+    if config.limit is None or config.head:
+        return examples
+    order = list(examples.items)
+    random.Random(config.seed).shuffle(order)
+    return replace(examples, items=tuple(order))
 
 
 def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
-    """The model with the adapter's weights merged, and the adapter's name."""
+    """Return the model with the adapter's weights merged, and the adapter's name."""
     from ..edits import load_edit
     from ..edits.store import BUNDLED_EDIT
 
     name = config.adapter
     if name == "auto":
-        name = (
-            "bundled"
-            if model.source == str(BUNDLED) and (BUNDLED_EDIT / "edit.json").exists()
-            else "none"
-        )
+        ours = model.source == str(BUNDLED) and (BUNDLED_EDIT / "edit.json").exists()
+        name = "bundled" if ours else "none"
     if name == "none":
         return model, None
     return load_edit(name, model).merged(model), name
 
 
 def check_flags(config: Config) -> None:
-    """What can be refused before anything is loaded."""
-    for flag, value in (
-        ("--limit", config.limit),
-        ("--sample", config.sample),
-        ("--select-width", config.select_width),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} {value} was given; it must be 1 or more")
+    """Refuse what can be refused before anything is loaded."""
+    at_least(1, limit=config.limit, sample=config.sample, select_width=config.select_width)
+    at_least(1, control=config.control, n_devices=config.n_devices)
     if config.memory is not None and not 2**-10 <= config.memory <= 2**20:
         raise ConfigError(
             f"--memory {config.memory:g} was given; accepted: GiB between 0.001 and 1048576"
         )
-    if not 0 < config.level < 1:
-        raise ConfigError(f"--level {config.level:g} was given; it must lie between 0 and 1")
-    if config.adjustment not in ADJUSTMENTS:
-        raise ConfigError(
-            f"--adjustment {config.adjustment!r} is unknown; accepted: {choices(ADJUSTMENTS)}"
-        )
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {config.dtype!r} is unknown; accepted: {choices(DTYPES)}")
-    if len(config.labels) != 3:
-        raise ConfigError(
-            f"--labels was given {len(config.labels)} words; three are needed: for positive, negative and neutral"
-        )
-    if config.corruption not in ("auto", *CORRUPTIONS):
-        raise ConfigError(
-            f"--corruption {config.corruption!r} is unknown; accepted: {choices(['auto', *CORRUPTIONS])}"
-        )
+    share("--level", config.level)
+    one_of("--adjustment", config.adjustment, list(ADJUSTMENTS))
+    one_of("--dtype", config.model.dtype, list(DTYPES))
+    one_of("--corruption", config.corruption, ["auto", *WORDS])
     if config.corruption == "opinion-swap" and not config.lexicon:
         raise ConfigError(
             "--corruption opinion-swap needs --lexicon with training data that marks opinion expressions"
         )
     if config.corruption in ("auto", "noise"):
         GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
-    PromptTemplate(config.template)
+    config.reading.check()
+    config.question.check(words=(3,))
     request_of(config)
+    if config.select_kind is not None:
+        kinds = [Site.parse(s).kind if "." in s else s for s in config.sites]
+        named = [k for k in dict.fromkeys(kinds) if k not in HEAD_KINDS]
+        one_of("--select-kind", config.select_kind, named)
 
 
 def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
@@ -276,7 +282,7 @@ def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
         rules=config.rules,
         exact_top=config.exact_top,
         engine=config.engine,
-        memory=None if config.memory is None else config.memory * 2**30,
+        memory=None if config.memory is None else int(config.memory * 2**30),
     )
 
 
@@ -284,40 +290,63 @@ def main(config: Config) -> Path | None:
     """Trace, and say where the result went."""
     check_flags(config)
     group = _Group(config)
-    say = (
-        (lambda *parts: None)
-        if config.quiet or not group.first
-        else (lambda *parts: print(*parts, flush=True))
-    )
-    out = config.out or Path("runs") / time.strftime("patch-%Y%m%d-%H%M%S")
+    quiet = config.run.quiet or not group.first
+    say: Callable[..., None] = (lambda *p: None) if quiet else (lambda *p: print(*p, flush=True))
     folder = RunFolder(
-        out, {k: v for k, v in vars(config).items() if k not in UNRECORDED}, config.resume, FREE
+        group.shared(out_folder(config, "patch")), recorded(config), config.run.resume, FREE
     )
     if folder.finished:
-        say(f"{out} already holds this run, whole; nothing to do")
-        return out
+        say(f"{folder.path} already holds this run, whole; nothing to do")
+        return folder.path
+    task = prepare(config, group, say)
+    folder.bind({"data": task.examples.sha256, "model": task.model.sha256})
+    group.wait()  # every process has looked at the folder before the first of them opens it
+    if group.first:
+        if not config.run.quiet:
+            warn(task.notes)
+        folder.open()
+    group.wait()
+    started = time.time()
+    exact = config.method == "exact"
+    checks = self_check(task.plan, seed=config.seed) if group.first and exact else {}
+    sweep(task.plan, folder, group, config.run.quiet)
+    group.wait()
+    if not group.first:
+        return None
+    effects = task.plan.gather(
+        [read_frame(folder.part(_part(i))) for i in range(len(task.plan.batches))]
+    )
+    extra = controls(task, effects, say)
+    effects.about.update({"self_checks": checks, "adapter": task.adapter, **extra})
+    leave(task, folder, effects, {"self_checks": checks, **extra, "sweep_seconds": started}, say)
+    return folder.path
 
+
+def prepare(config: Config, group: _Group, say: Callable[..., None]) -> Task:
+    """Load the data and the model, make the pairs, and lay out the sweep.
+
+    Raises:
+        MechAbsaError: an input is not accepted; nothing has been written then.
+    """
     examples = read_data(config)
     if group.first:
         tell_left_out(examples)
-    if not len(examples):
-        raise DataError(f"{examples.source}: no example is left (left out: {examples.left_out})")
-    template = PromptTemplate(config.template)
-    verbalizer = Verbalizer.of(config.labels, config.separator)
-    base = load_model(
-        config.model, device=group.device, dtype=config.dtype, n_devices=config.n_devices
-    )
+    m = config.model
+    base = load_model(m.model, device=group.device, dtype=m.dtype, n_devices=config.n_devices)
     layers = parse_layers(config.layers, base.n_layers)
+    if config.select_width is not None and config.select_width > len(layers):
+        raise ConfigError(
+            f"--select-width {config.select_width} was given; {len(layers)} layers are traced"
+        )
     for site in config.sites:
         if "." in site:
             base.check_site(Site.parse(site))
     model, adapter = adapted(config, base)
+    template, verbalizer = config.question.prompt, config.question.verbalizer
     verbalizer.label_ids(model.tokenizer, template)
-    folder.bind({"data": examples.sha256, "model": model.sha256})
-    say(
-        f"{len(examples)} examples from {examples.source}; {model}"
-        + (f", adapter {adapter}" if adapter else "")
-    )
+    merged = f", adapter {adapter}" if adapter else ""
+    more = f" ({examples.ambiguous} with an aspect that stands twice)" if examples.ambiguous else ""
+    say(f"{len(examples)} examples from {examples.source}{more}; {model}{merged}")
     pairs = make_pairs(
         model,
         examples,
@@ -328,58 +357,18 @@ def main(config: Config) -> Path | None:
         limit=config.limit,
         strict=config.strict,
     )
-    say(
-        f"{len(pairs)} pairs kept of {pairs.considered}"
-        + "".join(f"; {n} dropped: {reason}" for reason, n in pairs.dropped.items())
-    )
     p = plan(model, pairs, request_of(config, layers))
-    e = p.estimate()
-    say(
-        f"{e['cells']:,} cells by {e['engine']} in {e['batches']} batches; activations in flight up to {p.memory / 2**20:,.0f} MiB, "
-        f"{e['pair_bytes'] / 2**20:,.1f} MiB a pair of {e['longest_prompt']} tokens"
-    )
-    cells_of_map = len(p.components) * len({r for q in pairs for r in q.clean.role_names})
-    say(f"resolution: {resolution(pairs.sentences, cells_of_map, config.adjustment)}")
-    if p.request.direction != config.direction:
-        say(
-            "an ablation has no corrupted run to restore: its states are put into the clean run (direction noise)"
-        )
-    if p.why_loop is not None:
-        say(f"the plain loop runs instead of the wavefront: {p.why_loop}")
-
-    if group.first:
-        folder.open()
-    group.wait()
-    seconds = {"start": time.time()}
-    checks = self_check(p, seed=config.seed) if group.first and config.method == "exact" else {}
-    _sweep(p, folder, group, config)
-    group.wait()
-    if not group.first:
-        return None
-    effects = p.gather([read_frame(folder.part(_part(i))) for i in range(len(p.batches))])
-    effects.about["self_checks"] = checks
-    effects.about["adapter"] = adapter
-    extra: dict[str, Any] = {}
-    if config.method != "exact":
-        extra["estimate_against_exact"] = compare_with_exact(
-            p, effects, config.control, config.seed
-        )
-        say(
-            f"against {extra['estimate_against_exact']['cells']} exact cells: {_spelled(extra['estimate_against_exact'])}"
-        )
-    elif config.dtype in ("bfloat16", "float16"):
-        extra["half_precision_control"] = half_precision_control(p, effects, config)
-        say(f"against float32: {_spelled(extra['half_precision_control'])}")
-    effects.about.update(extra)
-    return _finish(config, folder, effects, examples, model, base, checks, extra, seconds, say)
+    for line in before.lines(p, config.direction, config.adjustment):
+        say(line)
+    return Task(config, examples, base, model, adapter, p, before.warnings(p, examples))
 
 
-def _sweep(p: Plan, folder: RunFolder, group: _Group, config: Config) -> None:
-    """This process's share of the batches, each written as soon as it is there."""
+def sweep(p: Plan, folder: RunFolder, group: _Group, quiet: bool) -> None:
+    """Compute this process's share of the batches; write each as soon as it is there."""
     mine = [i for i in range(len(p.batches)) if i % group.size == group.rank]
     todo = [i for i in mine if not folder.part(_part(i)).exists()]
     cells = {i: p.cells_of(i) for i in mine}
-    with bar("tracing", sum(cells.values()), quiet=config.quiet or not group.first) as tick:
+    with bar("tracing", sum(cells.values()), quiet=quiet or not group.first) as tick:
         tick(sum(cells[i] for i in mine if i not in todo))
         for index, frame in p.iterate(todo, tick):
             write_frame(frame, folder.part(_part(index)))
@@ -389,8 +378,22 @@ def _part(index: int) -> str:
     return f"effects-{index:06d}.parquet"
 
 
+def controls(task: Task, effects: Effects, say: Callable[..., None]) -> dict[str, Any]:
+    """Return how far an estimate, or half precision, is from exact effects; nothing for an exact run."""
+    config = task.config
+    if config.method != "exact":
+        against = compare_with_exact(task.plan, effects, config.control, config.seed)
+        say(f"against {against['cells']} exact cells: {_spelled(against)}")
+        return {"estimate_against_exact": against}
+    if config.model.dtype in HALF:
+        against = half_precision_control(task.plan, effects, config)
+        say(f"against float32: {_spelled(against)}")
+        return {"half_precision_control": against}
+    return {}
+
+
 def compare_with_exact(p: Plan, effects: Effects, cells: int, seed: int) -> dict[str, Any]:
-    """An estimate against the exact effects of cells drawn at random among those that are not zero for certain."""
+    """Compare an estimate with the exact effects of cells drawn at random among those that are not zero for certain."""
     column = "estimate" if "estimate" in effects.frame else "effect"
     frame = effects.frame[effects.frame[column] != 0].sample(frac=1.0, random_state=seed)
     exact = p.exact(frame.head(cells))
@@ -399,9 +402,7 @@ def compare_with_exact(p: Plan, effects: Effects, cells: int, seed: int) -> dict
 
 
 def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[str, Any]:
-    """The largest and mean difference to float32 on cells drawn at random."""
-    from dataclasses import replace
-
+    """Return the largest and mean difference to float32 on cells drawn at random."""
     frame = (
         effects.frame[effects.frame["effect"] != 0]
         .sample(frac=1.0, random_state=config.seed)
@@ -409,7 +410,12 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
     )
     wide, _ = adapted(
         config,
-        load_model(config.model, device=config.device, dtype="float32", n_devices=config.n_devices),
+        load_model(
+            config.model.model,
+            device=config.model.device,
+            dtype="float32",
+            n_devices=config.n_devices,
+        ),
     )
     exact = replace(p, model=wide).exact(frame)
     difference = abs(exact - frame["effect"].to_numpy())
@@ -420,11 +426,12 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
     }
 
 
-def _finish(
-    config: Config, folder: RunFolder, effects: Effects, examples: Examples, model: Model, base: Model, checks: dict[str, Any],
-    extra: dict[str, Any], seconds: dict[str, float], say: Any,
-) -> Path:  # fmt: skip
-    """Averages, choice of sites, files, figures, report, table."""
+def leave(
+    task: Task, folder: RunFolder, effects: Effects, extra: dict[str, Any], say: Callable[..., None]
+) -> None:
+    """Average, choose sites, and write all files, the figures and the report."""
+    config = task.config
+    started = extra.pop("sweep_seconds")
     importance = effects.importance(
         by="role", level=config.level, adjustment=config.adjustment, seed=config.seed
     )
@@ -432,76 +439,109 @@ def _finish(
     effects.save(folder.path)
     importance.save(folder.path / "importance.csv")
     if selection is not None:
-        selection.save(folder.path / "sites.json", traced_in(model, base, effects.about["adapter"]))
+        selection.save(folder.path / "sites.json", traced_in(task.model, task.base, task.adapter))
     if config.figures:
         from ..plots import save_trace_figures
 
         save_trace_figures(importance, folder.path / "figures", selection, effects)
-    record = {
-        "command": "patch", "model": {"name": model.name, "source": config.model, "adapter": effects.about["adapter"], "sha256": model.sha256,
-        "hf_difference": model.hf_difference, "parameters": model.n_parameters},
-        "data": examples.account(),
-        "pairs": {k: effects.about[k] for k in ("considered", "kept", "dropped", "sigma", "draw_sd", "classes_kept", "mixed_polarity")},
-        "engine": {"method": config.method, "cells": len(effects), "flops": effects.about["flops"]}, "self_checks": checks, **extra,
-        "average_total_effect": float(effects.total.mean()), "sites": None if selection is None else str(selection),
-        "device": str(model.device), "sweep_seconds": round(time.time() - seconds["start"], 3),
-    }  # fmt: skip
-    folder.finish(record, report(config))
-    if not config.quiet:
-        _print_table(importance, effects, selection)
-        say(
-            f"\n{len(effects):,} effects of {len(effects.pairs)} pairs in {time.time() - seconds['start']:.1f} s"
-        )
-        for name in (
-            "report.html",
-            "figures",
-            "importance.csv",
-            "sites.json",
-            "effects.parquet",
-            "run.json",
-        ):
-            if (folder.path / name).exists():
-                say(f"  {folder.path / name}")
-    return folder.path
+    seconds = time.time() - started
+    folder.finish(record_of(task, effects, selection, extra, seconds), report(config))
+    if config.run.quiet:
+        return
+    print_map(importance, effects, selection)
+    say(f"\n{len(effects):,} effects of {len(effects.pairs)} pairs in {seconds:.1f} s")
+    names = (
+        "report.html",
+        "figures",
+        "importance.csv",
+        "sites.json",
+        "effects.parquet",
+        "run.json",
+    )
+    for name in names:
+        if (folder.path / name).exists():
+            say(f"  {folder.path / name}")
+    say(conclusion(importance, selection, folder.path))
+
+
+def record_of(
+    task: Task, effects: Effects, selection: Selection | None, extra: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Return what run.json says of a trace."""
+    model, about = task.model, effects.about
+    counted = (
+        "considered",
+        "kept",
+        "dropped",
+        "sigma",
+        "draw_sd",
+        "classes_kept",
+        "mixed_polarity",
+    )
+    return {
+        "command": "patch",
+        "model": {
+            "name": model.name,
+            "source": task.config.model.model,
+            "adapter": task.adapter,
+            "sha256": model.sha256,
+            "hf_difference": model.hf_difference,
+            "parameters": model.n_parameters,
+        },
+        "data": task.examples.account(),
+        "pairs": {k: about[k] for k in counted} | before.account(task.pairs),
+        "engine": {"method": task.config.method, "cells": len(effects), "flops": about["flops"]},
+        **extra,
+        "average_total_effect": float(effects.total.mean()),
+        "sites": None if selection is None else str(selection),
+        "warnings": task.notes,
+        "device": str(model.device),
+        "sweep_seconds": round(seconds, 3),
+    }
 
 
 def _select(importance: ImportanceMap, config: Config) -> Selection | None:
     kinds = set(importance.table["kind"])
-    if config.select_kind is None and not kinds - {"head", "q", "k", "v"}:
+    if config.select_kind is None and not kinds - set(HEAD_KINDS):
         return None  # heads have no neighbouring layers to choose
     return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
 
 
-def _print_table(importance: ImportanceMap, effects: Effects, selection: Selection | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def print_map(importance: ImportanceMap, effects: Effects, selection: Selection | None) -> None:
+    """Print the cells with the largest effects, and the sites that were chosen."""
+    from .tables import print_table
 
-    about = importance.about
-    total = effects.total.mean()
+    about, total = importance.about, effects.total.mean()
     title = (
         f"Average indirect effect ({about['direction']}, {about['corruption']}, {about['unit']})"
     )
     if total == total:
         title += f"; average total effect {total:.4g}"
-    table = Table(title=title, title_justify="left")
-    for name in ("site", "AIE", f"{about['level']:.0%} interval", "p (adjusted)", "n"):
-        table.add_column(name, justify="left" if name == "site" else "right")
-    for _, row in importance.top(10).iterrows():
-        table.add_row(
+    columns = ("site", "AIE", f"{about['level']:.0%} interval", "p (adjusted)", "n")
+    rows = [
+        (
             row["site"],
             f"{row['aie']:.4g}",
             f"{row['ci_low']:.4g} to {row['ci_high']:.4g}",
-            spelled_p(row["p_adjusted"], importance.about.get("p_floor", 0.0)),
-            str(int(row["n"])),
+            spelled_p(row["p_adjusted"], about.get("p_floor", 0.0)),
+            int(row["n"]),
         )
-    console = Console()
-    console.print(table)
+        for _, row in importance.top(10).iterrows()
+    ]
+    print_table(columns, rows, title)
     if selection is not None:
-        console.print(
-            f"sites chosen: {selection}\n  by the rule: {selection.rule}",
-            highlight=False,
-            markup=False,
-        )
+        print(f"sites chosen: {selection}\n  by the rule: {selection.rule}")
+
+
+def conclusion(importance: ImportanceMap, selection: Selection | None, folder: Path) -> str:
+    """Say in one line what came out and what to do next."""
+    best = importance.top(1).iloc[0]
+    if selection is None:
+        return f"Largest effect: {best['aie']:.4g} at {best['site']}."
+    if not selection.clear:
+        return "No site is clear of its control: trace more sentences, or another metric, before editing there."
+    where = f"{', '.join(map(str, selection))}"
+    return f"Restoring {where} brings back {selection.aie:.4g}; edit there: mech-absa train --sites {folder}"
 
 
 def _spelled(record: dict[str, Any]) -> str:
@@ -511,29 +551,40 @@ def _spelled(record: dict[str, Any]) -> str:
 class _Group:
     """The processes of `accelerate launch`; one process where there is no launcher."""
 
-    def __init__(self, config: Config):
-        self.state = None
+    def __init__(self, config: Config) -> None:
+        self.state: Any = None
         self.rank, self.size = 0, 1
-        self.device = config.device
+        self.device = config.model.device
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            cpu = config.device == "cpu" or not torch.cuda.is_available()
+            cpu = config.model.device == "cpu" or not torch.cuda.is_available()
             self.state = PartialState(cpu=cpu)
             self.rank, self.size = self.state.process_index, self.state.num_processes
-            if not cpu and config.device in ("auto", "cuda"):
+            if not cpu and config.model.device in ("auto", "cuda"):
                 self.device = f"cuda:{self.state.local_process_index}"
 
     @property
     def first(self) -> bool:
+        """Whether this process writes and speaks."""
         return self.rank == 0
 
+    def shared(self, path: Path) -> Path:
+        """Return the first process's path: the default holds the time, and clocks differ."""
+        if self.state is None:
+            return path
+        from accelerate.utils import broadcast_object_list
+
+        return Path(broadcast_object_list([str(path)])[0])
+
     def wait(self) -> None:
+        """Wait until every process is here."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command(Config, main, "mech_absa.patch", argv)
 
 

@@ -1,7 +1,7 @@
-"""`python -m mech_absa.report`: one page from the folders of runs.
+"""`mech-absa report`, or `python -m mech_absa.report`: one page from the folders of runs.
 
-python -m mech_absa.report runs/trace                          report.html in that folder
-python -m mech_absa.report runs/seed0 runs/seed1 --out both.html    side by side
+mech-absa report runs/trace                              report.html in that folder
+mech-absa report runs/seed0 runs/seed1 --out both.html   side by side
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from tyro.conf import Positional
 from ..errors import ConfigError
 from ..report.page import write_report
 from .cli import command
+from .flags import OptionalPath, OptionalPaths
+
+PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write one self-contained page about a run, or about several side by side: traces, trainings, evaluations, domain matrices."""
+    """Write one self-contained page about a run, or about several side by side.
 
-    folders: Positional[tuple[Path, ...]]
+    Examples:
+      mech-absa report runs/trace
+      mech-absa report runs/seed0 runs/seed1 --out both.html
+    """
+
+    folders: Positional[OptionalPaths]
     """Folders that commands left (--out)."""
-    out: Path | None = None
-    """The file; default report.html in the folder, or comparison.html in the first of several."""
+    out: OptionalPath = None
+    """The page. Default: report.html in the folder, or comparison.html in the first of several."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.folders:
             raise ConfigError(
                 "no folder was given; at least one --out folder of a finished run is needed"
@@ -34,6 +42,10 @@ class Config:
         if self.out is not None and self.out.is_dir():
             raise ConfigError(
                 f"--out {self.out} is a folder; a file such as {self.out / 'report.html'} is needed"
+            )
+        if self.out is not None and self.out.suffix.lower() not in PAGES:
+            raise ConfigError(
+                f"--out {self.out} is no page; a file that ends in .html is needed, so that no record is overwritten"
             )
 
 
@@ -45,5 +57,5 @@ def main(config: Config) -> Path:
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 and one sentence on stderr."""
+    """Run the command and return its exit code."""
     return command(Config, main, "mech_absa.report", argv)

@@ -1,11 +1,11 @@
-"""`python -m mech_absa.train`: train one edit.
+"""`mech-absa train`, or `python -m mech_absa.train`: train one edit.
 
-    python -m mech_absa.train --data builtin:restaurant/train --layers 2-4 --out runs/both
-    python -m mech_absa.train --data rest_train.jsonl --test rest_test.jsonl --sites runs/trace/sites.json --preset paper --out runs/paper
+    mech-absa train --data builtin:restaurant/train --layers 2-4 --out runs/both
+    mech-absa train --data rest_train.jsonl --test rest_test.jsonl --sites runs/trace --preset paper --out runs/paper
 
-Where to edit comes from the `sites.json` of a traced run, or from `--layers` and `--positions`. The run leaves `edit.safetensors` and
-`edit.json` (the edit), `history.csv` (a row a step), `run.json` (all that is needed to make it again) and `report.html`. A killed run is
-taken up with `--resume` and ends in the same bytes.
+Where to edit comes from a traced run (`--sites`), or from `--layers` and `--positions`. The run leaves `edit.safetensors` and `edit.json`
+(the edit), `history.csv` (a row per step), `run.json` (all that is needed to make it again) and `report.html`. A killed run is taken up
+with `--resume` and ends in the same bytes.
 
     accelerate launch --multi_gpu --num_processes 4 -m mech_absa.train ...    the same edit, up to rounding, trained by four processes
 
@@ -17,21 +17,22 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from tyro.conf import OmitArgPrefixes
 
 from ..edits.base import Shape
+from ..edits.edit import Edit
 from ..edits.record import TrainingRecord
 from ..edits.store import save_edit
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
-from ..examples import Examples
+from ..examples import Example, Examples
 from ..model import Model, load_model
-from ..prompts import PromptTemplate, Verbalizer
-from ..readers import load_examples
 from ..records import RunFolder, read_json
 from ..schemas import RUNS
 from ..sites import Site, traced_sites
@@ -40,10 +41,25 @@ from ..train.fit import fit
 from ..train.memory import peak
 from ..train.prefix import PrefixCache
 from ..train.presets import Loss, Preset, Schedule
-from .cli import command, reading, report, tell_left_out
+from .cli import command, out_folder, report, tell_left_out, warn
+from .flags import (
+    FREE,
+    ModelFlags,
+    OptionalFloat,
+    OptionalInt,
+    OptionalSources,
+    OptionalText,
+    OptionalWord,
+    QuestionFlags,
+    ReadFlags,
+    RunFlags,
+    Sources,
+    at_least,
+    recorded,
+)
 
-FREE = ("out", "resume", "device", "cache_gib", "checkpoint_every", "report", "quiet")
-"""Settings that do not change a result."""
+FREE_TOO = (*FREE, "memory", "checkpoint_every")
+"""Flags that may change when a training is resumed."""
 
 REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "head_gate")
 """Families that `--lr-representation` is for; `--lr-weight` is for the others."""
@@ -51,239 +67,274 @@ REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "h
 
 @dataclass(frozen=True)
 class Config:
-    """Train an edit of a frozen model on aspect-sentiment data."""
+    """Train an edit of a frozen model on aspect-sentiment data.
 
-    data: tuple[str, ...]
+    Examples:
+      mech-absa train --data builtin:restaurant/train --sites runs/trace --out runs/edit
+      mech-absa train --data train.jsonl --layers 10-15 --preset paper --model gpt2
+    """
+
+    data: Sources
     """Training files, or built-in ones such as builtin:restaurant/train."""
-    sites: Path | None = None
-    """The sites.json of a traced run: where to edit."""
+    limit: OptionalInt = None
+    """Train on at most this many examples of each source, drawn by --seed."""
+    head: bool = False
+    """Take the first examples of the data for --limit, instead of drawing them."""
+    test: OptionalSources = ()
+    """Test files: nothing is chosen on them; rows of them that stand in the training data are counted and warned of."""
+    validation: float = 0.1
+    """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
+    validation_data: OptionalSources = ()
+    """Files to choose the best epoch on, instead of a share."""
+    sites: OptionalSources = ()
+    """Where to edit: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last."""
     any_sites: bool = False
     """Edit at sites that were found in another model."""
-    layers: str | None = None
-    """Where to edit, said directly: 3, 2-5 (both ends count), 0,2-4, all, first, middle or last (thirds of the depth)."""
+    layers: OptionalText = None
+    """Where to edit, without --sites: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
     """With --layers: roles (query.last, aspect, answer, ...) or positions (-1) at which representations are edited."""
-    model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name."""
     preset: str = "both"
     """both (the paper's pair, with rates for small models), paper, authors_code, a method such as lora_o or loreft, or table2:lora."""
     rank: int = 4
     """Rank of whatever has one; the bottleneck of an adapter, the length of a prefix."""
-    epochs: int | None = None
-    """Passes over the examples; the preset's where nothing is said, as in all that follow."""
-    batch_size: int | None = None
-    """Examples a forward pass."""
-    accumulate: int | None = None
-    """Forward passes a step."""
-    lr_weight: float | None = None
+    epochs: OptionalInt = None
+    """Passes over the examples. Default: the preset's, as for all flags down to --patience."""
+    batch_size: OptionalInt = None
+    """Examples per forward pass."""
+    accumulate: OptionalInt = None
+    """Forward passes per step."""
+    lr_weight: OptionalFloat = None
     """Learning rate of edits of weights."""
-    lr_representation: float | None = None
+    lr_representation: OptionalFloat = None
     """Learning rate of edits of representations."""
-    schedule: Schedule | None = None
+    schedule: OptionalWord[Schedule] = None
     """linear, cosine or constant."""
-    warmup: float | None = None
+    warmup: OptionalFloat = None
     """Share of the steps over which the rates rise."""
-    clip: float | None = None
+    clip: OptionalFloat = None
     """Largest norm of the gradient; 0 does not clip."""
-    loss: Loss | None = None
-    """labels (among the label strings) or text (the answer's tokens and the end of sequence)."""
-    patience: int | None = None
+    loss: OptionalWord[Loss] = None
+    """labels (among the label words) or text (the answer's tokens and the end of sequence)."""
+    patience: OptionalInt = None
     """Epochs without a gain on the validation examples before training stops; 0 never stops."""
-    validation: float = 0.1
-    """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
-    validation_data: tuple[str, ...] = ()
-    """Files to choose the best epoch on, instead of a share."""
-    test: tuple[str, ...] = ()
-    """Test files: nothing is chosen on them; what of them stands in the training data is counted and warned of."""
-    template: str = PromptTemplate().text
-    """The question, with {sentence} and {aspect}."""
-    labels: tuple[str, ...] = ("positive", "negative", "neutral")
-    """The label strings for positive, negative and neutral."""
-    separator: str = " "
-    """Between the question and the label."""
-    limit: int | None = None
-    """At most so many examples of each training file."""
-    columns: tuple[str, ...] = ()
-    """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
-    meaning: tuple[str, ...] = ()
-    """What labels of the data mean that are not words, such as 0=negative 1=neutral 2=positive."""
-    skip_bad: bool = False
-    """Leave out records that cannot be read, and count them."""
     seed: int = 0
-    """Of the parameters, the order, the dropout and the validation split."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    dtype: str = "float32"
-    """Of the model: float32, bfloat16, float16 or float64; the edit itself is float32."""
-    cache_gib: float = 1.0
-    """Memory for the activations below the edit, which are computed once; what does not fit is computed anew."""
+    """Of the parameters, the order, the dropout, draws and the validation split."""
+    memory: float = 1.0
+    """GiB for activations below the edit, which are computed once; what does not fit is computed anew."""
     checkpoint_every: int = 100
     """Steps between two states that --resume can go on from."""
-    out: Path = Path("runs/train")
-    """A new or empty folder."""
-    resume: bool = False
-    """Take up the killed run that --out holds."""
-    report: bool = True
-    """Write report.html."""
-    quiet: bool = False
-    """Print nothing but errors."""
+    reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
+    question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("--data names no file; at least one training file is needed")
-        if (self.sites is None) == (self.layers is None) and not self.preset.startswith("table2:"):
+        brings = self.preset.startswith("table2:")
+        if bool(self.sites) == (self.layers is not None) and not brings:
             raise ConfigError(
-                "where to edit must be said once: give --sites FILE, or --layers such as 2-5"
+                "where to edit must be said once: give --sites FOLDER, or --layers such as 2-5"
             )
         if not 0 <= self.validation < 1:
             raise ConfigError(
                 f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1"
             )
-        for name, value, least in (
-            ("checkpoint-every", self.checkpoint_every, 1),
-            ("seed", self.seed, 0),
-            ("cache-gib", self.cache_gib, 0),
-        ):
-            if not value >= least:
-                raise ConfigError(f"--{name} is {value}; accepted: {least} or more")
+        at_least(1, checkpoint_every=self.checkpoint_every, limit=self.limit)
+        at_least(0, memory=self.memory)
         if self.patience and not self.validation and not self.validation_data:
             raise ConfigError(
                 f"--patience {self.patience} waits for a gain on validation examples; give --validation or --validation-data too"
             )
-        if len(self.labels) not in (2, 3):
-            raise ConfigError(
-                f"--labels gives {len(self.labels)} words; those for positive, negative and neutral are needed"
-            )
+        self.reading.check()
+        self.question.check()
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a training uses: everything that is loaded and checked before the first step."""
+
+    config: Config
+    train: list[Examples]
+    held: list[Examples]
+    tests: list[Examples]
+    model: Model
+    preset: Preset
+    notes: list[str]
+
+    @property
+    def examples(self) -> list[Example]:
+        """All training examples."""
+        return [e for part in self.train for e in part]
 
 
 def where(config: Config, model: Model) -> tuple[list[Site], list[str]]:
-    """The sites that the flags name, in this model, and what is to be said of them.
+    """Return the sites that the flags name, in this model, and notes on them.
 
     Raises:
         SiteError: the sites are of another model, or this one lacks them.
     """
-    if config.sites is not None:
-        return traced_sites(config.sites, model, config.any_sites)
+    if config.sites:
+        return named_sites(config.sites, model, config.any_sites)
     if config.layers is None:
         return [], []
-    at = [int(p) if p.lstrip("-").isdigit() else p for p in config.positions]
+    at = places(config.positions)
     return [model.check_site(s) for s in presets.range_sites(config.layers, at, model.n_layers)], []
 
 
+def named_sites(words: Sequence[str], model: Model, anywhere: bool) -> tuple[list[Site], list[str]]:
+    """Return the sites that --sites names: a run folder, a sites.json, or single sites.
+
+    Raises:
+        SiteError: a word is none of these, or the model lacks a site.
+    """
+    if len(words) == 1 and (Path(words[0]).exists() or "." not in words[0] or "/" in words[0]):
+        path = Path(words[0])
+        return traced_sites(path / "sites.json" if path.is_dir() else path, model, anywhere)
+    if len(words) == 1 and words[0].endswith(".json"):
+        return traced_sites(words[0], model, anywhere)
+    return [model.check_site(Site.parse(word)) for word in words], []
+
+
+def places(words: Sequence[str]) -> list[int | str]:
+    """Return positions as numbers and roles as words."""
+    return [int(w) if w.lstrip("-").isascii() and w.lstrip("-").isdigit() else w for w in words]
+
+
 def preset_of(config: Config, model: Model, sites: Sequence[Site]) -> Preset:
-    """The preset that the flags name, with what they say otherwise."""
+    """Return the preset that the flags name, with what other flags change."""
     preset = presets.named(config.preset, sites, Shape.of(model), config.rank)
     if config.preset.startswith("table2:") and sites:
         raise ConfigError(
             f"--preset {config.preset} brings its own places; leave --sites and --layers out, or choose another preset"
         )
-    said = {
-        n: v
-        for n in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "schedule",
-            "warmup",
-            "clip",
-            "loss",
-            "patience",
-        )
-        if (v := getattr(config, n)) is not None
-    }
+    names = ("epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience")
+    given = {n: v for n in names if (v := getattr(config, n)) is not None}
     rates = {True: config.lr_representation, False: config.lr_weight}
 
     def rate(family: str, lr: float) -> float:
-        given = rates[family in REPRESENTATION]
-        return lr if given is None else given
+        value = rates[family in REPRESENTATION]
+        return lr if value is None else value
 
-    return preset.but(
-        **said, parts=tuple(replace(p, lr=rate(p.family, p.lr)) for p in preset.parts)
-    )
+    parts = tuple(replace(p, lr=rate(p.family, p.lr)) for p in preset.parts)
+    return preset.but(**given, parts=parts)
 
 
-def run(config: Config) -> Path:
+def main(config: Config) -> Path:
     """Train, and write the folder.
 
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
-    first, device = _process(config.device)
-    train = _read(config.data, config)
-    held = _read(config.validation_data, config) if config.validation_data else []
-    tests = [load_examples(t, **reading(config)) for t in config.test]
-    model = load_model(config.model, device=device, dtype=config.dtype)
-    sites, notes = where(config, model)
-    preset = preset_of(config, model, sites)
-    examples = [e for part in train for e in part]
-    notes += caveats(examples, [*tests, *held])
+    first, device = _process(config.model.device)
+    task = prepare(config, device)
     # All processes look at the folder, so that all of them resume or stop together; only the first writes to it.
-    folder = RunFolder(config.out, vars(config), resume=config.resume, free=FREE)
+    folder = RunFolder(out_folder(config, "train"), recorded(config), config.run.resume, FREE_TOO)
     folder.bind(
         {
-            "model": model.sha256,
-            "data": [t.sha256 for t in train],
-            "validation_data": [t.sha256 for t in held],
+            "model": task.model.sha256,
+            "data": [t.sha256 for t in task.train],
+            "validation_data": [t.sha256 for t in task.held],
         }
     )
     if folder.finished:
-        record = read_json(folder.path / "run.json", RUNS["train"])["edit"]
-        return _ended(folder.path, TrainingRecord.from_json(record))
-    for note in notes if first and not config.quiet else ():
-        print(f"warning: {note}", file=sys.stderr)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are in the record, and are printed with the others
-        edit = fit(
-            model,
-            examples,
-            preset,
-            validation=[e for part in held for e in part] or config.validation or None,
-            seed=config.seed,
-            template=PromptTemplate(config.template),
-            verbalizer=Verbalizer.of(config.labels, config.separator),
-            cache=PrefixCache(model, int(config.cache_gib * 2**30)),
-            checkpoint=folder.part("state.safetensors"),
-            checkpoint_every=config.checkpoint_every,
-            progress=first and not config.quiet,
-            on_step=(lambda state: folder.open())
-            if first
-            else None,  # not before: what fit refuses leaves no trace
-        )
+        record = read_json(folder.path / "run.json", RUNS["train"])
+        return _ended(folder.path, TrainingRecord.from_json(record["edit"]))
+    if first and not config.run.quiet:
+        warn(task.notes)
+    edit = learn(task, folder, first)
     if not first:
-        return config.out
-    for note in edit.record.warnings if not config.quiet else ():
-        print(f"warning: {note}", file=sys.stderr)
-    notes += edit.record.warnings
+        return folder.path
+    if not config.run.quiet:
+        warn(edit.record.warnings)
+    task.notes.extend(edit.record.warnings)
     folder.open()
     save_edit(edit, folder.path)
-    folder.finish(
-        {
-            "command": "train",
-            "model": {
-                "name": model.name,
-                "sha256": model.sha256,
-                "parameters": model.n_parameters,
-                "device": str(model.device),
-            },
-            "data": [t.account() for t in train],
-            "validation_data": [t.account() for t in held],
-            "test_data": [t.account() for t in tests],
-            "preset": preset,
-            "warnings": notes,
-            "edit": {
-                "parameters": edit.n_parameters,
-                "share": edit.share,
-                "layers": edit.layers,
-                **edit.record.to_json(),
-            },
-            "peak_memory_bytes": peak(model.device),
-        },
-        report(config),
-    )
+    folder.finish(record_of(task, edit), report(config))
     _ended(folder.path, edit.record)
-    if not config.quiet:
-        print(f"{edit!r}\nwritten to {folder.path}")
+    if not config.run.quiet:
+        print(f"{edit!r}\nwritten to {folder.path}\n{conclusion(edit, folder.path, task)}")
     return folder.path
+
+
+def prepare(config: Config, device: str) -> Task:
+    """Load the data and the model, and name what is trained.
+
+    Raises:
+        MechAbsaError: an input is not accepted.
+    """
+    train = [_read(s, config, limited=True) for s in config.data]
+    held = [_read(s, config, limited=False) for s in config.validation_data]
+    tests = [config.reading.read(t) for t in config.test]
+    model = load_model(config.model.model, device=device, dtype=config.model.dtype)
+    sites, notes = where(config, model)
+    preset = preset_of(config, model, sites)
+    notes = notes + caveats([e for part in train for e in part], [*tests, *held])
+    return Task(config, train, held, tests, model, preset, notes)
+
+
+def learn(task: Task, folder: RunFolder, first: bool) -> Edit:
+    """Train the edit; the folder is opened at the first step, so that what `fit` refuses leaves no trace."""
+    config = task.config
+    held = [e for part in task.held for e in part]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are in the record, and are printed with the others
+        return fit(
+            task.model,
+            task.examples,
+            task.preset,
+            validation=held or config.validation or None,
+            seed=config.seed,
+            template=config.question.prompt,
+            verbalizer=config.question.verbalizer,
+            cache=PrefixCache(task.model, int(config.memory * 2**30)),
+            checkpoint=folder.part("state.safetensors"),
+            checkpoint_every=config.checkpoint_every,
+            progress=first and not config.run.quiet,
+            on_step=(lambda state: folder.open()) if first else None,
+        )
+
+
+def record_of(task: Task, edit: Edit) -> dict[str, Any]:
+    """Return what run.json says of a training."""
+    model = task.model
+    return {
+        "command": "train",
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "parameters": model.n_parameters,
+            "device": str(model.device),
+        },
+        "data": [t.account() for t in task.train],
+        "validation_data": [t.account() for t in task.held],
+        "test_data": [t.account() for t in task.tests],
+        "preset": task.preset,
+        "warnings": task.notes,
+        "edit": {
+            "parameters": edit.n_parameters,
+            "share": edit.share,
+            "layers": edit.layers,
+            **edit.record.to_json(),
+        },
+        "peak_memory_bytes": peak(model.device),
+    }
+
+
+def conclusion(edit: Edit, folder: Path, task: Task) -> str:
+    """Say in one line how the training went and what to do next."""
+    history = edit.history
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    seen = [row for row in history if row.get("validation_accuracy") is not None]
+    parts = []
+    if losses:
+        parts.append(f"loss {losses[0]:.3g} to {losses[-1]:.3g} in {len(losses)} steps")
+    if seen:
+        best = max(row["validation_accuracy"] for row in seen)
+        parts.append(f"accuracy on the validation examples {best:.1%}")
+    test = " ".join(task.config.test) or "TEST_FILE"
+    return f"{'; '.join(parts)}. Score it: mech-absa evaluate --edit none {folder} --data {test}"
 
 
 def _ended(folder: Path, record: TrainingRecord) -> Path:
@@ -300,7 +351,7 @@ def _ended(folder: Path, record: TrainingRecord) -> Path:
 
 
 def _process(device: str) -> tuple[bool, str]:
-    """(whether this process writes and speaks, its device), when a launcher has started several; (True, device) otherwise."""
+    """Return whether this process writes and speaks, and its device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True, device
     import torch
@@ -314,13 +365,13 @@ def _process(device: str) -> tuple[bool, str]:
     return state.is_main_process, str(state.device)
 
 
-def _read(sources: Sequence[str], config: Config) -> list[Examples]:
-    found = [load_examples(s, limit=config.limit, **reading(config)) for s in sources]
-    for examples in found:
-        tell_left_out(examples)
-    return found
+def _read(source: str, config: Config, limited: bool) -> Examples:
+    limit = config.limit if limited else None
+    examples = config.reading.read(source, limit, config.seed, config.head)
+    tell_left_out(examples)
+    return examples
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
-    """The command: its exit code."""
-    return command(Config, run, "mech_absa.train", argv)
+    """Run the command and return its exit code."""
+    return command(Config, main, "mech_absa.train", argv)

@@ -1,19 +1,24 @@
-"""`python -m mech_absa.verify`: does TransformerLens run this model as Hugging Face does?
+"""`mech-absa verify`, or `python -m mech_absa.verify`: does TransformerLens run this model as Hugging Face does?
 
-    python -m mech_absa.verify                       the bundled model
-    python -m mech_absa.verify --model gpt2          any other, on your own text with --text
+    mech-absa verify                       the bundled model
+    mech-absa verify --model gpt2          any other, on your own text with --text
 
 Prints the largest difference of logits over the texts, and fails where it is too large for a trace to be of the same model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from ..errors import ConfigError
+from tyro.conf import OmitArgPrefixes, arg
+
+from ..errors import ConfigError, ModelError
 from ..model import load_model
 from .cli import command
+from .flags import ModelFlags
 
 TEXTS = (
     "The food was great, but the service was slow.",
@@ -24,29 +29,35 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Config:
-    """Compare the logits of a model with those of Hugging Face's own forward pass."""
+    """Compare the logits of a model with those of Hugging Face's own forward pass.
 
-    model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name."""
-    text: tuple[str, ...] = TEXTS
-    """What to compare on."""
-    dtype: str = "float32"
-    """float32, bfloat16, float16 or float64."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    Examples:
+      mech-absa verify --model gpt2
+    """
+
+    text: Annotated[tuple[str, ...], arg(metavar="TEXT ...", help_behavior_hint="")] = TEXTS
+    """What to compare on. Default: three texts."""
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
 
 
 def main(config: Config) -> float:
-    """Print the largest difference, and give it."""
+    """Print the largest difference, and return it.
+
+    Raises:
+        ModelError: the difference is not a number.
+    """
     if not config.text or not all(t.strip() for t in config.text):
         raise ConfigError("--text was given an empty text; at least one word is needed")
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
     difference = model.verify(config.text)
     print(
         f"{model}: largest logit difference to Hugging Face over {len(config.text)} texts: {difference:.3g}"
     )
+    if not math.isfinite(difference):
+        raise ModelError(f"{model.name} gives logits that are not numbers; its weights are damaged")
     return difference
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command(Config, main, "mech_absa.verify", argv)

@@ -2,7 +2,13 @@
 
 import sys
 
-from ..commands.report import cli
+from ..commands.cli import start
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return start("report", argv)
+
 
 if __name__ == "__main__":
     sys.exit(cli())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from oracles.tiny_models import tiny_folder
+from support.tiny_models import tiny_folder
 
 from mech_absa.commands import card, evaluate, generate, matrix, patch, report, train
 from mech_absa.readers import load_examples, write_jsonl

@@ -119,7 +119,7 @@ def refused(argv: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--limit", "-1"], ["--limit -1", "1 or more"]),
+        (["--limit", "-1"], ["--limit", "1 or more"]),
         (["--sites", "L99.resid_post"], ["L99.resid_post", "layers", "L0 to L"]),
         (["--sites", "L1.foo"], ["foo", "resid_post"]),
         (["--sites", "soul"], ["soul", "resid_post"]),

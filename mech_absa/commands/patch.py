@@ -522,7 +522,9 @@ def print_map(importance: ImportanceMap, effects: Effects, selection: Selection 
         (
             row["site"],
             f"{row['aie']:.4g}",
-            f"{row['ci_low']:.4g} to {row['ci_high']:.4g}",
+            None
+            if row["ci_low"] != row["ci_low"]
+            else f"{row['ci_low']:.4g} to {row['ci_high']:.4g}",
             spelled_p(row["p_adjusted"], about.get("p_floor", 0.0)),
             int(row["n"]),
         )

@@ -96,17 +96,17 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     ) and row.nll == pytest.approx(expected.unseen.nll)
     answers = pd.read_parquet(out / "predictions.parquet")
     assert len(answers) == 3 * (8 + 5)
-    mine = answers[(answers.system == "base") & (answers.data == other)]
+    mine = answers[(answers.system == "none") & (answers.data == other)]
     assert mine.predicted.tolist() == [
         a.value for a in predict(model, load_examples(other)).answers
     ]
     comparisons = pd.read_csv(out / "comparisons.csv")
     assert comparisons["first"].tolist() == ["seed1", "seed1", "seed2", "seed2"] and set(
         comparisons.second
-    ) == {"base"}
+    ) == {"none"}
     together = pd.read_csv(out / "aggregate.csv")
     both = scores[
-        (scores.system != "base") & (scores.data == data) & (scores.subset == "all")
+        (scores.system != "none") & (scores.data == data) & (scores.subset == "all")
     ].accuracy
     assert together.accuracy[0] == pytest.approx(both.mean()) and together.accuracy_sd[
         0
@@ -245,5 +245,5 @@ def test_a_missing_edit_is_refused(files, capsys):
 
 
 def test_names_tell_edits_apart():
-    assert command.names(["none", "bundled", "runs/a", "runs/b/"]) == ["base", "bundled", "a", "b"]
+    assert command.names(["none", "bundled", "runs/a", "runs/b/"]) == ["none", "bundled", "a", "b"]
     assert command.names(["x/seed0", "y/seed0"]) == ["x/seed0", "y/seed0"]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         Resample,
         ZeroAblation,
     )
-    from .patch.effects import Effects
+    from .patch.effects import BothDirections, Effects
     from .patch.importance import ImportanceMap, Selection, load_sites
     from .patch.pairs import Pair, Pairs, make_pairs
     from .patch.trace import trace
@@ -77,7 +77,7 @@ _HOMES = {
         "ZeroAblation",
     ),
     "patch.pairs": ("Pair", "Pairs", "make_pairs"),
-    "patch.effects": ("Effects",),
+    "patch.effects": ("BothDirections", "Effects"),
     "patch.importance": ("ImportanceMap", "Selection", "load_sites"),
     "patch.trace": ("trace",),
     "prompts": ("Prompt", "PromptTemplate", "Tokens", "Verbalizer"),

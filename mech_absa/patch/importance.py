@@ -44,31 +44,6 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Controls:
-    """Effects of as many template tokens as a role has, drawn by seed.
-
-    Attributes:
-        sizes: role -> tokens of that role in each pair.
-        cells: (kind, layer, size) -> the control's effect in each pair, NaN where it was not traced.
-    """
-
-    sizes: dict[str, np.ndarray]
-    cells: dict[tuple[str, int, int], np.ndarray]
-
-    def of(self, kind: str, role: str, layers: Sequence[int]) -> Float[np.ndarray, " pair"]:
-        """Return every pair's mean control effect for a role in some layers."""
-        sizes = self.sizes.get(role, np.zeros(0, dtype=int))
-        values = np.full((len(sizes), len(layers)), np.nan)
-        for i, layer in enumerate(layers):
-            for size in np.unique(sizes[sizes > 0]):
-                traced = self.cells.get((kind, int(layer), int(size)))
-                if traced is not None:
-                    rows = sizes == size
-                    values[rows, i] = traced[rows]
-        return values.mean(axis=1)
-
-
-@dataclass(frozen=True, eq=False)
 class ImportanceMap:
     """Averages of effects with labelled axes.
 
@@ -84,7 +59,6 @@ class ImportanceMap:
     values: np.ndarray = field(repr=False)
     clusters: np.ndarray = field(repr=False)
     about: dict[str, Any] = field(default_factory=dict)
-    controls: Controls | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -247,11 +221,9 @@ class ImportanceMap:
         return self.values[:, columns]
 
     def control(
-        self, kind: str, role: str, layers: Sequence[int], control: str = CONTROL
+        self, kind: str, layers: Sequence[int], control: str = CONTROL
     ) -> Float[np.ndarray, " pair"]:
-        """Return every pair's mean effect of the control for a role in some layers; NaN without one."""
-        if self.controls is not None and control == CONTROL:
-            return self.controls.of(kind, role, layers)
+        """Return every pair's mean effect of the control in some layers; NaN without one."""
         if not ((self.table["kind"] == kind) & (self.table["role"] == control)).any():
             return np.full(len(self.values), np.nan)
         return self.window(kind, control, layers).mean(axis=1)
@@ -281,7 +253,6 @@ def load_sites(path: str | Path) -> list[Site]:
 __all__ = [
     "COLUMNS",
     "CONTROL",
-    "Controls",
     "ImportanceMap",
     "Selection",
     "load_sites",

@@ -8,11 +8,12 @@ out. It is `clear` only if all of these hold:
   (so the probability of calling anything clear where nothing is there stays at 1 - level);
 * no cell of the window is zero for certain, as in the last layer of a token that the answer cannot read.
 
-The control is `template`: tokens that every prompt shares and that name neither aspect nor opinion. It
-has the size of the role: effects by token are averaged over the tokens of a role, control included; a
-sweep by role also restores, for every size of role, as many template tokens drawn by seed
-(`control_spans`). Random template tokens rather than random tokens of any role: the latter hit the aspect
-and the opinion by chance, and would count real effects as control.
+The control is `template`: tokens that every prompt shares and that name neither aspect nor opinion. In a
+sweep by token, effects are averaged over the tokens of a role, so that control and role have the same size:
+one token. In a sweep by role all template tokens are restored together, which is a larger control and a
+higher bar: a choice that is clear against it is clear, but a small true effect may be missed. Use a sweep by
+token where a choice is not clear. Template tokens are taken, and not random tokens of any role, because the
+latter hit the aspect and the opinion by chance, and would count real effects as control.
 
 Two kinds of role are left out of the choice by default: `answer`, since late layers of the last token carry
 every decision of every model; and roles whose own tokens the corrupted text changes, since restoring their
@@ -134,7 +135,7 @@ class Candidates:
     Attributes:
         spots: role and layers of each candidate.
         effect: `[pair spot]`, NaN where a pair lacks the role.
-        control: `[pair spot]`, the control of the same size in the same layers; NaN without one.
+        control: `[pair spot]`, the control in the same layers; NaN without one.
         clusters: the sentence of each pair.
     """
 
@@ -281,7 +282,7 @@ def _candidates(
                 continue
             spots.append((role, window))
             effects.append(effect.mean(axis=1))
-            controls.append(importance.control(kind, role, window, control))
+            controls.append(importance.control(kind, window, control))
     if not spots:
         raise DataError(
             f"every {kind} effect of the roles {choices(roles)} is exactly 0; there is nothing to choose"
@@ -360,6 +361,6 @@ def _rule(kind: str, width: int, control: str, left_out: set[str], level: float)
     others = f", {', '.join(r for r in ROLES if r in left_out)} left out" if left_out else ""
     return (
         f"the {layers} and the role with the largest mean {kind} effect whose {level:.0%} interval lies "
-        f"above 0 and above that of as many {control} tokens in the same layers, confirmed over all "
+        f"above 0 and above that of the control role {control!r} in the same layers, confirmed over all "
         f"candidates{others}"
     )

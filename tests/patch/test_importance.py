@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mech_absa.errors import ConfigError, DataError, SiteError
-from mech_absa.patch.effects import Effects
+from mech_absa.patch.effects import BothDirections, Effects
 from mech_absa.patch.importance import ImportanceMap, load_sites
 from mech_absa.sites import ROLES
 
@@ -227,3 +227,31 @@ def test_effects_as_an_array_match_the_matrix():
 def test_of_is_deterministic():
     a, b = (ImportanceMap.of(effects(8), draws=100, seed=1).table for _ in range(2))
     pd.testing.assert_frame_equal(a, b)
+
+
+def test_an_excerpt_has_no_averages(tmp_path):
+    """One pair beside an about.json of two hundred used to give a map with n = 1."""
+    effects(2, about={"kept": 200}).save(tmp_path)
+    part = Effects.load(tmp_path)
+    assert part.about["excerpt_of"] == 200 and len(part.pairs) == 2
+    with pytest.raises(DataError, match="an excerpt: 2 of 200 pairs"):
+        part.importance()
+    effects(2, about={"kept": 2}).save(tmp_path / "whole")
+    assert Effects.load(tmp_path / "whole").importance(draws=20).table["n"].max() == 2
+
+
+def test_both_directions_by_hand():
+    """INT = TIE - PIE, cell by cell; the mean lies half way."""
+    pie = effects(4, seed=1, about={"direction": "denoise", "metric": "prob"})
+    tie = effects(4, seed=2, about={"direction": "noise", "metric": "prob"})
+    both = BothDirections(pie, tie)
+    a, b = pie.frame["effect"].to_numpy(), tie.frame["effect"].to_numpy()
+    np.testing.assert_array_equal(both.interaction.frame["effect"], b - a)
+    np.testing.assert_array_equal(both.mean.frame["effect"], (a + b) / 2)
+    table = both.interaction.importance(draws=20).table
+    apart = tie.importance(draws=20).table["aie"] - pie.importance(draws=20).table["aie"]
+    np.testing.assert_allclose(table["aie"], apart, atol=1e-15)
+    with pytest.raises(ConfigError, match="accepted: denoise, then noise"):
+        BothDirections(tie, pie)
+    with pytest.raises(ConfigError, match="other cells"):
+        BothDirections(pie, effects(3, about={"direction": "noise", "metric": "prob"}))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mech_absa.errors import DataError
-from mech_absa.patch.importance import Controls, ImportanceMap
+from mech_absa.patch.importance import ImportanceMap
 from mech_absa.patch.selection import _candidates, _family_p, select
 from mech_absa.stats import cluster_bootstrap
 
@@ -15,13 +15,13 @@ ROLES = ("template", "before", "opinion", "query.last", "answer")
 LAYERS = 8
 
 
-def a_map(values: np.ndarray, clusters: np.ndarray, controls: Controls | None = None):
+def a_map(values: np.ndarray, clusters: np.ndarray) -> ImportanceMap:
     cells = pd.DataFrame(
         [("resid_post", layer, -1, role) for layer in range(LAYERS) for role in ROLES],
         columns=["kind", "layer", "head", "role"],
     )
     table = cells.assign(aie=np.nanmean(values, axis=0))
-    return ImportanceMap(table, values, clusters, {"level": 0.95}, controls)
+    return ImportanceMap(table, values, clusters, {"level": 0.95})
 
 
 def column(layer: int, role: str) -> int:
@@ -92,17 +92,6 @@ def test_an_effect_that_the_control_shares_is_not_clear():
         m.values[:, column(3, role)] += 1e-3
     chosen = select(m, width=1)
     assert str(chosen[0]) == "L3.resid_post@query.last" and not chosen.clear
-
-
-def test_the_control_has_the_size_of_the_role():
-    """Pairs of one and of two query tokens look up other control spans."""
-    sizes = {"query.last": np.array([1, 2, 1, 0])}
-    cells = {
-        ("resid_post", 0, 1): np.array([0.1, 0.2, 0.3, 0.4]),
-        ("resid_post", 0, 2): np.array([1.0, 2.0, 3.0, 4.0]),
-    }
-    values = Controls(sizes, cells).of("resid_post", "query.last", [0])
-    np.testing.assert_array_equal(values, [0.1, 2.0, 0.3, np.nan])
 
 
 def test_few_sentences_are_named():

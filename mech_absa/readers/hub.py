@@ -1,4 +1,6 @@
-"""Hugging Face `datasets`: from the hub, from a folder written by `save_to_disk`, or from a folder of data files.
+"""Hugging Face `datasets`: from the hub, a folder of `save_to_disk`, or a folder of data files.
+
+A split is written behind the name, also behind that of a folder: `hf:owner/name:test`, `hf:folder:test`.
 
 Rows are either flat (one aspect a row, columns named as in `rows.FIELDS`) or hold a list of aspects beside the text, as the SemEval sets
 on the hub do (`aspectTerms: [{term, polarity, from, to}]`, also in the form of a dict of lists). Labels that are stored as class numbers

@@ -101,7 +101,7 @@ class Reading:
     _numbers: set[str] = field(default_factory=set)
     _resolved: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = [*FIELDS, "id"]
         for name in self.columns:
             if name not in known:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import xml.sax
 import xml.sax.handler
+from typing import Any
 from xml.etree.ElementTree import Element, TreeBuilder
 
 import defusedxml.sax
@@ -122,39 +123,47 @@ def _as_in(text: str, span: Span, term: str) -> str:
 
 
 class _Tree(xml.sax.handler.ContentHandler):
-    """Elements as ElementTree builds them, and the line on which each begins."""
+    """Elements as ElementTree builds them, and the line on which each begins.
 
-    def __init__(self):
+    Attributes:
+        lines: element -> its line.
+        whole: whether an opinion stands outside every sentence.
+    """
+
+    _locator: Any  # set by the parser before the first element
+
+    def __init__(self) -> None:
         super().__init__()
         self.lines: dict[Element, int] = {}
         self.whole = False
-        self._open: list[str] = []
+        self._in_sentence = False
         self._builder = TreeBuilder()
 
     @property
     def line(self) -> int:
-        return self._locator.getLineNumber() or 1  # type: ignore[attr-defined]
+        return self._locator.getLineNumber() or 1
 
-    def startElement(self, name, attrs):
-        if name == "sentence" and "sentence" in self._open:
+    def startElement(self, name: str, attrs: Any) -> None:
+        # Sentences inside sentences would be read once per level, which grows with its square.
+        if name == "sentence" and self._in_sentence:
             problem = "a <sentence> stands inside another <sentence>"
             raise xml.sax.SAXParseException(problem, None, self._locator)
-        self.whole |= name == "Opinion" and "sentence" not in self._open
-        self._open.append(name)
+        self._in_sentence |= name == "sentence"
+        self.whole |= name == "Opinion" and not self._in_sentence
         self.lines[self._builder.start(name, dict(attrs))] = self.line
 
-    def endElement(self, name):
-        self._open.pop()
+    def endElement(self, name: str) -> None:
+        self._in_sentence &= name != "sentence"
         self._builder.end(name)
 
-    def characters(self, content):
+    def characters(self, content: str) -> None:
         self._builder.data(content)
 
-    def skippedEntity(self, name):
-        # Expat passes over an entity that an unread DTD may declare; the text would silently lose it, and offsets would shift.
-        raise xml.sax.SAXParseException(
-            f"the entity {shortened(name)!r} is not known", None, self._locator
-        )  # type: ignore[attr-defined]
+    def skippedEntity(self, name: str) -> None:
+        # Expat passes over an entity that an unread DTD may declare. The text would silently lose
+        # it, and offsets would shift.
+        problem = f"the entity {shortened(name)!r} is not known"
+        raise xml.sax.SAXParseException(problem, None, self._locator)
 
     def close(self) -> Element:
         return self._builder.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from typing import Literal
 
 from ..errors import DataError
 from .rows import Reading
@@ -57,12 +58,12 @@ def delimiter_of(header: str) -> str:
 
 
 def _rows(
-    text: str, reading: Reading, delimiter: str, quoting: int
+    text: str, reading: Reading, delimiter: str, quoting: Literal[0, 3]
 ) -> Iterator[tuple[int, list[str]]]:
-    """Rows that hold anything, each with the line on which it begins: a quoted cell may run over several."""
+    """Yield the rows that hold anything, with their first lines: a quoted cell may span several."""
     rows = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True
-    )  # type: ignore[arg-type]
+    )
     begins = 1
     try:
         for cells in rows:

@@ -136,7 +136,10 @@ def test_splits_are_chosen_never_guessed(tmp_path):
     assert [len(load_examples(path, split=s)) for s in ("train", "test")] == [3, 2]
     assert load_examples(path, split="test")[0].id == "set/test:1"
     assert len(load_examples(f"hf:{path}:test")) == 2
-    with pytest.raises(DataError, match="set: no split was named; there are train or test"):
+    with pytest.raises(
+        DataError,
+        match="set: no split was named; there are train or test; write it as hf:.*set:train",
+    ):
         load_examples(path)
     with pytest.raises(DataError, match="there is no split 'dev'; there are train or test"):
         load_examples(path, split="dev")

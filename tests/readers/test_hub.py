@@ -138,7 +138,7 @@ def test_splits_are_chosen_never_guessed(tmp_path):
     assert len(load_examples(f"hf:{path}:test")) == 2
     with pytest.raises(
         DataError,
-        match="set: no split was named; there are train or test; write it as hf:.*set:train",
+        match=r"set: no split was named; there are train or test; write it as hf:.*set:train",
     ):
         load_examples(path)
     with pytest.raises(DataError, match="there is no split 'dev'; there are train or test"):

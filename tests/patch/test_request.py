@@ -147,7 +147,7 @@ def test_an_ablation_has_one_direction_whatever_is_asked():
 
 def test_the_interaction_of_a_linear_model_is_zero():
     """TIE = PIE where the metric is affine in the inputs (`test_gradients` builds the model)."""
-    from test_gradients import exact, linear_model, make_job, random_ids
+    from support.estimates import exact, linear_model, make_job, random_ids
 
     model = linear_model()
     ids = random_ids(model)

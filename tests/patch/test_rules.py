@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.estimates import make_job, of_kind, random_ids
 from support.jobs import tiny
 from support.tiny_models import ARCHITECTURES
-from test_gradients import make_job, of_kind, random_ids
 
 from mech_absa.model import Model
 from mech_absa.model.hooks import live_hooks
@@ -141,7 +141,7 @@ def test_relevance_is_conserved_in_every_layer():
 
 def test_rules_leave_parts_without_them_alone():
     """relu has its own derivative under the identity rule, and a model without norms no scale to hold."""
-    from test_gradients import linear_model
+    from support.estimates import linear_model
 
     model = linear_model()
     job = make_job(model, *random_ids(model), ("resid_pre", "head"))

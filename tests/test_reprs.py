@@ -19,7 +19,8 @@ from mech_absa.evaluate.scores import score
 from mech_absa.examples import Example, Polarity
 from mech_absa.model import Model, load_model
 from mech_absa.patch.effects import COLUMNS, Effects
-from mech_absa.patch.importance import Selection
+from mech_absa.patch.selection import Selection
+from mech_absa.stats import Estimate
 
 NASTY = "<script>alert('1')</script> & co"
 
@@ -164,7 +165,10 @@ def test_effects_and_their_map_are_interactive_and_hold_the_largest_cells(effect
 def test_a_selection_shows_its_sites_and_its_verdict():
     sites = (ma.Site.parse("L3.resid_post@query.last"),)
     numbers = {"aie": 0.25, "ci_low": 0.125, "ci_high": 0.5, "control_high": 0.3, "n": 12}
-    html = Selection(sites, rule="<rule>", clear=False, **numbers)._repr_html_()
+    trust = {"honest": Estimate(0.2, 0.1, 0.3), "stability": 0.75, "warnings": ("few & rough",)}
+    html = Selection(sites, rule="<rule>", clear=False, **numbers, **trust)._repr_html_()
+    assert "not chosen on: 0.2 [0.1, 0.3]" in html and "bootstrap samples: 0.75" in html
+    assert "few &amp; rough" in html
     assert "<code>L3.resid_post@query.last</code>" in html and "&lt;rule&gt;" in html
     assert "<b>0.25</b> [0.125, 0.5] over 12 pairs" in html and "Not clear" in html
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..sites import ROLES
 from .style import DIVERGING, GRID, INK
+from .words import CORRECTIONS
 
 SIGNIFICANT = 0.05
 """Adjusted p below which a cell is marked."""
@@ -154,9 +155,8 @@ def significant(table: pd.DataFrame) -> pd.Series:
 def significance_label(table: pd.DataFrame, adjustment: str | None, level: float) -> str:
     """Say what a dot means on the map of a table."""
     if "p_adjusted" in table and table["p_adjusted"].notna().any():
-        corrected = (
-            f", {adjustment.capitalize()} correction" if adjustment not in (None, "none") else ""
-        )
+        name = CORRECTIONS.get(str(adjustment))
+        corrected = f", {name}" if name else ""
         label = f"p < {SIGNIFICANT:g}{corrected}"
     else:
         label = f"{level:.0%} interval excludes 0"

@@ -22,6 +22,14 @@ SPAN_WORDS = {
     "query": "the aspect in the question",
 }
 
+CORRECTIONS = {
+    "maxt": "max-T correction",
+    "holm": "Holm correction",
+    "bh": "Benjamini-Hochberg correction",
+    "by": "Benjamini-Yekutieli correction",
+}
+"""Adjustment of p-values over cells -> its name."""
+
 
 def corruption_words(about: Mapping[str, Any]) -> str:
     """Say how corrupted runs were made: `Gaussian noise on all tokens, 3 sd, mean of 10 draws`."""

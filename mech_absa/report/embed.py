@@ -10,6 +10,7 @@ frames are not shown (a web view of a kept notebook), a plain table below says t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -75,10 +76,18 @@ def selection_html(selection: Selection) -> str:
         if selection.clear
         else ("#b3261e", "Not clear: no candidate's interval lies above 0 and the control's.")
     )
+    trust = ""
+    if selection.honest is not None and math.isfinite(selection.honest.value):
+        h = selection.honest
+        trust += f"On sentences they were not chosen on: {number(float(h.value))}{bracket(h.low, h.high)}. "
+    if math.isfinite(selection.stability):
+        trust += f"Jaccard index with the choice of bootstrap samples: {selection.stability:.2f}. "
+    trust += " ".join(selection.warnings)
     return (
         f"<div><p>{sites}</p><p>Mean effect <b>{number(float(selection.aie))}</b>{escape(interval)} over {selection.n} pairs; "
         f"the control's interval ends at {number(float(selection.control_high))}. "
-        f'<b style="color:{colour}">{verdict}</b></p><p><small>Rule: {escape(selection.rule)}.</small></p></div>'
+        f'<b style="color:{colour}">{verdict}</b></p>{f"<p>{escape(trust)}</p>" if trust else ""}'
+        f"<p><small>Rule: {escape(selection.rule)}.</small></p></div>"
     )
 
 

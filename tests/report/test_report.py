@@ -132,7 +132,11 @@ def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
     effects = made_effects(6, 4, ("resid_post",))
     folder = trace_folder(tmp_path / "t", effects)
     sites = json.loads((folder / "sites.json").read_text())
-    (folder / "sites.json").write_text(json.dumps(sites | {"clear": False}))
+    trust = {"clear": False, "honest": {"value": 0.2, "low": -0.1, "high": 0.4}, "stability": 0.5}
+    (folder / "sites.json").write_text(json.dumps(sites | trust | {"warnings": ["too few"]}))
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["adjustment"] = "holm"
+    (folder / "run.json").write_text(json.dumps(record))
     said = " ".join(" ".join(read(write_report(folder))[1].said).split())
     top = importance_of(effects).sort_values("aie").iloc[-1]
     assert (
@@ -141,6 +145,10 @@ def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
     )
     assert "6 pairs from 6 sentences; with so few, p-values cannot get small" in said
     assert "The choice is not clear" in said.split("What was run")[1]
+    assert "On sentences they were not chosen on the effect is 0.2 [−0.1, 0.4]" in said
+    assert "Jaccard index of 0.50" in said and "too few" in said
+    cells = len(importance_of(effects))
+    assert f"Resolution: 6 sentences and {cells} cells" in said and "no cell can reach 0.05" in said
 
 
 @pytest.mark.parametrize("kind", ("trace", "evaluate", "comparison"))

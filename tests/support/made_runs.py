@@ -340,7 +340,7 @@ def matrix_folder(folder: Path, seed: int = 0) -> Path:
                     )  # means of two are whole percents
                     rows.append(
                         {"method": method, "train": train, "test": test, "in_domain": train == test, "seed": s, "n": 100, "accuracy": accuracy,
-                         "macro_f1": accuracy - 0.1, "majority": 0.6, "trainable": size, "share": size / 1e6, "seconds": 3.5, "stopped": "",
+                         "macro_f1": accuracy - 0.1, "majority": 0.6, "trainable": size, "share": size / 1e6, "seconds": 3.5, "steps": 30, "stopped": "",
                          "peak_memory_bytes": 5 << 28}
                     )  # fmt: skip
     from mech_absa.train.matrix import summary

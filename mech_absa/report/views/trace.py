@@ -7,8 +7,9 @@ from typing import Any
 import pandas as pd
 
 from ...plots.style import ROLE_STYLES
-from ...plots.words import corruption_words, direction_words, method_words
+from ...plots.words import CORRECTIONS, corruption_words, direction_words, method_words
 from ...sites import HEAD_KINDS, ROLES
+from ...stats import ADJUSTMENTS, resolution
 from .. import maps
 from ..charts import Line, legend, line_chart, y_range
 from ..runs import Run
@@ -65,49 +66,80 @@ def sentence_count(pairs: pd.DataFrame) -> int | None:
 def mark_words(table: pd.DataFrame, about: dict[str, Any]) -> str:
     """Say what a dot means: significant after correction, or an interval that leaves 0 out."""
     if "p_adjusted" in table and table["p_adjusted"].notna().any():
-        name = about.get("adjustment")
-        how = f" after {str(name).capitalize()} correction" if name and name != "none" else " after correction"  # fmt: skip
-        return f"p below 0.05{how}"
+        return f"p below 0.05 after {CORRECTIONS.get(str(about.get('adjustment')), 'correction')}"
     return f"an interval ({100 * (about.get('level') or 0.95):.0f} %) that leaves 0 out"
 
 
 def conclusion(run: Run, total: float | None, checks: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the sentences on top of the page: what the trace shows, and how far it can be trusted."""
-    table, sites = run.tables["importance.csv"], run.notes.get("sites.json") or {}
-    lines = []
-    best = top_sites(table, 1)
+    best, lines = top_sites(run.tables["importance.csv"], 1), []
     if best and best[0]["aie"] is not None:
         top = best[0]
         interval = bracket(top["ci_low"], top["ci_high"])
         of = f", of an average total effect of {number(total)}" if total else ""
-        lines.append(
-            {"text": f"The largest average effect is {number(top['aie'])}{interval} at {top['site']}{of}."}
-        )  # fmt: skip
-    if sites.get("sites"):
-        names = ", ".join(map(str, sites["sites"]))
-        aie = sites.get("aie")
-        mean = "" if aie is None else f", mean effect {number(aie)}{bracket(sites.get('ci_low'), sites.get('ci_high'))}"  # fmt: skip
-        clear = sites.get("clear")
-        lines.append({"text": f"Selected sites: {names}{mean}."})
-        if clear is not None:
-            verdict = (
-                "The choice is clear: its interval lies above the control's."
-                if clear
-                else "The choice is not clear: no candidate's interval lies above the control's. Do not edit there on this evidence."
-            )
-            lines.append({"text": verdict, "look": "ok" if clear else "bad"})
+        text = f"The largest average effect is {number(top['aie'])}{interval} at {top['site']}{of}."
+        lines.append({"text": text})
+    lines += choice_words(run.notes.get("sites.json") or {})
     pairs = run.tables["pairs.parquet"]
     if (sentences := sentence_count(pairs)) is not None:
-        few = sentences < 20
+        few = sentences < FEW
         words = f"It rests on {len(pairs):,} pairs from {sentences:,} sentences"
         words += "; with so few, p-values cannot get small and intervals are rough." if few else "."
         lines.append({"text": words, "look": "warn" if few else ""})
+        lines += resolution_words(run, sentences)
     broken = [c["name"] for c in checks if not c["ok"]]
     if broken:
         lines.append({"text": f"A self-check is broken: {'; '.join(broken)}.", "look": "bad"})
     elif checks:
         lines.append({"text": f"All {len(checks)} self-checks hold.", "look": "ok"})
     return lines
+
+
+FEW = 20
+"""Sentences below which the page warns."""
+
+
+def resolution_words(run: Run, sentences: int) -> list[dict[str, str]]:
+    """Return the sentence on what so many sentences can show of so many cells, if the correction is known."""
+    table, adjustment = run.tables["importance.csv"], str(run.config.get("adjustment"))
+    tested = int(table["p"].notna().sum()) if "p" in table else 0
+    if adjustment not in ADJUSTMENTS or not tested or not sentences:
+        return []
+    limit = resolution(sentences, tested, adjustment)
+    return [{"text": f"Resolution: {limit}.", "look": "" if limit.possible else "warn"}]
+
+
+def choice_words(sites: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the sentences on the chosen sites: where, how large, how stable, and whether they stand out."""
+    if not sites.get("sites"):
+        return []
+    mean = ""
+    if sites.get("aie") is not None:
+        interval = bracket(sites.get("ci_low"), sites.get("ci_high"))
+        mean = f", mean effect {number(sites['aie'])}{interval}"
+    lines = [{"text": f"Selected sites: {', '.join(map(str, sites['sites']))}{mean}."}]
+    trust = []
+    honest = sites.get("honest")
+    if isinstance(honest, dict) and digits(honest.get("value")) is not None:
+        interval = bracket(honest.get("low"), honest.get("high"))
+        trust.append(
+            f"on sentences they were not chosen on the effect is {number(honest['value'])}{interval}"
+        )
+    if digits(sites.get("stability")) is not None:
+        trust.append(
+            f"bootstrap samples choose them with a Jaccard index of {sites['stability']:.2f}"
+        )
+    if trust:
+        text = "; ".join(trust)
+        lines.append({"text": f"{text[0].upper()}{text[1:]}."})
+    if sites.get("clear") is not None:
+        verdict = (
+            "The choice is clear: its interval lies above the control's."
+            if sites["clear"]
+            else "The choice is not clear: no candidate's interval lies above the control's. Do not edit there on this evidence."
+        )
+        lines.append({"text": verdict, "look": "ok" if sites["clear"] else "bad"})
+    return lines + [{"text": str(w), "look": "warn"} for w in listed(sites.get("warnings"))]
 
 
 def facts(run: Run, account: dict[str, Any], total: float | None) -> list[tuple[str, str]]:

@@ -225,8 +225,8 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     labels = ["positive", "negative", "neutral"]
     rows, scores, kept = [], [], []
+    gold = rng.choice(labels, n, p=[0.6, 0.3, 0.1])
     for system, skill in (("base", 0.5), ("paper", 0.85)):
-        gold = rng.choice(labels, n, p=[0.6, 0.3, 0.1])
         said = np.where(rng.random(n) < skill, gold, rng.choice(labels, n))
         for i in range(n):
             p = np.full(3, 0.1)

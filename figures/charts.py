@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +131,71 @@ def dots(
         on.tick_params(axis="y", length=0)
         on.set_xlabel(_percent_label(metric))
         return finish(figure, on, ax is None, title, note)
+
+
+def place_grid(
+    table: pd.DataFrame,
+    intervals: Sequence[tuple[str, str, str]],
+    *,
+    value: str = "accuracy",
+    unit: str = "accuracy (%)",
+    title: str = "Which place to edit",
+    note: str = "",
+) -> Figure:
+    """Draw places as rows of small panels, one panel per budget: epochs from left to right, examples from top down.
+
+    Args:
+        table: columns `budget`, `epochs`, `place` and `value` (0 to 1), and the ends of the intervals; NaN where there is none.
+        intervals: (words, column of the low end, column of the high end) of every kind of interval, side by side.
+        value: the column drawn.
+        unit: for the axis.
+        title, note: above the figure.
+    """
+    require_columns(table, "budget", "epochs", "place", value)
+    budgets, epochs = (list(dict.fromkeys(table[c])) for c in ("budget", "epochs"))
+    names = [str(p) for p in dict.fromkeys(table["place"])]
+    height = (0.35 + 0.16 * len(names)) * len(budgets) + 0.3
+    with style():
+        figure, axes = new_figure(
+            PAGE,
+            height,
+            nrows=len(budgets),
+            ncols=len(epochs),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
+        for (i, budget), (j, n) in product(enumerate(budgets), enumerate(epochs)):
+            ax = axes[i, j]
+            rows = table[(table["budget"] == budget) & (table["epochs"] == n)]
+            y = np.array([names.index(str(p)) for p in rows["place"]], float)
+            x = 100 * rows[value].to_numpy(float)
+            if value == "difference":
+                ax.axvline(0, color=SOFT, linewidth=0.6)
+            for k, (words, low, high) in enumerate(intervals):
+                ends = np.nan_to_num(
+                    np.clip(
+                        np.stack([x - 100 * rows[low], 100 * rows[high] - x]).astype(float), 0, None
+                    )
+                )
+                has = (rows[low].notna() & np.isfinite(x)).to_numpy()
+                at = y + 0.3 * (k - (len(intervals) - 1) / 2)
+                label = words if i == j == 0 else None
+                ax.errorbar(
+                    x[has], at[has], xerr=ends[:, has], fmt=MARKERS[k], color=CYCLE[k], markersize=3.5, elinewidth=0.9,
+                    capsize=1.5, label=label,
+                )  # fmt: skip
+            ax.set_title(f"{budget} examples, {n} epoch{'s' * (n != 1)}", fontsize=7)
+            ax.set_yticks(range(len(names)), names)
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.tick_params(axis="y", length=0)
+            if i == len(budgets) - 1:
+                ax.set_xlabel(unit)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if len(intervals) > 1:
+            legend_below(figure, handles=handles, labels=labels, ncols=len(labels))
+        headline(figure, title, note)
+    return figure
 
 
 def effects_and_edits(

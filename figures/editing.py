@@ -157,6 +157,63 @@ def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -
     )
 
 
+PLACE_WORDS = {
+    "traced": "traced layers", "first": "first layers", "middle": "middle layers", "last": "last layers",
+    "random": "random windows", "all": "all layers",
+}  # fmt: skip
+
+
+def _places(study: Study) -> pd.DataFrame:
+    table = study.table("places.csv").dropna(subset=["accuracy"])
+    everything = study.run["rows"]["train"]
+    budget = table["budget"].astype(int).replace(0, everything)
+    names = table["place"].map(lambda name: PLACE_WORDS.get(name, name))
+    return table.assign(budget=budget, place=names)
+
+
+@shows("places_tuned", "Places with learning rates tuned for each", "places")
+def places_tuned(study: Study) -> Shown:
+    table, parts = _places(study), []
+    for (budget, epochs), of in table.groupby(["budget", "epochs"], sort=False):
+        ranked = of.sort_values("accuracy", ascending=False, kind="stable")
+        order = ", ".join(f"{r['place']} {percent(r['accuracy'])}" for _, r in ranked.iterrows())
+        parts.append(f"{budget} examples, {epochs} epoch{'s' * (epochs != 1)}: {order}")
+    figure = charts.place_grid(
+        table, [("interval over samples", "low", "high")], title="Accuracy of an edit by place, rates tuned per place",
+        note=study.note,
+    )  # fmt: skip
+    return Shown(figure, sentence(parts))
+
+
+@shows("places_difference", "The same, minus the traced layers", "places")
+def places_difference(study: Study) -> Shown:
+    table = _places(study).dropna(subset=["difference"])
+    intervals = [
+        ("interval over samples", "low_sample", "high_sample"),
+        ("interval over random windows", "low_window", "high_window"),
+    ]
+    ends = np.stack([table[low].fillna(np.inf) for _, low, _ in intervals]).min(axis=0)
+    tops = np.stack([table[high].fillna(-np.inf) for _, _, high in intervals]).max(axis=0)
+    above, below = table[ends > 0], table[tops < 0]
+
+    def listed(rows: pd.DataFrame) -> str:
+        words = [
+            f"{r['place']} with {r['budget']} examples and {r['epochs']} epochs ({100 * r['difference']:+.1f})"
+            for _, r in rows.iterrows()
+        ]
+        return ", ".join(words) or "none"
+
+    figure = charts.place_grid(
+        table, intervals, value="difference", unit="points minus the traced layers",
+        title="Other places minus the traced layers, rates tuned per place", note=study.note,
+    )  # fmt: skip
+    says = (
+        f"Of {len(table)} comparisons, places with more than the traced layers in every interval: {listed(above)}; with less: "
+        f"{listed(below)}; for the other {len(table) - len(above) - len(below)} no difference is shown."
+    )
+    return Shown(figure, says)
+
+
 # ---- size ---------------------------------------------------------------------------------------------------------------------
 
 

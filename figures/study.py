@@ -59,8 +59,9 @@ class Study:
 
     @property
     def run(self) -> dict[str, Any]:
-        """The record of its first command; what is asked of it is the same in all."""
-        return next(iter(self.record["runs"].values()))
+        """Return the record of its first command, or of its only one; the model and the versions are the same in all."""
+        runs: dict[str, dict[str, Any]] = self.record.get("runs") or {"": self.record}
+        return next(iter(runs.values()))
 
     @cached_property
     def importance(self) -> ImportanceMap:
@@ -92,6 +93,12 @@ class Study:
     @property
     def n(self) -> str:
         """How much it rests on."""
+        if "trainings" in self.run:
+            rows, trainings = self.run["rows"], self.run["trainings"]
+            return (
+                f"{rows['train']} training, {rows['validation']} validation and {rows['test']} test examples, "
+                f"{trainings['done']} of {trainings['planned']} trainings done"
+            )
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
         seeds = sorted({s for r in self.record["runs"].values() for s in r["config"]["seeds"]})

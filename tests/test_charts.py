@@ -216,3 +216,39 @@ def test_axes_that_are_given_are_drawn_on():
     ax = figure.add_subplot()
     assert charts.ranks(pd.DataFrame({"rank": [1, 2], "accuracy": [0.5, 0.6]}), ax) is figure
     assert ax.get_title(loc="left") == "Rank of the edit"
+
+
+def test_places_stand_in_the_panel_of_their_budget_with_each_interval():
+    """Two budgets, two places; the second interval exists for `random` alone."""
+    nan = float("nan")
+    table = pd.DataFrame(
+        [
+            (64, 1, "first", 0.10, 0.05, 0.15, nan, nan),
+            (64, 1, "random", -0.20, -0.30, -0.10, -0.40, 0.00),
+            (320, 1, "first", 0.30, 0.20, 0.40, nan, nan),
+        ],
+        columns=[
+            "budget",
+            "epochs",
+            "place",
+            "difference",
+            "low",
+            "high",
+            "low_window",
+            "high_window",
+        ],
+    )
+    intervals = [("samples", "low", "high"), ("windows", "low_window", "high_window")]
+    figure = charts.place_grid(table, intervals, value="difference")
+    top, bottom = figure.axes
+    segments = lambda ax: [  # noqa: E731
+        s[:, 0].tolist()
+        for c in ax.collections
+        if isinstance(c, LineCollection)
+        for s in c.get_segments()
+    ]
+    expected = [[5, 15], [-30, -10], [-40, 0]]
+    assert np.allclose([s for s in segments(top) if len(s) == 2], expected)
+    assert np.allclose(segments(bottom), [[20, 40]])
+    assert [label.get_text() for label in top.get_yticklabels()] == ["first", "random"]
+    assert "64 examples, 1 epoch" in words(figure) and "320 examples, 1 epoch" in words(figure)

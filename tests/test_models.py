@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 import socket
@@ -11,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.tiny_models import METASPACE, byte_level_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mech_absa.errors import ConfigError, ModelError, SiteError
 from mech_absa.model import Model, load_model, logits_of, run, weights_hash
-from mech_absa.model import model as models
+from mech_absa.model import huggingface as models
 from mech_absa.sites import Site
 
 TEXT = "The food was great but the waiters were dreadful, and the wine list was terrible."
@@ -417,7 +419,7 @@ def test_verify_prints_the_difference_it_measured(capsys):
     folder = tiny_folder("llama")
     assert verify.cli(["--model", str(folder), "--text", "the food was good"]) == 0
     printed = float(capsys.readouterr().out.rsplit(": ", 1)[1])
-    model = models.load_model(folder)
+    model = load_model(folder)
     assert (
         printed == pytest.approx(model.verify(["the food was good"]), rel=1e-2)
         and 0 < printed < 1e-3
@@ -426,3 +428,140 @@ def test_verify_prints_the_difference_it_measured(capsys):
         model.hooked.blocks[0].mlp.W_in.add_(0.1)
     assert model.verify(["the food was good"]) > 100 * printed
     assert verify.cli(["--text", " "]) == 2
+
+
+# ---- weights and configurations that do not fit together --------------------------------------------
+
+
+def copied(arch: str, folder):
+    shutil.copytree(tiny_folder(arch), folder, dirs_exist_ok=True)
+    return folder
+
+
+def rewrite(folder, change) -> None:
+    """Save the folder's weights again, as `change` makes them."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def configure(folder, **settings) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "words"),
+    [
+        (
+            "llama",
+            lambda w: {f"module.{n}": t for n, t in w.items()},
+            "are missing from its files (",
+        ),
+        (
+            "llama",
+            lambda w: {n: t for n, t in w.items() if n != "model.layers.1.mlp.up_proj.weight"},
+            "1 weights are missing from its files (model.layers.1.mlp.up_proj.weight)",
+        ),
+        (
+            "llama",  # its head is not tied
+            lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"},
+            "1 weights are missing from its files (lm_head.weight)",
+        ),
+        (
+            "llama",
+            lambda w: w | {"model.layers.0.mlp.extra.weight": torch.zeros(2)},
+            "1 weights are in its files and not in a model of its configuration (model.layers.0.mlp.extra",
+        ),
+        ("gpt2", lambda w: {"nothing": torch.zeros(1)}, "are missing from its files ("),
+    ],
+)
+def test_weights_that_are_not_the_configurations(arch, change, words, tmp_path):
+    folder = copied(arch, tmp_path / "m")
+    rewrite(folder, change)
+    with refused(words):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("layers", "words"), [(2, "are in its files and not"), (5, "are missing")])
+def test_another_number_of_layers(layers, words, tmp_path):
+    folder = copied("llama", tmp_path / "m")
+    configure(folder, num_hidden_layers=layers)
+    with pytest.raises(ModelError, match=rf"{words}.*\(model\.layers\.\d"):
+        load_model(folder, device="cpu")
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    """GPT-2's files hold no lm_head: it is the embedding."""
+    folder = copied("gpt2", tmp_path / "m")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert load_model(folder, device="cpu").hf_difference < 1e-4
+
+
+def test_weights_that_are_not_numbers(tmp_path):
+    folder = copied("llama", tmp_path / "m")
+    rewrite(folder, lambda w: w | {"model.norm.weight": w["model.norm.weight"] * torch.nan})
+    with refused("Hugging Face's logits of 'The food was great, but the service was "):
+        load_model(folder, device="cpu")
+    model = load_model(folder, device="cpu", check=False)
+    with refused("are not finite numbers; the weights hold some that are not"):
+        model.verify([TEXT])
+    sound = load_model(tiny_folder("llama"), device="cpu")
+    sound.hooked.ln_final.w.fill_(torch.nan)
+    with refused("our logits of"):
+        sound.verify([TEXT])
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_attention_heads": 0}, "could be loaded ("),
+        (
+            {"num_attention_heads": 7},
+            "(The hidden size (32) is not a multiple of the number of att",
+        ),
+        ({"num_hidden_layers": 1_000_000}, "config.json says 1000000 layers; 1 to 1000 are"),
+        ({"num_hidden_layers": -1}, "config.json says -1 layers; 1 to 1000 are accepted"),
+    ],
+)
+def test_configurations_that_make_no_sense(settings, words, tmp_path):
+    folder = copied("llama", tmp_path / "m")
+    configure(folder, **settings)
+    with refused(words):
+        load_model(folder, device="cpu")
+
+
+def test_a_configuration_that_is_a_list(tmp_path):
+    folder = copied("llama", tmp_path / "m")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=rf"^{re.escape(str(folder))}: no "):
+        load_model(folder, device="cpu")
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """360 tokens for a model of 320."""
+    folder = copied("gpt2", tmp_path / "m")
+    for path in tiny_folder("llama").iterdir():
+        if "token" in path.name:
+            shutil.copy(path, folder)
+    with refused("tokens and the model embeddings for"):
+        load_model(folder, device="cpu")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_in_weights_is_not_run(tmp_path):
+    folder = copied("gpt2", tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {"transformer.wte.weight": Malicious(tmp_path / "ran")}, folder / "pytorch_model.bin"
+    )
+    with refused(f"{folder}: no model could be loaded ("):
+        load_model(folder, device="cpu")
+    assert not (tmp_path / "ran").exists()

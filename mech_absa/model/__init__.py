@@ -1,8 +1,11 @@
 """The model: loading it, running it block by block, reading and writing inside it."""
 
 from .block import LayerStates, run
+from .convert import hooked_from_hf
+from .huggingface import BUNDLED
 from .kernels import linear
-from .model import BUNDLED, DTYPES, Model, hooked_from_hf, load_model, logits_of, weights_hash
+from .load import DTYPES, load_model
+from .model import Model, logits_of, weights_hash
 from .pieces import NO_TAPS, Tap, Taps, heads_of, norm_of
 
 __all__ = [

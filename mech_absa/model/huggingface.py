@@ -1,0 +1,196 @@
+"""What Hugging Face holds: names, folders, tokenizers and models.
+
+A model whose files and configuration do not fit together is refused. transformers fills weights that
+are missing with random numbers, and its warning is easily lost; here its report is read, and any
+weight that is missing, not used or of another shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import ModelError
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "model"
+"""The folder of the model that ships with the package."""
+
+MAX_LAYERS = 1000
+"""A configuration with more layers is a mistake; building it would not end."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    pickle.UnpicklingError,
+    StrictDataclassError,
+)
+"""What transformers raises over files that it cannot read."""
+
+
+def resolve(model: str | Path | None) -> tuple[str, str]:
+    """What to load from, and the name to show."""
+    if model is None or str(model) == "bundled":
+        if not (BUNDLED / "config.json").exists():
+            raise ModelError(
+                f"the bundled model is missing from {BUNDLED}; reinstall the package, or give --model a folder or a hub name"
+            )
+        return str(BUNDLED), "bundled"
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(
+                f"the folder {path} has no config.json; a Hugging Face model folder is needed"
+            )
+        if not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+            raise ModelError(
+                f"the folder {path} has a config.json but no weights; model.safetensors (or its shards) is needed"
+            )
+        return str(path), path.resolve().name
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file; the folder that holds config.json and the weights is needed"
+        )
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise ModelError(
+            f"there is no folder {path}; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'"
+        )
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    with contextlib.suppress(ValueError):
+        return get_official_model_name(str(model)), Path(str(model)).name
+    return str(model), Path(str(model)).name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of the libraries while they load; errors still raise."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer(
+            "a", add_special_tokens=False
+        ).input_ids:  # transformers makes an empty one where the files are missing
+            raise ValueError("its vocabulary is empty")
+    except _DAMAGED as error:
+        raise ModelError(
+            f"{source}: no tokenizer could be loaded ({first_line(error)}); "
+            + (
+                "tokenizer.json is needed beside the model"
+                if Path(source).is_dir()
+                else "where the hub cannot be reached, give a local folder"
+            )
+        ) from None
+    return tokenizer
+
+
+def load_hf(source: str, dtype: torch.dtype) -> Any:
+    """Load a causal language model with exactly the weights that its files hold.
+
+    Args:
+        source: a folder or a hub name.
+        dtype: of the weights in memory.
+
+    Raises:
+        ModelError: there is none, it does not fit into memory, or files and configuration disagree.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source)
+            _fits(config, dtype, source)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            )
+    except (*_DAMAGED, SafetensorError) as error:
+        raise ModelError(
+            f"{source}: no model could be loaded ({first_line(error)}); accepted: a local Hugging "
+            "Face folder of a causal language model, a hub name (where the hub can be reached), or "
+            "'bundled'"
+        ) from None
+    _complete(report, source)
+    return model.eval()
+
+
+def _complete(report: dict[str, Any], source: str) -> None:
+    """Refuse a model whose weights are not exactly those of its configuration."""
+    problems = {
+        "missing_keys": "are missing from its files",
+        "unexpected_keys": "are in its files and not in a model of its configuration",
+        "mismatched_keys": "have another shape than its configuration says",
+    }
+    for key, problem in problems.items():
+        names = sorted(n if isinstance(n, str) else n[0] for n in report.get(key) or ())
+        if names:
+            raise ModelError(
+                f"{source}: {len(names)} weights {problem} ({_few(names)}); the folder must hold "
+                "the weights of its config.json, with the names that transformers gives them"
+            )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _fits(config: Any, dtype: torch.dtype, source: str) -> None:
+    """Refuse a model that this machine's memory cannot hold while it is converted (two copies)."""
+    from transformers import AutoModelForCausalLM
+
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise ModelError(
+            f"{source}: config.json says {str(layers)[:40]} layers; 1 to {MAX_LAYERS} are accepted"
+        )
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    need = 2 * n * dtype.itemsize
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return
+    if need > have:
+        raise ModelError(
+            f"{source}: {n / 1e9:.1f} billion parameters need {need / 2**30:.0f} GiB while they are converted, and {have / 2**30:.0f} GiB of memory "
+            "are free; use --dtype bfloat16, a smaller model, or a larger machine"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # it holds the reason
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160].rstrip(".")

@@ -1,0 +1,114 @@
+"""Load a model from the package, a folder, the hub or memory, ready to be traced and edited.
+
+The raw weights are kept: no LayerNorm folding, no centring, so that our logits are the model's
+logits. Every load compares a short forward pass with Hugging Face's and refuses a model that
+TransformerLens converts wrongly; `Model.verify` repeats that on longer text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, ModelError, choices
+from .convert import hooked_from_hf
+from .huggingface import load_hf, load_tokenizer, resolve
+from .model import Model
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model(
+    model: str | Path | tuple[Any, Any] | Any = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    bos: bool | None = None,
+    n_devices: int = 1,
+    check: bool = True,
+) -> Model:
+    """A model ready to be traced and edited.
+
+    Args:
+        model: None or `"bundled"` for the small one that ships with the package; a local Hugging Face folder; a hub name; or a pair
+            (Hugging Face model, tokenizer) already in memory.
+        device: `auto` (the accelerator where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: of weights and activations. Metrics are float32 whatever this says.
+        bos: put the BOS token first; None does what the tokenizer does by itself.
+        n_devices: spread the layers over this many accelerators.
+        check: compare a short forward pass with Hugging Face's and refuse a model that differs.
+
+    Raises:
+        ModelError: nothing is there, it has no weights, it does not fit, or TransformerLens runs it differently.
+    """
+    chosen = _device(device)
+    kind = _dtype(dtype)
+    source: str | None = None
+    if isinstance(model, tuple):
+        hf, tokenizer = model
+        name = Path(getattr(hf.config, "_name_or_path", "") or type(hf).__name__).name
+    else:
+        source, name = resolve(model)
+        tokenizer = load_tokenizer(source)
+        hf = load_hf(source, kind)
+    _covers(hf, tokenizer, name)
+    hooked = hooked_from_hf(hf, kind, chosen, n_devices)
+    loaded = Model(hooked, tokenizer, name, source, bos, hf.num_parameters())
+    if check:
+        loaded.hf_difference = loaded.verify(hf_model=hf)
+        allowed = {torch.float64: 1e-3, torch.float32: 5e-3}.get(kind, 1.0)
+        if not loaded.hf_difference <= allowed:
+            raise ModelError(
+                f"{name}: logits differ by up to {loaded.hf_difference:.3g} from Hugging Face's (allowed: {allowed:g}); TransformerLens does not "
+                f"convert this configuration of {type(hf).__name__} faithfully, and a trace of it would be of another model"
+            )
+    return loaded
+
+
+def _covers(hf: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer whose token ids the model has no embedding for."""
+    ids, rows = tokenizer.vocab_size, hf.get_input_embeddings().weight.shape[0]
+    if ids > rows:
+        raise ModelError(
+            f"{name}: the tokenizer has {ids} tokens and the model embeddings for {rows}; they "
+            "do not belong together"
+        )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"unknown device {device!r}; accepted: auto, cpu, cuda, cuda:1, mps"
+        ) from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(
+            f"device {device!r} is not supported; accepted: auto, cpu, cuda, cuda:1, mps"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device 'mps' was asked for; this machine has none")
+    if chosen.type == "cuda" and (
+        not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; accepted: {choices(DTYPES)}")
+    return DTYPES[dtype]

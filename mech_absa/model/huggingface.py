@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ _DAMAGED = (
     TypeError,
     AttributeError,
     ZeroDivisionError,
-    pickle.UnpicklingError,
+    torch.serialization.pickle.UnpicklingError,  # weights_only met something else than tensors
     StrictDataclassError,
 )
 """What transformers raises over files that it cannot read."""

@@ -20,12 +20,6 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
-def pytest_configure(config):
-    config.addinivalue_line(
-        "filterwarnings", "ignore:HookedTransformer is deprecated:DeprecationWarning"
-    )  # the project pins <4 for it
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data, tokenizers and checkpoints beside the project; tests of them are skipped where it is absent."""

@@ -15,7 +15,8 @@ import pandas as pd
 from mech_absa.commands.cli import command
 from mech_absa.edits import load_edit
 from mech_absa.errors import DataError
-from mech_absa.evaluate.faithfulness import faithfulness, prune
+from mech_absa.evaluate.faithfulness import faithfulness
+from mech_absa.evaluate.pruning import prune
 from mech_absa.model import load_model
 from mech_absa.patch.effects import cell_site
 from mech_absa.patch.pairs import Counterfactual, make_pairs
@@ -101,6 +102,7 @@ def main(config: Config) -> None:
             "pairs": {"considered": pairs.considered, "kept": len(pairs), "dropped": pairs.dropped},
             "components": {"by_role": len(curve.sites), "removable": len(pruned.removed)},
             "faithfulness": {
+                "protocol": curve.protocol,
                 "mode": curve.mode,
                 "metric": curve.metric,
                 **areas,

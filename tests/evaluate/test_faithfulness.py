@@ -12,15 +12,15 @@ from support.small_cases import POS, Push, example
 
 from mech_absa.errors import ConfigError, SiteError
 from mech_absa.evaluate.faithfulness import (
-    Ablation,
+    SHARES,
     areas,
     default_counts,
     faithfulness,
-    in_order,
-    mean_activations,
-    prune,
+    mib_counts,
 )
 from mech_absa.evaluate.predictions import predict
+from mech_absa.evaluate.pruning import Ablation, mean_activations, prune
+from mech_absa.evaluate.ranking import in_order
 from mech_absa.model import Model
 from mech_absa.model.hooks import capture, live_hooks
 from mech_absa.patch.pairs import (
@@ -192,6 +192,82 @@ def test_few_sites_are_all_tried_and_many_at_the_benchmarks_shares():
     assert default_counts(4) == (0, 1, 2, 3, 4)
     assert default_counts(1000) == (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     assert default_counts(100) == (0, 1, 2, 5, 10, 20, 50, 100)
+
+
+def test_mib_counts_by_hand():
+    """int(share n): rounded down, so that few sites repeat k = 0; never a k = 0 of its own."""
+    assert mib_counts(1000) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    assert mib_counts(9) == (0, 0, 0, 0, 0, 0, 0, 1, 4, 9)
+    assert mib_counts(624) == (0, 1, 3, 6, 12, 31, 62, 124, 312, 624)
+
+
+def mib_by_its_own_words(f_signed, f_magnitude) -> tuple[float, float]:
+    """The benchmark's loop over neighbouring percentages, written out."""
+    cpr = cmd = 0.0
+    for i in range(len(SHARES) - 1):
+        width = SHARES[i + 1] - SHARES[i]
+        cpr += width * (f_signed[i + 1] + f_signed[i]) / 2
+        cmd += width * (abs(1.0 - f_magnitude[i]) + abs(1.0 - f_magnitude[i + 1])) / 2
+    return cpr, cmd
+
+
+def test_the_mib_protocol_on_a_step_of_known_size():
+    """Nine components, a circuit of known size: f is 0 below its size and 1 from there on, at the nominal shares."""
+    planted = planted_absa()
+    model, pairs = planted_pairs(planted)
+    ranking, circuit = ranked(planted, model)
+    assert len(ranking) == 9 and 1 < len(circuit) <= 4
+    curve = faithfulness(model, pairs, ranking, protocol="mib", randoms=2, draws=5)
+    assert curve.protocol == "mib" and curve.shares == SHARES and curve.counts == mib_counts(9)
+    step = [float(k >= len(circuit)) for k in curve.counts]
+    assert [e.value for e in curve.faithfulness] == pytest.approx(step, abs=1e-5)
+    # f = 0 up to 0.2, 1 from 0.5: the slope between them counts half.
+    assert curve.cpr.value == pytest.approx(0.3 / 2 + 0.5, abs=1e-5)
+    assert curve.cmd.value == pytest.approx((0.2 - 0.001) + 0.3 / 2, abs=1e-5)
+    assert "protocol mib" in curve._repr_html_() and len(curve.random_cpr) == 2
+
+
+def test_the_mib_protocol_against_an_independent_run(model, examples):
+    """Every run again one count at a time, and the areas by the benchmark's own loop; scores of both signs."""
+    pairs = noise_pairs(model, examples[:3])
+    rng = np.random.default_rng(3)
+    ranking = [(site, float(rng.normal())) for site in components(model)]
+    curve = faithfulness(
+        model, pairs, ranking, metric="logprob", protocol="mib", randoms=0, draws=2
+    )
+    n = len(ranking)
+    signed = sorted(ranking, key=lambda item: -item[1])
+    by_magnitude = sorted(ranking, key=lambda item: -abs(item[1]))
+    assert signed != by_magnitude
+    full = np.mean([float(p.clean_scores[p.gold]) for p in pairs])
+    empty = np.mean([float(p.corrupted_scores[:, p.gold].mean()) for p in pairs])
+    assert curve.empty == pytest.approx(empty, abs=1e-4)  # and not k = 0 of `keep`
+
+    def f(order, k):
+        ours = faithfulness(
+            model, pairs, [(s, float(n - i)) for i, (s, _) in enumerate(order)],
+            metric="logprob", counts=(k,), randoms=0, draws=2,
+        )  # fmt: skip
+        return (ours.metric_mean[0] - empty) / (full - empty)
+
+    f_signed = [f(signed, int(share * n)) for share in SHARES]
+    f_magnitude = [f(by_magnitude, int(share * n)) for share in SHARES]
+    assert [e.value for e in curve.faithfulness] == pytest.approx(f_signed, abs=1e-3)
+    assert curve.by_magnitude == pytest.approx(f_magnitude, abs=1e-3)
+    cpr, cmd = mib_by_its_own_words(f_signed, f_magnitude)
+    assert (curve.cpr.value, curve.cmd.value) == pytest.approx((cpr, cmd), abs=1e-3)
+    assert cmd != pytest.approx(mib_by_its_own_words(f_signed, f_signed)[1], abs=1e-3)
+
+
+def test_the_mib_protocol_fixes_its_options(model, examples):
+    pairs, ranking = noise_pairs(model, examples[:2]), [(Site(0, "mlp_out"), 1.0)]
+    for options in ({"mode": "ablate"}, {"counts": (0, 1)}, {"magnitude": True}):
+        with pytest.raises(ConfigError, match="the protocol mib fixes mode, counts and magnitude"):
+            faithfulness(model, pairs, ranking, protocol="mib", **options)
+    with pytest.raises(ConfigError, match="unknown protocol 'eap'; accepted: ours or mib"):
+        faithfulness(model, pairs, ranking, protocol="eap")
+    with pytest.raises(ConfigError, match=r"faithfulness\(pairs=...\) got a list"):
+        faithfulness(model, list(examples), ranking)
 
 
 def test_the_order(model):

@@ -22,7 +22,8 @@ demo: $(STAMP)
 	$(BIN)/python -m mech_absa.patch --limit 40 --out $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m ruff check mech_absa tests analyses figures benchmarks
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network"
 

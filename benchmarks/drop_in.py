@@ -1,7 +1,7 @@
 """Time TransformerLens's own patching against the drop-in, on a random model of GPT-2's shape.
 
-    python -m benchmarks.drop_in            12 layers of width 768, 40 tokens, about 3 minutes
-    python -m benchmarks.drop_in --small    2 layers, seconds
+python -m benchmarks.drop_in            12 layers of width 768, 40 tokens, about 3 minutes
+python -m benchmarks.drop_in --small    2 layers, seconds
 """
 
 import sys
@@ -42,7 +42,9 @@ def main() -> None:
         results.append(patching.get_act_patch_resid_pre(hooked, corrupted, cache, metric))
         print(f"{name:17}{time.process_time() - start:7.2f} s of CPU time")
     version = getattr(transformer_lens, "__version__", "?")
-    print(f"largest difference {(results[0] - results[1]).abs().max():.1e}; TransformerLens {version}")
+    print(
+        f"largest difference {(results[0] - results[1]).abs().max():.1e}; TransformerLens {version}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Names are imported when they are first used, so that reading and checking data n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .edits import Edit, load_edit, save_edit
     from .errors import MechAbsaError

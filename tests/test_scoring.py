@@ -337,7 +337,9 @@ def test_a_batch_is_differentiable(model, prompts):
             push[i] += 1e-5
             up = batch_scores(Pushed(model64), batch, SINGLE)[:, 1].sum()
             push[i] -= 1e-5
-        assert float(gradient[i]) == pytest.approx(float(up - score.detach()) / 1e-5, rel=1e-3, abs=1e-6)
+        assert float(gradient[i]) == pytest.approx(
+            float(up - score.detach()) / 1e-5, rel=1e-3, abs=1e-6
+        )
 
 
 # ---- the question -----------------------------------------------------------------------------------------------------------------

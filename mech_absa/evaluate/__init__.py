@@ -6,6 +6,7 @@
 | `scores` | how good are the answers, how sure is that, and which of two systems is better? |
 | `side_effects` | what else does an edit change? |
 | `faithfulness` | does a ranking of sites name what the answer is made of? |
+| `pruning` | how much of the task is left without the least important sites? |
 | `card` | what can the bundled model do? |
 """
 

@@ -97,7 +97,8 @@ def mib_counts(n: int) -> tuple[int, ...]:
 
 
 def areas(
-    shares: Sequence[float] | np.ndarray, faithfulness: Sequence[float] | np.ndarray
+    shares: Sequence[float | int] | np.ndarray,
+    faithfulness: Sequence[float | int] | np.ndarray,
 ) -> tuple[float, float]:
     """Return (CPR, CMD): the areas under f and under |1 - f|, by trapezoids."""
     f = np.asarray(faithfulness, dtype=float)

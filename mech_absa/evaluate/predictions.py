@@ -12,8 +12,7 @@ paper sample their answers, so that the same model has another accuracy every ti
 
 A predictions file is a table with a header (CSV, TSV), JSON lines, or the `predictions.parquet` of an earlier run. It names its examples
 by `id`, or by `sentence` and `aspect`, and gives the answer as `predicted`, `prediction`, `pred`, `answer`, `label` or `polarity`, the
-first of these that is there. It must answer every example exactly once, and nothing else: a score over whatever rows happened to match
-is no score.
+first of these that is there. It must answer every example exactly once, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..prompts import PromptTemplate, Tokens, Verbalizer
 from ..readers.jsonl import json_records
 from ..readers.rows import Reading
 from ..scoring import Applicable, Stream, by_length, label_scores, last_residual, question, room_for
-from ..words import expect
+from ..words import expect, shown
 
 Decode = Literal["label", "generate"]
 DECODES = ("label", "generate")
@@ -167,6 +166,44 @@ def asked_with(edit: Applicable | None) -> tuple[PromptTemplate, Verbalizer]:
     return template, Verbalizer() if r.labels is None else Verbalizer.of(r.labels, r.separator)
 
 
+def system_name(edit: Applicable | None) -> str:
+    """Return the name of a system in tables: `base`, or the edit's own."""
+    if edit is None:
+        return "base"
+    return getattr(edit, "name", None) or type(edit).__name__
+
+
+def check_call(
+    function: str, model: object, examples: Sequence[Example], edit: Applicable | None
+) -> None:
+    """Refuse arguments of the wrong type, and no examples.
+
+    Raises:
+        ConfigError: with one sentence that names the argument.
+    """
+    expect(model, Model, f"{function}(model=...)", "a Model, from load_model()")
+    if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence):
+        raise ConfigError(
+            f"{function}(examples=...) got {shown(examples)}; accepted: examples of load_examples"
+        )
+    if edit is not None:
+        expect(
+            edit,
+            Applicable,
+            f"{function}(edit=...)",
+            "an edit, such as load_edit('bundled', model)",
+        )
+    if not len(examples):
+        source = examples.source if isinstance(examples, Examples) else ""
+        raise ConfigError(
+            f"{source or 'the data'} holds no examples to predict; at least one is needed"
+        )
+    if not isinstance(examples[0], Example):
+        raise ConfigError(
+            f"{function}(examples=...) holds {shown(examples[0])}; accepted: examples of load_examples"
+        )
+
+
 def predict(
     model: Model,
     examples: Sequence[Example],
@@ -193,23 +230,15 @@ def predict(
         PromptError: a prompt longer than the model's context; labels that cannot be told apart; an example whose class has no label.
         EditError: a score is not a number.
     """
-    expect(model, Model, "predict(model=...)", "a Model, from load_model()")
-    if edit is not None:
-        expect(edit, Applicable, "predict(edit=...)", "an edit, such as load_edit('bundled', model)")
     if decode not in DECODES:
         raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
-    if not len(examples):
-        raise ConfigError(
-            f"{getattr(examples, 'source', '') or 'the data'} holds no examples to predict; at least one is needed"
-        )
+    check_call("predict", model, examples, edit)
     own = asked_with(edit)
     template = PromptTemplate(template) if isinstance(template, str) else template or own[0]
     verbalizer = verbalizer or own[1]
     for example in examples:
         verbalizer.index(example.polarity)
-    name = name or (
-        getattr(edit, "name", None) or type(edit).__name__ if edit is not None else "base"
-    )
+    name = name or system_name(edit)
     made = Predictions(
         tuple(examples),
         (None,) * len(examples),
@@ -304,7 +333,7 @@ def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
     return Tokens(ids, roles, tuple(n + 1 for n in tokens.lengths))
 
 
-# ---------------------------------------------------------------------------------------------------- reading what others answered
+# ---- reading what others answered -----------------------------------------------------------------
 
 ANSWERS = ("predicted", "prediction", "pred", "answer", "label", "polarity")
 """Columns that may hold the answer; the first that is there does."""
@@ -316,7 +345,7 @@ NO_ANSWER = ("", "none", "null", "nan")
 def read_predictions(
     path: str | os.PathLike[str], examples: Sequence[Example], name: str | None = None
 ) -> Predictions:
-    """What another system answered to `examples`.
+    """Read what another system answered to `examples`.
 
     Args:
         path: CSV, TSV, JSON lines or parquet; see the module.
@@ -335,47 +364,11 @@ def read_predictions(
             source,
         )
     data = examples.source if isinstance(examples, Examples) else ""
-    by_id: dict[str, list[int]] = defaultdict(list)
-    by_key: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, e in enumerate(examples):
-        by_id[e.id].append(i)
-        by_key[e.key].append(i)
+    asked = _Asked(examples)
     answers: dict[int, Polarity | None] = {}
-    asked: Counter[tuple[str, str]] = Counter()
     for line, row in _records(path, data):
         value = _answer(row, source, line)
-        if row.get("id") not in (None, "") and "" not in by_id:
-            id = str(row["id"])
-            if id not in by_id:
-                raise DataError(
-                    f"no example has the id {id!r}; ids of {_name(examples)} look like {examples[0].id!r}",
-                    source,
-                    line,
-                )
-            if len(by_id[id]) > 1:
-                raise DataError(
-                    f"{len(by_id[id])} examples have the id {id!r}; name them by sentence and aspect",
-                    source,
-                    line,
-                )
-            (i,) = by_id[id]
-        elif "sentence" in row and "aspect" in row:
-            key = (normal(str(row["sentence"])), normal(str(row["aspect"])))
-            if key not in by_key:
-                raise DataError(
-                    f"no example asks about {row['aspect']!r} in {str(row['sentence'])[:60]!r}",
-                    source,
-                    line,
-                )
-            # The n-th row that asks a question answers the n-th example that asks it.
-            i = by_key[key][min(asked[key], len(by_key[key]) - 1)]
-            asked[key] += 1
-        else:
-            raise DataError(
-                f"the row has the fields {', '.join(map(str, row))}; an id, or a sentence and an aspect, is needed",
-                source,
-                line,
-            )
+        i = asked.index(row, source, line)
         if i in answers:
             raise DataError(
                 f"the example {examples[i].id or examples[i].aspect!r} is answered a second time",
@@ -392,6 +385,59 @@ def read_predictions(
     return Predictions(
         tuple(examples), tuple(answers[i] for i in range(len(examples))), name or path.stem, data
     )
+
+
+class _Asked:
+    """Finds the example that a row answers, by its id or by its sentence and aspect."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+        self.by_id: dict[str, list[int]] = defaultdict(list)
+        self.by_key: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.times: Counter[tuple[str, str]] = Counter()
+        for i, e in enumerate(examples):
+            self.by_id[e.id].append(i)
+            self.by_key[e.key].append(i)
+
+    def index(self, row: Mapping[str, Any], source: str, line: int) -> int:
+        """Return the index of the example that `row` answers."""
+        if row.get("id") not in (None, "") and "" not in self.by_id:
+            return self._by_id(str(row["id"]), source, line)
+        if "sentence" in row and "aspect" in row:
+            return self._by_question(str(row["sentence"]), str(row["aspect"]), source, line)
+        raise DataError(
+            f"the row has the fields {', '.join(map(str, row))}; an id, or a sentence and an aspect, is needed",
+            source,
+            line,
+        )
+
+    def _by_id(self, id: str, source: str, line: int) -> int:
+        if id not in self.by_id:
+            raise DataError(
+                f"no example has the id {id!r}; ids of {_name(self.examples)} look like {self.examples[0].id!r}",
+                source,
+                line,
+            )
+        if len(self.by_id[id]) > 1:
+            raise DataError(
+                f"{len(self.by_id[id])} examples have the id {id!r}; name them by sentence and aspect",
+                source,
+                line,
+            )
+        return self.by_id[id][0]
+
+    def _by_question(self, sentence: str, aspect: str, source: str, line: int) -> int:
+        key = (normal(sentence), normal(aspect))
+        if key not in self.by_key:
+            raise DataError(
+                f"no example asks about {aspect!r} in {sentence[:60]!r}",
+                source,
+                line,
+            )
+        # The n-th row that asks a question answers the n-th example that asks it.
+        i = self.by_key[key][min(self.times[key], len(self.by_key[key]) - 1)]
+        self.times[key] += 1
+        return i
 
 
 def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
@@ -423,43 +469,49 @@ def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
 
 
 def _records(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row of a predictions file, its field names in lower case, and the line it begins on."""
-    source = os.fspath(path)
+    """Give every row of a predictions file, its field names in lower case, with the line it begins on."""
     if path.suffix.lower() == ".parquet":
-        import pandas as pd
-
-        try:
-            table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"the file cannot be read as parquet ({str(error).splitlines()[0][:100]})", source
-            ) from None
-        columns = [str(c).strip().lower() for c in table.columns]
-        table.columns = columns
-        if "data" in columns and data in set(
-            table["data"]
-        ):  # a run over several files keeps them in one table
-            table = table[table["data"] == data]
-        if "system" in columns and table["system"].nunique() > 1:
-            raise DataError(
-                f"the table holds {table['system'].nunique()} systems, {choices(table['system'].unique())}; keep one",
-                source,
-            )
-        yield from (
-            (n, dict(zip(columns, row, strict=True)))
-            for n, row in enumerate(table.itertuples(index=False), 1)
-        )
+        yield from _parquet(path, data)
         return
+    source = os.fspath(path)
     reading = Reading(source, path.stem)
     text = reading.text(path.read_bytes())
     if not text.strip():
-        raise DataError("the file is empty; one answer an example is needed", source)
+        raise DataError("the file is empty; one answer per example is needed", source)
     if text.lstrip()[0] in "[{":
         for line, parse in json_records(text, reading):
             with reading.at(line):
                 record = parse()
             yield line, {str(k).strip().lower(): v for k, v in record.items()}
         return
+    yield from _delimited(text, source)
+
+
+def _parquet(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pandas as pd
+
+    source = os.fspath(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the file cannot be read as parquet ({str(error).splitlines()[0][:100]})", source
+        ) from None
+    columns = [str(c).strip().lower() for c in table.columns]
+    table.columns = pd.Index(columns)
+    # A run over several files keeps them in one table.
+    if "data" in columns and data in set(table["data"]):
+        table = table[table["data"] == data]
+    if "system" in columns and table["system"].nunique() > 1:
+        raise DataError(
+            f"the table holds {table['system'].nunique()} systems, {choices(table['system'].unique())}; keep one",
+            source,
+        )
+    for n, row in enumerate(table.itertuples(index=False), 1):
+        yield n, dict(zip(columns, row, strict=True))
+
+
+def _delimited(text: str, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -49,7 +49,11 @@ from ..stats import (
     mcnemar,
     paired_bootstrap_difference,
 )
-from .predictions import Decode, Predictions, predict
+from ..words import expect
+from .predictions import Decode, Predictions, check_call, predict
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NONE = "none"
 """How an answer that is no label is written."""
@@ -114,7 +118,7 @@ class Quality:
             }
         return row
 
-    def confusion_table(self):
+    def confusion_table(self) -> pd.DataFrame:
         """The confusion matrix with its names."""
         import pandas as pd
 
@@ -166,7 +170,21 @@ class Scores:
         }
         return {name: quality for name, quality in found.items() if quality is not None}
 
-    def to_pandas(self):
+    def compare(
+        self, other: Scores | Predictions, *, level: float = 0.95, draws: int = 9999, seed: int = 0
+    ) -> Comparison:
+        """Compare this system with another on the same rows; a positive difference favours this one.
+
+        Raises:
+            ConfigError: they answered different examples.
+        """
+        answers = other.predictions if isinstance(other, Scores) else other
+        expect(
+            answers, Predictions, "Scores.compare(other=...)", "scores of evaluate, or predictions"
+        )
+        return compare(self.predictions, answers, level=level, draws=draws, seed=seed)
+
+    def to_pandas(self) -> pd.DataFrame:
         """One row a subset (`all`, `unseen`, `mixed`, `distinct`), every number a column."""
         import pandas as pd
 
@@ -175,7 +193,7 @@ class Scores:
             [head | {"subset": s, "leaked": self.leaked} | q.row() for s, q in self.subsets.items()]
         )
 
-    def summary(self):
+    def summary(self) -> pd.DataFrame:
         """A short table for reading: percentages with their intervals."""
         import pandas as pd
 
@@ -241,7 +259,12 @@ def evaluate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """The scores of `model` on `examples`, with `edit` in force: `predict`, then `score`."""
+    """Return the scores of `model` on `examples`, with `edit` in force: `predict`, then `score`.
+
+    Raises:
+        ConfigError: an argument of the wrong type, or no examples.
+    """
+    check_call("evaluate", model, examples, edit)
     answers = predict(
         model,
         examples,
@@ -406,7 +429,7 @@ class Comparison:
             "agreement": self.agreement,
         }  # fmt: skip
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         import pandas as pd
 
         return pd.DataFrame([self.row()])
@@ -514,7 +537,7 @@ class Aggregate:
             }
         return row | {"sampling_low": self.sampling.low, "sampling_high": self.sampling.high}
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         import pandas as pd
 
         return pd.DataFrame([self.row()])

@@ -219,3 +219,32 @@ def test_a_class_without_a_label_is_refused():
         ConfigError, match="rows are neutral, but the system can only answer positive, negative"
     ):
         score(rows([POS, NEU], [POS, POS], labels=(POS, NEG)))
+
+
+def test_scores_compare_with_other_scores_and_with_predictions(examples):
+    """The method is the function, on the same rows; the sign turns with the order."""
+    right = Predictions(tuple(examples), tuple(e.polarity for e in examples), "right")
+    positive = Predictions(tuple(examples), (POS,) * len(examples), "positive")
+    first, second = (score(p, draws=10) for p in (right, positive))
+    comparison = first.compare(second, draws=50)
+    assert comparison == compare(right, positive, draws=50) == first.compare(positive, draws=50)
+    share = sum(e.polarity is not POS for e in examples) / len(examples)
+    assert comparison.difference.value == pytest.approx(share)
+    assert second.compare(first, draws=50).difference.value == pytest.approx(-share)
+    with pytest.raises(ConfigError, match=r"Scores.compare\(other=...\) got 'right'"):
+        first.compare("right")
+
+
+def test_wrong_types_get_one_sentence(model, examples):
+    for arguments, sentence in [
+        ((model, "builtin:restaurant/test"), r"evaluate\(examples=...\) got 'builtin:"),
+        (
+            (model, list(examples), "bundled"),
+            r"evaluate\(edit=...\) got 'bundled'; accepted: an edit",
+        ),
+        (("bundled", list(examples)), r"evaluate\(model=...\) got 'bundled'; accepted: a Model"),
+        ((model, ["a sentence"]), r"evaluate\(examples=...\) holds 'a sentence'"),
+        ((model, []), "the data holds no examples"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            evaluate(*arguments)

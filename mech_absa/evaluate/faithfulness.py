@@ -220,16 +220,16 @@ def faithfulness(
         SiteError: the model lacks a site.
     """
     measure = _checked(model, pairs, metric)
-    plan = _plan(
-        in_order(ranking, model, magnitude),
-        in_order(ranking, model, magnitude=True),
-        Mode.parse(mode, "mode"),
-        Protocol.parse(protocol, "protocol"),
-        counts=counts,
-        magnitude=magnitude,
-        randoms=randoms,
-        seed=seed,
-    )
+    mode, protocol = Mode.parse(mode, "mode"), Protocol.parse(protocol, "protocol")
+    if protocol is Protocol.MIB and (mode is not Mode.KEEP or counts is not None or magnitude):
+        raise ConfigError("the protocol mib fixes mode, counts and magnitude; leave them out")
+    sites = in_order(ranking, model, magnitude)
+    rng = np.random.default_rng(seed)
+    chance = [rng.permutation(len(sites)) for _ in range(randoms)]
+    if protocol is Protocol.MIB:
+        plan = _mib_plan(sites, in_order(ranking, model, magnitude=True), chance)
+    else:
+        plan = _own_plan(mode, sites, counts, chance)
     table = _measured(model, pairs, plan, measure, batch_size)
     if math.isclose(table.full.mean(), table.empty.mean(), abs_tol=1e-9):
         raise ConfigError(
@@ -282,31 +282,22 @@ class _Plan:
     cmd_order: int
 
 
-def _plan(
-    sites: list[Site],
-    by_magnitude: list[Site],
-    mode: Mode,
-    protocol: Protocol,
-    *,
-    counts: Sequence[int] | None,
-    magnitude: bool,
-    randoms: int,
-    seed: int,
+def _own_plan(
+    mode: Mode, sites: list[Site], counts: Sequence[int] | None, chance: list[np.ndarray]
 ) -> _Plan:
-    """Return the runs that the protocol asks for."""
-    n, rng = len(sites), np.random.default_rng(seed)
-    orders = [np.arange(n)]
-    if protocol is Protocol.MIB:
-        if mode is not Mode.KEEP or counts is not None or magnitude:
-            raise ConfigError("the protocol mib fixes mode, counts and magnitude; leave them out")
-        orders.append(np.array([sites.index(site) for site in by_magnitude]))
-        ks, shares = mib_counts(n), SHARES
-    else:
-        ks = check_counts(counts, n) if counts is not None else default_counts(n)
-        shares = tuple(k / n for k in ks)
-    cmd_order = len(orders) - 1
-    orders += [rng.permutation(n) for _ in range(randoms)]
-    return _Plan(mode, protocol, sites, ks, shares, orders, cmd_order)
+    """Return the runs of the protocol `ours`."""
+    n = len(sites)
+    ks = check_counts(counts, n) if counts is not None else default_counts(n)
+    shares = tuple(k / n for k in ks)
+    return _Plan(mode, Protocol.OURS, sites, ks, shares, [np.arange(n), *chance], 0)
+
+
+def _mib_plan(sites: list[Site], by_magnitude: list[Site], chance: list[np.ndarray]) -> _Plan:
+    """Return the runs of the protocol `mib`."""
+    n = len(sites)
+    second = np.array([sites.index(site) for site in by_magnitude])
+    orders = [np.arange(n), second, *chance]
+    return _Plan(Mode.KEEP, Protocol.MIB, sites, mib_counts(n), SHARES, orders, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -191,35 +192,25 @@ def prune(
     template, verbalizer = template or own[0], verbalizer or own[1]
     values = None
     if how is StandIn.MEAN:
-        prompts = [
-            question(model, e, template) for e in (examples if reference is None else reference)
-        ]
+        seen = examples if reference is None else reference
+        prompts = [question(model, e, template) for e in seen]
         values = mean_activations(model, prompts, worst_first, edit, batch_size)
 
-    def answers(order: Sequence[Site], k: int) -> Predictions:
-        ablated = Ablation(order[:k], values, edit)
-        return predict(
-            model,
-            examples,
-            ablated,
-            template=template,
-            verbalizer=verbalizer,
-            batch_size=batch_size,
-            name=f"{k} removed",
-        )
+    ask = partial(predict, template=template, verbalizer=verbalizer, batch_size=batch_size)
 
-    scores = [score(answers(worst_first, k), level=level, draws=draws, seed=seed).all for k in ks]
+    def answers(order: Sequence[Site], k: int) -> Predictions:
+        return ask(model, examples, Ablation(order[:k], values, edit), name=f"{k} removed")
+
     rng = np.random.default_rng(seed)
     orders = [[worst_first[i] for i in rng.permutation(n)] for _ in range(randoms)]
-    by_chance = np.array(
-        [[answers(order, k).correct.mean() for k in ks] for order in orders]
-    ).reshape(randoms, len(ks))
+    by_chance = [[answers(order, k).correct.mean() for k in ks] for order in orders]
+    scores = [score(answers(worst_first, k), level=level, draws=draws, seed=seed).all for k in ks]
     return PruningCurve(
-        how,
-        tuple(worst_first),
-        ks,
-        tuple(s.accuracy for s in scores),
-        tuple(s.macro_f1 for s in scores),
-        by_chance,
-        scores[0].majority,
+        how=how,
+        removed=tuple(worst_first),
+        counts=ks,
+        accuracy=tuple(s.accuracy for s in scores),
+        macro_f1=tuple(s.macro_f1 for s in scores),
+        random=np.array(by_chance).reshape(randoms, len(ks)),
+        majority=scores[0].majority,
     )

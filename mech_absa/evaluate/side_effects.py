@@ -28,9 +28,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,8 +43,12 @@ from ..model import Model, weights_hash
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
 from ..scoring import Applicable, by_length, last_residual, question
-from .predictions import Predictions, asked_with, predict
+from ..words import Choice
+from .predictions import Predictions, asked_with, check_call, predict
 from .scores import Comparison, compare
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARAPHRASES = (
     "Given the sentence: '{sentence}', what is the sentiment towards the aspect term {aspect} ?",
@@ -77,17 +82,37 @@ PASSAGES = (
 """Text about no product and no opinion, written for this purpose."""
 
 
+class Locality(Choice):
+    """What a number of locality was measured on; protocols of this name in the literature differ."""
+
+    TEXT = (
+        "every token of unrelated text",
+        "The next token after every token of the passages, which are given, not generated (teacher forcing). Its `top1` is the "
+        "locality of EasyEdit: equality of the most probable tokens before and after.",
+    )
+    QUESTIONS = (
+        "answers to other questions",
+        "The next token at the end of other questions about the same sentence and aspect.",
+    )
+    ASPECTS = (
+        "other aspects of the sentence",
+        "The label string of the largest log-probability, for aspects beside which an answer changed.",
+    )
+
+
 @dataclass(frozen=True)
 class Drift:
     """How far an edit moves the next token.
 
     Attributes:
+        protocol: where it was measured.
         kl: mean of KL(base || edited), nats.
         kl_max: the largest.
         top1: share of positions with the same most probable token.
         n: positions compared.
     """
 
+    protocol: Locality
     kl: float
     kl_max: float
     top1: float
@@ -128,6 +153,7 @@ class OtherAspects:
     broken: int
     one_label_base: float
     one_label_edited: float
+    protocol: Locality = Locality.ASPECTS
 
 
 @dataclass(frozen=True)
@@ -166,47 +192,34 @@ class SideEffects:
         """Everything in JSON's types."""
         return plain(asdict(self)) | {"weights_unchanged": self.weights_unchanged}
 
-    def summary(self):
-        """A short table for reading: the measure, the base, the edit."""
+    def summary(self) -> pd.DataFrame:
+        """Return a short table for reading: the measure, the base, the edit."""
         import pandas as pd
 
-        def pair(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:
-            return {
-                "measure": what,
-                "base": f"{100 * base:.1f} %",
-                "edited": f"{100 * edited:.1f} %",
-                "": note,
-            }
-
-        def only(what: str, edited: str, note: str = "") -> dict[str, str]:
-            return {"measure": what, "base": "-", "edited": edited, "": note}
-
-        r, o, text, near = self.reliability, self.other_aspects, self.text, self.near
-        rows = [
-            pair(
-                "reliability: accuracy",
-                r.accuracy_second,
-                r.accuracy_first,
-                f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken",
-            )
-        ]
+        r = self.reliability
+        moved = f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken"
+        rows = [_both("reliability: accuracy", r.accuracy_second, r.accuracy_first, moved)]
         for g in self.generality:
-            rows.append(
-                pair(
-                    "generality: accuracy",
-                    g.base,
-                    g.edited,
-                    f"{100 * g.agreement:.0f} % as before; {g.template}",
-                )
-            )
-        rows += [
-            pair("prompt consistency", self.consistency_base, self.consistency_edited),
-            only(
+            note = f"{100 * g.agreement:.0f} % as before; {g.template}"
+            rows.append(_both("generality: accuracy", g.base, g.edited, note))
+        rows.append(_both("prompt consistency", self.consistency_base, self.consistency_edited))
+        rows += self._locality()
+        for p in self.portability:
+            what = f"portability: {p.data}"
+            rows.append(_both(what, p.accuracy_second, p.accuracy_first, _points(p)))
+        rows.append(_edited("base weights", "unchanged" if self.weights_unchanged else "CHANGED"))
+        return pd.DataFrame(rows)
+
+    def _locality(self) -> list[dict[str, str]]:
+        """Return the rows of what should not move."""
+        o, text, near = self.other_aspects, self.text, self.near
+        rows = [
+            _edited(
                 "unrelated text: KL",
                 f"{text.kl:.4f} nats",
                 f"top-1 the same at {100 * text.top1:.1f} % of {text.n} tokens",
             ),
-            only(
+            _edited(
                 "other questions: KL",
                 f"{near.kl:.4f} nats",
                 f"top-1 the same at {100 * near.top1:.1f} % of {near.n} answers",
@@ -216,20 +229,26 @@ class SideEffects:
             note = (
                 f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
             )
-            rows.append(only("other aspects: KL", f"{o.kl:.4f} nats", note))
+            rows.append(_edited("other aspects: KL", f"{o.kl:.4f} nats", note))
         if not np.isnan(o.one_label_base):
             rows.append(
-                pair("one label for a mixed sentence", o.one_label_base, o.one_label_edited)
+                _both("one label for a mixed sentence", o.one_label_base, o.one_label_edited)
             )
-        rows += [
-            pair(f"portability: {p.data}", p.accuracy_second, p.accuracy_first, _points(p))
-            for p in self.portability
-        ]
-        rows.append(only("base weights", "unchanged" if self.weights_unchanged else "CHANGED"))
-        return pd.DataFrame(rows)
+        return rows
 
     def _repr_html_(self) -> str:
         return self.summary().to_html(index=False)
+
+
+def _both(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:
+    """Return a row of two shares."""
+    shares = {"base": f"{100 * base:.1f} %", "edited": f"{100 * edited:.1f} %"}
+    return {"measure": what, **shares, "": note}
+
+
+def _edited(what: str, edited: str, note: str = "") -> dict[str, str]:
+    """Return a row of something that only an edit has."""
+    return {"measure": what, "base": "-", "edited": edited, "": note}
 
 
 def _points(c: Comparison) -> str:
@@ -264,47 +283,50 @@ def side_effects(
         near: templates of other questions.
     """
     if not texts:
-        raise ConfigError(
-            "no unrelated texts were given to measure locality on; at least one is needed"
-        )
+        raise ConfigError("no unrelated texts were given for locality; at least one is needed")
+    check_call("side_effects", model, examples, edit)
     own = asked_with(edit)
     template, verbalizer = template or own[0], verbalizer or own[1]
     before = weights_hash(model.hooked)
-    how: dict[str, Any] = {"verbalizer": verbalizer, "batch_size": batch_size}
-    sure: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
 
-    def both(
-        data: Sequence[Example], asked: PromptTemplate | str
-    ) -> tuple[Predictions, Predictions]:
-        return predict(model, data, None, template=asked, **how), predict(
-            model, data, edit, template=asked, name=name, **how
-        )
+    ask = partial(predict, model, verbalizer=verbalizer, batch_size=batch_size)
+
+    def both(data: Sequence[Example], asked: PromptTemplate | str) -> _Answers:
+        return ask(data, None, template=asked), ask(data, edit, template=asked, name=name)
+
+    def against_base(base: Predictions, edited: Predictions) -> Comparison:
+        return compare(edited, base, level=level, draws=draws, seed=seed)
 
     base, edited = both(examples, template)
     worded = [both(examples, text) for text in paraphrases]
+    passages = [t for text in texts for t in text_tokens(model, text)]
     questions = [question(model, e, PromptTemplate(text)) for text in near for e in examples]
     return SideEffects(
-        edited.name,
-        compare(edited, base, **sure),
-        tuple(
-            Paraphrase(
-                text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e])
-            )
-            for text, (b, e) in zip(paraphrases, worded, strict=True)
-        ),
-        agreement([base, *(b for b, _ in worded)]),
-        agreement([edited, *(e for _, e in worded)]),
-        drift(
-            model,
-            edit,
-            [t for text in texts for t in text_tokens(model, text)],
-            batch_size=batch_size,
-        ),
-        drift(model, edit, questions, last=True, batch_size=batch_size),
-        other_aspects(base, edited),
-        tuple(compare(e, b, **sure) for b, e in (both(data, template) for data in others)),
-        before,
-        weights_hash(model.hooked),
+        name=edited.name,
+        reliability=against_base(base, edited),
+        generality=_generality(edited, paraphrases, worded),
+        consistency_base=agreement([base, *(b for b, _ in worded)]),
+        consistency_edited=agreement([edited, *(e for _, e in worded)]),
+        text=drift(model, edit, passages, batch_size=batch_size),
+        near=drift(model, edit, questions, last=True, batch_size=batch_size),
+        other_aspects=other_aspects(base, edited),
+        portability=tuple(against_base(*both(data, template)) for data in others),
+        weights_before=before,
+        weights_after=weights_hash(model.hooked),
+    )
+
+
+_Answers = tuple[Predictions, Predictions]
+"""Without the edit, and with it."""
+
+
+def _generality(
+    edited: Predictions, texts: Sequence[str], worded: Sequence[_Answers]
+) -> tuple[Paraphrase, ...]:
+    """Return what each paraphrase gives, from the answers without the edit and with it."""
+    return tuple(
+        Paraphrase(text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e]))
+        for text, (b, e) in zip(texts, worded, strict=True)
     )
 
 
@@ -369,7 +391,8 @@ def drift(
             divergences.append(-kl(b, a).double().cpu())
             same.append((a.argmax(-1) == b.argmax(-1)).cpu())
     d, s = torch.cat(divergences), torch.cat(same)
-    return Drift(float(d.mean()), float(d.max()), float(s.double().mean()), len(d))
+    protocol = Locality.QUESTIONS if last else Locality.TEXT
+    return Drift(protocol, float(d.mean()), float(d.max()), float(s.double().mean()), len(d))
 
 
 def text_tokens(model: Model, text: str) -> list[Tokens]:

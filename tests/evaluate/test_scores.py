@@ -12,7 +12,7 @@ from support.small_cases import NEG, NEU, POS, example
 
 from mech_absa import stats
 from mech_absa.errors import ConfigError
-from mech_absa.evaluate import Predictions, aggregate, compare, score
+from mech_absa.evaluate import Predictions, aggregate, compare, evaluate, score
 from mech_absa.examples import Polarity
 
 GOLD = [POS, POS, POS, POS, NEG, NEG, NEG, NEU, NEU]

@@ -764,7 +764,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                     timed(r, "peer_pairs_per_minute"),
                     timed(r, "cells_per_second"),
                     timed(r, "batched_seconds"),
-                    "" if r.get("faster_than_batched") is None else f"**{r['faster_than_batched']:.1f}**",
+                    ""
+                    if r.get("faster_than_batched") is None
+                    else f"**{r['faster_than_batched']:.1f}**",
                 ]
             )
         )

@@ -106,7 +106,7 @@ def test_wrong_types_are_named():
         "the class GaussianNoise was given as a corruption",
         "a noise scale of '3' was given",
         "fit(preset=...) got 'both'; accepted: a Preset",
-        "predict(edit=...) got 'bundled'; accepted: an edit",
+        "evaluate(edit=...) got 'bundled'; accepted: an edit",
         "attention(example=...) got 'text'; accepted: one Example",
     )
     lines = done.stdout.strip().splitlines()

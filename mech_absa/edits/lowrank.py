@@ -21,8 +21,7 @@ from .base import MatrixIntervention, Place, Shape, parameter, rank_of
 
 
 class LoRA(MatrixIntervention):
-    """y + s (dropout(x) A) B, with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised.
-    """
+    """y + s (dropout(x) A) B, with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised."""
 
     family = "lora"
     formula = "y + s (dropout(x) A) B, s = alpha / r or alpha / sqrt(r)"

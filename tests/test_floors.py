@@ -207,6 +207,14 @@ def test_the_table_is_no_longer_than_the_house():
     assert set(FLOORS) - built == set()
 
 
+def test_the_page_shows_the_same_table():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## Floors")[2].split("```")[1]
+    lines = [line.split() for line in table.strip().splitlines()]
+    shown = {room: int(number) for number, *rooms in lines for room in rooms}
+    assert shown == {room: number for room, number in FLOORS.items() if room}
+
+
 @pytest.mark.parametrize(
     ("path", "source", "sentence"),
     [

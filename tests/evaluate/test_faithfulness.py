@@ -228,7 +228,7 @@ def test_the_mib_protocol_on_a_step_of_known_size():
 
 
 def test_the_mib_protocol_against_an_independent_run(model, examples):
-    """Every run again one count at a time, and the areas by the benchmark's own loop; scores of both signs."""
+    """Every run again as plain counts of the other protocol, and the areas by the benchmark's own loop; scores of both signs."""
     pairs = noise_pairs(model, examples[:3])
     rng = np.random.default_rng(3)
     ranking = [(site, float(rng.normal())) for site in components(model)]
@@ -243,15 +243,16 @@ def test_the_mib_protocol_against_an_independent_run(model, examples):
     empty = np.mean([float(p.corrupted_scores[:, p.gold].mean()) for p in pairs])
     assert curve.empty == pytest.approx(empty, abs=1e-4)  # and not k = 0 of `keep`
 
-    def f(order, k):
+    def f(order):
+        ks = sorted({int(share * n) for share in SHARES})
+        ranked = [(site, float(n - i)) for i, (site, _) in enumerate(order)]
         ours = faithfulness(
-            model, pairs, [(s, float(n - i)) for i, (s, _) in enumerate(order)],
-            metric="logprob", counts=(k,), randoms=0, draws=2,
-        )  # fmt: skip
-        return (ours.metric_mean[0] - empty) / (full - empty)
+            model, pairs, ranked, metric="logprob", counts=ks, randoms=0, draws=2, batch_size=2
+        )
+        at = dict(zip(ks, ours.metric_mean, strict=True))
+        return [(at[int(share * n)] - empty) / (full - empty) for share in SHARES]
 
-    f_signed = [f(signed, int(share * n)) for share in SHARES]
-    f_magnitude = [f(by_magnitude, int(share * n)) for share in SHARES]
+    f_signed, f_magnitude = f(signed), f(by_magnitude)
     assert [e.value for e in curve.faithfulness] == pytest.approx(f_signed, abs=1e-3)
     assert curve.by_magnitude == pytest.approx(f_magnitude, abs=1e-3)
     cpr, cmd = mib_by_its_own_words(f_signed, f_magnitude)

@@ -173,9 +173,7 @@ def system_name(edit: Applicable | None) -> str:
     return getattr(edit, "name", None) or type(edit).__name__
 
 
-def check_call(
-    function: str, model: object, examples: Sequence[Example], edit: Applicable | None
-) -> None:
+def check_call(function: str, model: object, examples: object, edit: object) -> None:
     """Refuse arguments of the wrong type, and no examples.
 
     Raises:

@@ -12,7 +12,8 @@ from support.small_cases import NEG, NEU, POS, example
 
 from mech_absa import stats
 from mech_absa.errors import ConfigError
-from mech_absa.evaluate import Predictions, aggregate, compare, evaluate, score
+from mech_absa.evaluate import Predictions, aggregate, compare, score
+from mech_absa.evaluate.predictions import check_call
 from mech_absa.examples import Polarity
 
 GOLD = [POS, POS, POS, POS, NEG, NEG, NEG, NEU, NEU]
@@ -236,15 +237,19 @@ def test_scores_compare_with_other_scores_and_with_predictions(examples):
 
 
 def test_wrong_types_get_one_sentence(model, examples):
+    """The types of `evaluate` itself are checked in tests, so its own check is called."""
     for arguments, sentence in [
-        ((model, "builtin:restaurant/test"), r"evaluate\(examples=...\) got 'builtin:"),
+        ((model, "builtin:restaurant/test", None), r"evaluate\(examples=...\) got 'builtin:"),
         (
             (model, list(examples), "bundled"),
             r"evaluate\(edit=...\) got 'bundled'; accepted: an edit",
         ),
-        (("bundled", list(examples)), r"evaluate\(model=...\) got 'bundled'; accepted: a Model"),
-        ((model, ["a sentence"]), r"evaluate\(examples=...\) holds 'a sentence'"),
-        ((model, []), "the data holds no examples"),
+        (
+            ("bundled", list(examples), None),
+            r"evaluate\(model=...\) got 'bundled'; accepted: a Model",
+        ),
+        ((model, ["a sentence"], None), r"evaluate\(examples=...\) holds 'a sentence'"),
+        ((model, [], None), "the data holds no examples"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
-            evaluate(*arguments)
+            check_call("evaluate", *arguments)

@@ -123,7 +123,7 @@ class Request:
         rules: Sequence[str] = DEFAULT_RULES,
         exact_top: int = 0,
         engine: str = "wavefront",
-        memory: int | None = None,
+        memory: int | float | None = None,
     ) -> Request:
         """Return a checked request; arguments as in `trace`.
 
@@ -159,7 +159,7 @@ class Request:
         )
 
 
-def parse_sites(sites: Sequence[str | Site]) -> tuple[str | Site, ...]:
+def parse_sites(sites: object) -> tuple[str | Site, ...]:
     """Return kinds as words and single sites as `Site`.
 
     Raises:
@@ -198,18 +198,18 @@ def whole(name: str, value: object, least: int = 1) -> int:
     return int(value)  # type: ignore[call-overload]
 
 
-def check_memory(value: float) -> int:
+def check_memory(value: object) -> int:
     """Return a budget in bytes.
 
     Raises:
         ConfigError: it is no number between 1 MiB and 1 PiB.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and LEAST_MEMORY <= value <= MOST_MEMORY):
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not LEAST_MEMORY <= number <= MOST_MEMORY:  # NaN lies nowhere
         raise ConfigError(
             f"a budget of {shown(value)} bytes was given; it must lie between 1 MiB and 1 PiB"
         )
-    return int(value)
+    return int(number)
 
 
 __all__ = [

@@ -36,7 +36,7 @@ def trace(
     rules: Sequence[str] = DEFAULT_RULES,
     exact_top: int = 0,
     engine: str = "wavefront",
-    memory: int | None = None,
+    memory: int | float | None = None,
     check: bool = True,
     progress: bool = False,
 ) -> Effects:

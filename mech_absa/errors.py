@@ -8,7 +8,16 @@ from __future__ import annotations
 
 
 class MechAbsaError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> try:
+        ...     ma.load_examples("missing.jsonl")
+        ... except ma.MechAbsaError as error:
+        ...     print(str(error).partition(";")[0])
+        missing.jsonl: there is no such file
+    """
 
     exit_code = 2
 

@@ -22,7 +22,13 @@ from .errors import ConfigError, DataError, choices
 
 
 class Polarity(str, Enum):
-    """The three classes of the task. Written and compared as its lower-case word."""
+    """The three classes of the task. Written and compared as its lower-case word.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> ma.Polarity.parse("positive") is ma.Polarity.POSITIVE
+        True
+    """
 
     POSITIVE = "positive"
     NEGATIVE = "negative"
@@ -73,6 +79,12 @@ class Example:
         line: 1-based line in `source`; 0 where there is none.
         id: unique within its source and stable from run to run.
         counterfactuals: the same sentence minimally edited so that this aspect has another polarity.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> example.sentence[slice(*example.span)]
+        'food'
     """
 
     sentence: str
@@ -152,6 +164,12 @@ class Examples(Sequence[Example]):
         left_out: reason -> count (`conflict`, `bad line`, `no aspect term`, ...).
         ambiguous: rows without offsets whose aspect occurs more than once in the sentence.
         problems: the messages of bad lines that were skipped on request.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> len(examples), examples.source
+        (642, 'builtin:restaurant/test')
     """
 
     items: tuple[Example, ...]
@@ -240,13 +258,31 @@ def content_hash(items: Iterable[Example]) -> str:
 
 
 def class_counts(items: Iterable[Example]) -> dict[str, int]:
-    """Examples of each class, in the order positive, negative, neutral."""
+    """Examples of each class, in the order positive, negative, neutral.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> sentence = "The food was great but the service was slow."
+        >>> food = ma.Example(sentence, "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> service = ma.Example(sentence, "service", ma.Polarity.NEGATIVE, (27, 34))
+        >>> ma.class_counts([food, service])
+        {'positive': 1, 'negative': 1, 'neutral': 0}
+    """
     seen = Counter(e.polarity for e in items)
     return {p.value: seen[p] for p in Polarity}
 
 
 def duplicates(items: Sequence[Example]) -> dict[tuple[str, str], int]:
-    """Questions (sentence, aspect) asked more than once -> how often."""
+    """Questions (sentence, aspect) asked more than once -> how often.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> sentence = "The food was great but the service was slow."
+        >>> food = ma.Example(sentence, "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> service = ma.Example(sentence, "service", ma.Polarity.NEGATIVE, (27, 34))
+        >>> list(ma.duplicates([food, service, food]).values())
+        [2]
+    """
     return {key: n for key, n in Counter(e.key for e in items).items() if n > 1}
 
 
@@ -270,7 +306,17 @@ class Leakage:
 
 
 def leakage(train: Sequence[Example], test: Sequence[Example]) -> Leakage:
-    """Which test rows were seen in training: the same sentence and the same aspect, case and outer blanks aside."""
+    """Which test rows were seen in training: the same sentence and the same aspect, case and outer blanks aside.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> sentence = "The food was great but the service was slow."
+        >>> food = ma.Example(sentence, "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> service = ma.Example(sentence, "service", ma.Polarity.NEGATIVE, (27, 34))
+        >>> leak = ma.leakage(train=[food], test=[food, service])
+        >>> leak.rows, leak.share
+        ((0,), 0.5)
+    """
     seen: dict[tuple[str, str], set[Polarity]] = {}
     for e in train:
         seen.setdefault(e.key, set()).add(e.polarity)
@@ -279,7 +325,16 @@ def leakage(train: Sequence[Example], test: Sequence[Example]) -> Leakage:
 
 
 def mixed_polarity(items: Sequence[Example]) -> tuple[int, ...]:
-    """Indices of examples whose sentence also carries another polarity: there only the aspect can decide."""
+    """Indices of examples whose sentence also carries another polarity: there only the aspect can decide.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> sentence = "The food was great but the service was slow."
+        >>> food = ma.Example(sentence, "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> service = ma.Example(sentence, "service", ma.Polarity.NEGATIVE, (27, 34))
+        >>> ma.mixed_polarity([food, service])
+        (0, 1)
+    """
     labels: dict[str, set[Polarity]] = {}
     for e in items:
         labels.setdefault(e.cluster, set()).add(e.polarity)
@@ -293,6 +348,15 @@ def split_by_sentence(
 
     Raises:
         ConfigError: `share` is not between 0 and 1.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> most, rest = ma.split_by_sentence(examples, share=0.2)
+        >>> len(most) + len(rest) == len(examples)
+        True
+        >>> {e.sentence for e in most} & {e.sentence for e in rest}
+        set()
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"a share of {share} was asked for; it must lie between 0 and 1")

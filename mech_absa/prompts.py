@@ -41,6 +41,13 @@ class Prompt:
         opinion: span of the opinion expression, where known.
         queries: spans of the aspect outside the sentence, in reading order.
         example: what it asks about.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> prompt = ma.PromptTemplate("{sentence} About {aspect}:")(example)
+        >>> prompt.text
+        'The food was great. About food:'
     """
 
     text: str
@@ -57,6 +64,12 @@ class PromptTemplate:
 
     Raises:
         PromptError: a field is missing or unknown.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> ma.PromptTemplate("{sentence} About {aspect}:")(example).text
+        'The food was great. About food:'
     """
 
     text: str = "Given the sentence: '{sentence}', what is the sentiment polarity of the aspect term {aspect} ?"
@@ -116,6 +129,15 @@ class Tokens:
         ids: token ids.
         roles: index into `ROLES` of every token; -1 where there is only padding.
         lengths: real tokens of each row.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> batch = ma.Tokens.stack([pair.clean for pair in pairs])
+        >>> len(batch)
+        2
     """
 
     ids: Ids
@@ -297,6 +319,12 @@ class Verbalizer:
     Attributes:
         words: polarity -> label string.
         separator: between prompt and label. The authors glue the label on without one; a blank makes the ordinary word of most tokenizers.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> verbalizer = ma.Verbalizer.of(["good", "bad", "fine"])
+        >>> [p.value for p in verbalizer.polarities]
+        ['positive', 'negative', 'neutral']
     """
 
     words: tuple[tuple[Polarity, str], ...] = tuple((p, p.value) for p in Polarity)

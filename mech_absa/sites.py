@@ -67,6 +67,14 @@ class Site:
         kind: one of `KINDS`.
         head: head index for `HEAD_KINDS`, None otherwise.
         at: a role, a role group, a position (negative counts from the end of the prompt), or None for the place as a whole.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> site = ma.Site.parse("L5.attn_out@query.last")
+        >>> site.layer, site.kind, site.at
+        (5, 'attn_out', 'query.last')
+        >>> str(site)
+        'L5.attn_out@query.last'
     """
 
     layer: int

@@ -252,6 +252,14 @@ def attention(
 
     Raises:
         SiteError: the model has no such layer.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> widget = ma.attention(model, example, layer=3)
+        >>> "attention" in widget._repr_html_().lower()
+        True
     """
     from .examples import Example
     from .model import Model

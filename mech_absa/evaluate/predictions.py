@@ -227,6 +227,13 @@ def predict(
         ConfigError: no examples, or an unknown way to decode.
         PromptError: a prompt longer than the model's context; labels that cannot be told apart; an example whose class has no label.
         EditError: a score is not a number.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")[:4]
+        >>> ma.predict(model, examples).scores.shape
+        (4, 3)
     """
     if decode not in DECODES:
         raise ConfigError(f"decode is {decode!r}; accepted: {choices(DECODES)}")
@@ -353,6 +360,15 @@ def read_predictions(
     Raises:
         DataError: the file cannot be read; a row names no example, or one that was answered before; an answer is no label; an example
             has no answer.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> import tempfile, pathlib
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "gpt.csv"
+        >>> _ = path.write_text("sentence,aspect,answer\\nThe food was great.,food,positive\\n")
+        >>> ma.read_predictions(path, [example]).correct.tolist()
+        [True]
     """
     path = Path(path)
     source = os.fspath(path)

@@ -140,6 +140,13 @@ class Scores:
         mixed: the rows of sentences that carry several polarities; None where there are none.
         distinct: every question (sentence and aspect) once, the first time it is asked; None where none is asked twice.
         predictions: the answers scored.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")[:4]
+        >>> ma.evaluate(model, examples).all.n
+        4
     """
 
     name: str
@@ -263,6 +270,14 @@ def evaluate(
 
     Raises:
         ConfigError: an argument of the wrong type, or no examples.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")[:4]
+        >>> scores = ma.evaluate(model, examples, ma.load_edit("bundled", model))
+        >>> scores.all.n, 0 <= scores.accuracy <= 1
+        (4, True)
     """
     check_call("evaluate", model, examples, edit)
     answers = predict(
@@ -450,6 +465,15 @@ def compare(
 
     Raises:
         ConfigError: they answered different examples.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")[:4]
+        >>> base = ma.predict(model, examples)
+        >>> edited = ma.predict(model, examples, ma.load_edit("bundled", model))
+        >>> ma.compare(edited, base).n
+        4
     """
     same_rows(first, second)
     correct = first.correct.astype(float), second.correct.astype(float)

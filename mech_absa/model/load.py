@@ -47,6 +47,12 @@ def load_model(
 
     Raises:
         ModelError: nothing is there, it has no weights, it does not fit, or TransformerLens runs it differently.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> model.name
+        'bundled'
     """
     chosen = _device(device)
     kind = _dtype(dtype)

@@ -48,6 +48,12 @@ class Model:
         bos: whether prompts begin with the BOS token.
         n_parameters: weights as Hugging Face counts them (tied ones once; TransformerLens adds biases of zeros).
         hf_difference: largest logit difference to Hugging Face seen at load; None where it was not compared.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> model.n_layers, model.d_model
+        (8, 160)
     """
 
     def __init__(

@@ -55,6 +55,15 @@ class Effects:
             noise draws.
         pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label probabilities of both runs.
         about: model, n_layers, n_heads, corruption, direction, metric, unit, method, by, window, counts.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> effects = ma.trace(model, pairs, sites=("resid_post",))
+        >>> effects.frame["kind"].unique().tolist()
+        ['resid_post']
     """
 
     frame: pd.DataFrame

@@ -53,6 +53,16 @@ class ImportanceMap:
         values: the effects behind it, `[pair cell]`, NaN where a pair lacks the cell.
         clusters: the sentence of every pair.
         about: as in `Effects`, with level and adjustment.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> effects = ma.trace(model, pairs, sites=("resid_post",))
+        >>> importance = effects.importance(by="role")
+        >>> "aie" in importance.table
+        True
     """
 
     table: pd.DataFrame
@@ -246,6 +256,14 @@ def load_sites(path: str | Path) -> list[Site]:
 
     Raises:
         SiteError: it is not one.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "sites.json"
+        >>> _ = path.write_text('{"sites": ["L3.resid_post@query.last"]}')
+        >>> [str(site) for site in ma.load_sites(path)]
+        ['L3.resid_post@query.last']
     """
     return sites_file(path)[0]
 

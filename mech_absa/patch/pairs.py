@@ -81,6 +81,14 @@ class Pair:
 
     Raises:
         AlignmentError: the two prompts do not line up.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> pairs[0].clean.ids.shape == pairs[0].corrupted.ids.shape
+        True
     """
 
     example: Example
@@ -171,6 +179,14 @@ class Pairs(Sequence[Pair]):
         dropped: reason -> count.
         draw_sd: mean over pairs of the standard deviation of P(gold) over noise draws.
         model_name, model_sha256: the model they were made on; empty where unknown.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> len(pairs)
+        2
     """
 
     items: tuple[Pair, ...]

@@ -65,6 +65,16 @@ class Selection(Sequence[Site]):
         stability: mean Jaccard index with the sites of bootstrap samples; 1 is always the same.
         honest: effect of sites chosen on the other half of the sentences, with its interval.
         warnings: sentences to print beside the choice.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model = ma.load_model()
+        >>> examples = ma.load_examples("builtin:restaurant/test")
+        >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
+        >>> effects = ma.trace(model, pairs, sites=("resid_post",))
+        >>> selection = effects.importance(by="role").select()
+        >>> all(isinstance(site, ma.Site) for site in selection)
+        True
     """
 
     sites: tuple[Site, ...]

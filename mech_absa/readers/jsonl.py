@@ -240,6 +240,14 @@ def write_jsonl(examples: Iterable[Example], path: str | os.PathLike[str]) -> Pa
 
     Raises:
         DataError: a counterfactual has no span, and so no aspect of its own.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> import tempfile, pathlib
+        >>> example = ma.Example("The food was great.", "food", ma.Polarity.POSITIVE, (4, 8))
+        >>> path = ma.write_jsonl([example], pathlib.Path(tempfile.mkdtemp()) / "one.jsonl")
+        >>> len(ma.load_examples(path))
+        1
     """
     write_text(
         path := Path(path),

@@ -65,6 +65,12 @@ class Preset:
             long one trains.
         patience: evaluations on the validation examples without a gain before training stops; 0
             never stops.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> preset = ma.presets.paper(["L3.resid_post@query.last"])
+        >>> preset.name
+        'paper'
     """
 
     name: str

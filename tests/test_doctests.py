@@ -1,0 +1,32 @@
+"""Every public name has an example in its docstring, and the examples print what stands there."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+
+import pytest
+
+import mech_absa
+
+VALUES = {"ROLES", "presets"}
+"""A tuple and a module: they have no docstring of an object."""
+LACKING = {"BothDirections", "write_report"}
+"""Names whose examples are still to be written."""
+
+
+@pytest.mark.parametrize("name", sorted(set(mech_absa.__all__) - VALUES - LACKING))
+def test_the_example_runs(name, tmp_path, monkeypatch):
+    value = getattr(mech_absa, name)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source = inspect.getdoc(value) or ""
+    module = inspect.getmodule(value)
+    assert module is not None
+    namespace = dict(vars(module))  # as doctest itself does
+    example = doctest.DocTestParser().get_doctest(source, namespace, name, None, 0)
+    assert example.examples, f"{name} has no example in its docstring"
+    printed: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(
+        example, out=printed.append
+    )
+    assert result.failed == 0, "".join(printed)

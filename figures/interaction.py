@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mech_absa import plots
 from mech_absa.errors import DataError
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap
+from mech_absa.records import write_json
 from mech_absa.sites import HEAD_KINDS
 from mech_absa.stats import top_k_overlap
 
@@ -31,7 +34,7 @@ TOP = 20
 """Leading cells that are compared between the directions."""
 
 
-def interaction_table(denoise: Effects, noise: Effects) -> pd.DataFrame:
+def interaction_table(denoise: Effects, noise: Effects) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return PIE, TIE and INT of every cell with their intervals (bootstrap by sentence).
 
     The difference is taken within each pair, so the interval of INT is that of a paired difference.
@@ -40,7 +43,8 @@ def interaction_table(denoise: Effects, noise: Effects) -> pd.DataFrame:
         denoise, noise: effects of the same pairs and cells in the two directions.
 
     Returns:
-        columns KEYS, pie, tie and int with `_low` and `_high` each, p and p_adjusted (of INT), n.
+        columns KEYS, pie, tie and int with `_low` and `_high` each, p and p_adjusted (of INT), n; and the `about` of the map
+        of INT, with its correction and its number of sentences.
 
     Raises:
         DataError: the two hold different pairs or cells.
@@ -59,14 +63,15 @@ def interaction_table(denoise: Effects, noise: Effects) -> pd.DataFrame:
         denoise, frame=denoise.frame.assign(effect=_aligned(denoise.frame, two - one, keys))
     )
     maps = {"pie": denoise, "tie": noise, "int": difference}
-    parts = []
+    parts, about = [], {}
     for name, effects in maps.items():
-        table = effects.importance(by="role").table
+        importance = effects.importance(by="role")
+        table, about = importance.table, dict(importance.about)
         table = table.assign(head=table["head"].fillna(-1).astype(int)).set_index(KEYS)
         columns = {"aie": name, "ci_low": f"{name}_low", "ci_high": f"{name}_high"}
         extra = ["p", "p_adjusted", "n"] if name == "int" else []
         parts.append(table[[*columns, *extra]].rename(columns=columns))
-    return pd.concat(parts, axis=1).reset_index()
+    return pd.concat(parts, axis=1).reset_index(), about
 
 
 def _aligned(frame: pd.DataFrame, values: pd.Series, keys: list[str]) -> list[float]:
@@ -80,12 +85,15 @@ def keep_interaction(work: Path, results: Path, metrics: tuple[str, ...] = METRI
     results.mkdir(parents=True, exist_ok=True)
     for metric in metrics:
         denoise, noise = (Effects.load(work / f"{metric}_{d}") for d in ("denoise", "noise"))
-        interaction_table(denoise, noise).to_csv(
+        table, about = interaction_table(denoise, noise)
+        table.to_csv(
             results / f"{metric}.csv", index=False, float_format="%.5g", lineterminator="\n"
         )
-        about = json.loads((work / f"{metric}_denoise" / "about.json").read_text(encoding="utf-8"))
-        text = json.dumps(about | {"direction": "both"}, indent=2, ensure_ascii=False)
-        (results / f"about_{metric}.json").write_text(text + "\n", encoding="utf-8")
+        kept = json.loads((work / f"{metric}_denoise" / "about.json").read_text(encoding="utf-8"))
+        known = {
+            k: about[k] for k in ("level", "adjustment", "n_pairs", "n_sentences", "resolution")
+        }
+        write_json(results / f"about_{metric}.json", kept | known | {"direction": "both"})
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -97,9 +105,8 @@ def _map(study: Study, metric: str) -> ImportanceMap:
     about = json.loads(study.path(f"about_{metric}.json").read_text(encoding="utf-8"))
     names = {"int": "aie", "int_low": "ci_low", "int_high": "ci_high"}
     columns = [*KEYS, *names, "p", "p_adjusted", "n"]
-    config = study.run["config"]
-    known = {k: config[k] for k in ("level", "adjustment")}
-    return study.map_of(table[columns].rename(columns=names), {**about, **known})
+    table = table[columns].rename(columns=names)
+    return ImportanceMap(table, np.empty((0, len(table))), np.empty(0), about)
 
 
 def _words(study: Study, metric: str, heads: bool) -> str:
@@ -111,12 +118,14 @@ def _words(study: Study, metric: str, heads: bool) -> str:
     row = table.loc[table["int"].abs().idxmax()].rename(
         {"int": "aie", "int_low": "ci_low", "int_high": "ci_high"}
     )
+    about = json.loads(study.path(f"about_{metric}.json").read_text(encoding="utf-8"))
     return sentence(
         [
             f"mean |INT| is {percent(share)} of mean |PIE| over {len(table)} {'heads and roles' if heads else 'cells'}",
             f"{clear} differ from 0 after correction",
             f"{same} of the {TOP} largest are the same in both directions",
             f"the largest interaction is {cell(row)} (PIE {row['pie']:.3f}, TIE {row['tie']:.3f})",
+            f"the test can show this: {about['resolution']}",
         ]
     )
 

@@ -93,7 +93,7 @@ class Study:
     @property
     def n(self) -> str:
         """How much it rests on."""
-        if "trainings" in self.run:
+        if isinstance(self.run.get("trainings"), dict):
             rows, trainings = self.run["rows"], self.run["trainings"]
             return (
                 f"{rows['train']} training, {rows['validation']} validation and {rows['test']} test examples, "

@@ -319,7 +319,9 @@ def test_interaction_is_the_paired_difference_of_the_directions():
     one = direction({"answer": [0.5, 0.1, 0.3], "before": [0.2, 0.2, 0.2]}, "denoise")
     two = direction({"answer": [0.6, 0.3, 0.6], "before": [0.2, 0.2, 0.2]}, "noise")
     two = Effects(two.frame.sample(frac=1, random_state=0), two.pairs, two.about)
-    table = interaction.interaction_table(one, two).set_index("role")
+    table, about = interaction.interaction_table(one, two)
+    table = table.set_index("role")
+    assert about["n_sentences"] == 3
     row = table.loc["answer"]
     assert (row["pie"], row["tie"], row["int"]) == pytest.approx((0.3, 0.5, 0.2))
     assert 0.1 - 1e-9 <= row["int_low"] <= 0.2 <= row["int_high"] <= 0.3 + 1e-9

@@ -133,7 +133,7 @@ def refused(argv: list[str], capsys) -> str:
         (["--noise-draws", "0"], ["0 noise draws", "at least 1"]),
         (["--noise-span", "moon"], ["moon", "sentence"]),
         (["--direction", "up"], ["up", "denoise"]),
-        (["--window", "0"], ["window of 0", "1 or more"]),
+        (["--window", "0"], ["window 0", "1 or more"]),
         (["--window", "3", "--sites", "head"], ["window", "heads"]),
         (["--method", "guess"], ["guess", "exact"]),
         (["--engine", "steam"], ["steam", "wavefront"]),

@@ -185,7 +185,10 @@ BAD = {
     "texts": (["--data", "{test}", "--texts", "x"], "--texts was given without --side-effects"),
     "twice": (["--data", "{test}", "{test}"], "--data names"),
     "batch size": (["--data", "{test}", "--batch-size", "0"], "--batch-size is 0"),
-    "level": (["--data", "{test}", "--level", "95"], "--level 95 was given; it must lie between 0 and 1"),
+    "level": (
+        ["--data", "{test}", "--level", "95"],
+        "--level 95 was given; it must lie between 0 and 1",
+    ),
     "no data": (["--data"], "--data names no file"),
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+import mech_absa
 from mech_absa.errors import DataError, RunFolderError
 from mech_absa.examples import Polarity
 from mech_absa.records import (
@@ -328,23 +330,25 @@ def test_a_failed_write_into_a_folder(tmp_path):
 # ---- one owner ------------------------------------------------------------------------------------------------------------------
 
 
-def hold(out: str, ready, release) -> None:
-    RunFolder(out, CONFIG).open()
-    ready.set()
-    release.wait()
+HOLD = """
+import json, sys
+from mech_absa.records import RunFolder
+RunFolder(sys.argv[1], json.loads(sys.argv[2])).open()
+print("open", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has the folder `out` open; gives the process."""
-    context = multiprocessing.get_context("spawn")
-    ready, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(str(tmp_path / "out"), ready, release))
-    process.start()
-    assert ready.wait(60)
-    yield process
-    release.set()
-    process.join()
+    """Another process that has the folder `out` open; it ends when its input is closed."""
+    argv = [sys.executable, "-c", HOLD, str(tmp_path / "out"), json.dumps(CONFIG)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, text=True, cwd=Path(mech_absa.__file__).parents[1]
+    ) as process:
+        assert process.stdout.readline() == "open\n"
+        yield process
 
 
 def test_a_folder_has_one_owner_and_a_crash_frees_it(tmp_path, holder):
@@ -352,7 +356,7 @@ def test_a_folder_has_one_owner_and_a_crash_frees_it(tmp_path, holder):
     with pytest.raises(RunFolderError, match="is being written by another process"):
         RunFolder(out, CONFIG, resume=True).open()
     holder.kill()
-    holder.join()
+    holder.wait()
     assert not RunFolder(out, CONFIG, resume=True).open().finished
     close_all()
 

@@ -26,7 +26,9 @@ from .study import HERE, ITEMS, Item, Study
 from .tables import Table
 
 MODULES = (where, methods, editing, checks, interaction)
-"""Each adds its figures to `ITEMS`, in this order."""
+"""Each adds its figures to `ITEMS`; they are drawn in this order, whichever module was imported first."""
+_ORDER = [module.__name__ for module in MODULES]
+ITEMS.sort(key=lambda item: _ORDER.index(item.draw.__module__))
 
 # ---- the command --------------------------------------------------------------------------------------------------------------
 

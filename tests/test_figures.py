@@ -370,7 +370,8 @@ def test_everything_there_are_results_for_is_made_and_indexed(built):
 def test_pictures_are_small_and_text_stays_text(built):
     out, made = built
     pictures = sorted(out.glob("*.png"))
-    assert len(pictures) >= len(made) - 3
+    tables_made = [name for name in made if name.startswith(("table", "significance_cells"))]
+    assert len(pictures) == len(made) - len(tables_made)
     assert all(p.stat().st_size < 200_000 for p in pictures)
     for pdf in out.glob("*.pdf"):
         content = pdf.read_bytes()
@@ -475,7 +476,7 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
         for step in study.steps:
             _, module, *flags = step.words(tmp_path)
             config = tyro.cli(configs()[module], args=[*flags, "--out", "x", "--resume"])
-            assert config.resume and not any("{" in flag for flag in flags)
+            assert getattr(config, "run", config).resume and not any("{" in flag for flag in flags)
             if module == reproduce.MATRIX:
                 assert len(set(config.methods)) == len(config.methods) and len(config.train) == len(
                     config.test

@@ -103,8 +103,8 @@ def _data(table: pd.DataFrame, about: Any, sites: list[str]) -> dict[str, Any]:
 def _height(table: pd.DataFrame) -> int:
     """Return the height of the frame in pixels: three maps stand side by side, a row of maps under another."""
     by = "role" if "role" in table else "position"
-    heights = [
-        rows["head" if kind in HEAD_KINDS else by].nunique() * ROW + AROUND
+    heights: list[int] = [
+        int(rows["head" if kind in HEAD_KINDS else by].nunique()) * ROW + AROUND
         for kind, rows in table.groupby("kind", sort=False)
     ]
     return OVERHEAD + sum(max(heights[i : i + 2]) for i in range(0, len(heights), 2))

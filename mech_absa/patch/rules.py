@@ -105,7 +105,7 @@ def half_rule(product: Tensor) -> Tensor:
 
 def same_value(value: Tensor, slope: Tensor) -> Tensor:
     """Return `value` to the last bit, with the gradient of `slope`."""
-    return value.detach() + (slope - slope.detach())
+    return value.detach() + (slope - slope.detach()).to(value.dtype)
 
 
 def final_norm(model: Model, rules: Collection[str]) -> Callable[[Tensor], Tensor] | None:

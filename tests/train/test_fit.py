@@ -426,7 +426,7 @@ def test_what_cannot_be_trained_is_refused(llama, examples, preset, options, wor
 @pytest.mark.parametrize(
     "examples, preset, options, words",
     [
-        (EIGHT, "both", {}, r"preset is 'both' \(str\); a Preset is needed"),
+        (EIGHT, "both", {}, r"got 'both'; accepted: a Preset"),
         (
             "builtin:restaurant/train",
             Preset("p", BOTH),

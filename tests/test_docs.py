@@ -159,7 +159,7 @@ def test_code_compiles_and_its_names_exist(page):
                 assert node.attr in mech_absa.__all__, f"ma.{node.attr} is no public name"
 
 
-def test_the_eight_lines_are_those_of_the_readme():
+def test_the_first_code_of_the_site_is_that_of_the_readme():
     assert next(t for _, lang, t in blocks(README) if lang == "python") == next(
         t for _, lang, t in blocks(DOCS / "index.md") if lang == "python"
     )

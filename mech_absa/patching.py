@@ -117,7 +117,7 @@ def generic_activation_patch(
     if kind is None or options or (index_df is None) == (index_axis_names is None):
         return call()
     shape = _axis_sizes(model, corrupted_tokens, index_axis_names)
-    cells = make_df_from_ranges(shape, index_axis_names) if index_df is None else index_df
+    cells = make_df_from_ranges(shape, index_axis_names or ()) if index_df is None else index_df
     with _left_as_it_is(model):
         values = _by_engine(model, corrupted_tokens, clean_cache, patching_metric, kind, cells)
     if values is None:

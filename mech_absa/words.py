@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from enum import Enum
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from .errors import ConfigError, choices
 
@@ -52,7 +52,7 @@ class Choice(str, Enum):
             ConfigError: no member has that name.
         """
         try:
-            return cls(value)
+            return cls(cast(str, value))  # the look-up takes any value, unlike __new__
         except ValueError:
             raise ConfigError(
                 f"unknown {what} {shown(value)}; accepted: {choices(cls.words())}"

@@ -98,7 +98,7 @@ class HeadGate(SiteIntervention):
         """Return (g_m, g_a); drawn anew at every call while training."""
         if self.log_alpha is None:
             return torch.ones(2, device=self.m.device)
-        logit = self.log_alpha
+        logit: Tensor = self.log_alpha
         if self.training:
             u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
             logit = (u.log() - (1 - u).log() + logit) / TEMPERATURE

@@ -187,7 +187,7 @@ def prune(
     how = StandIn.parse(how, "stand-in")
     worst_first = in_order(ranking, model)[::-1]
     n = len(worst_first)
-    ks = check_counts({round(n * i / 10) for i in range(11)} if counts is None else counts, n)
+    ks = check_counts([round(n * i / 10) for i in range(11)] if counts is None else counts, n)
     own = asked_with(edit)
     template, verbalizer = template or own[0], verbalizer or own[1]
     values = None

@@ -132,9 +132,10 @@ def load_hf(source: str, dtype: torch.dtype) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(source)
             _fits(config, dtype, source)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation="eager", output_loading_info=True
             )
+            model, report = loaded
     except (*_DAMAGED, SafetensorError) as error:
         raise ModelError(
             f"{source}: no model could be loaded ({first_line(error)}); accepted: a local Hugging "

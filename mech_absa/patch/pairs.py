@@ -443,7 +443,10 @@ class _Maker:
 
     def scored(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Return the pairs with the label scores of both runs."""
-        labels = {"continuations": self.continuations, "batch_size": self.batch_size}
+        labels: dict[str, Any] = {
+            "continuations": self.continuations,
+            "batch_size": self.batch_size,
+        }
         clean = label_scores(self.model, [p.clean for p in pairs], **labels)
         corrupted: list[Tensor | None] = [None] * len(pairs)
         if self.corruption.changes_text:

@@ -308,8 +308,10 @@ class Plan:
             return _metric(metric, scores, gold, foil)
 
         flops = sum(answer.flops for _, answer in answers)
-        numbers = (value(name) for name in ("patched", "base", "clean", "corrupted"))
-        return Values(*numbers, first.runs.draws, way.sign, flops)
+        patched, base, clean, corrupted = (
+            value(name) for name in ("patched", "base", "clean", "corrupted")
+        )
+        return Values(patched, base, clean, corrupted, first.runs.draws, way.sign, flops)
 
     def exact(self, rows: pd.DataFrame) -> Float[np.ndarray, " row"]:
         """Return the exact effects of the cells that rows of a table of effects name.

@@ -45,7 +45,7 @@ def points_of(model: Model, rules: Collection[str]) -> list[Point]:
     """Return the hooks that put rules in force."""
     points: list[Point] = []
     if Rule.LN in rules:
-        scales = [m.hook_scale for m in model.modules if hasattr(m, "hook_scale")]
+        scales = [m.get_submodule("hook_scale") for m in model.modules if hasattr(m, "hook_scale")]
         points += [(scale, Tensor.detach) for scale in scales]
     for block in model.hooked.blocks:
         if Rule.PATTERN in rules:

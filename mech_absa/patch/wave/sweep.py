@@ -78,7 +78,8 @@ def sweep(
         raise ModelError(f"the wavefront engine cannot run this: {why}; use --engine loop")
     read = Reader(job)
     ran = run_unpatched(job, [job.direction]) if ran is None else ran
-    answers = read.unpatched(ran.clean.last, ran.corrupted and ran.corrupted.last)
+    corrupted_last = None if ran.corrupted is None else ran.corrupted.last
+    answers = read.unpatched(ran.clean.last, corrupted_last)
     rows = rows_of(job)
     walk = Walk(model, job, *_base_and_source(job, ran), memory)
     if tick is not None:

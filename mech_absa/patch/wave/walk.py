@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -153,7 +154,7 @@ class Walk:
             here = Here(
                 self.model,
                 block,
-                lambda name, states=states, b=b, t=t: states[name][b, t],
+                partial(_state_at, states, b, t),
                 source[s.to(source.device), t],
                 head.to(source.device),
             )
@@ -214,3 +215,10 @@ class Walk:
         run, at = p.rows.source_run[row[mine]], p.rows.patched[mine]
         where, value = place[mine], source[run.to(source.device), at.to(source.device)]
         return lambda x: x.index_copy(0, where.to(x.device), value.to(x))
+
+
+def _state_at(
+    states: LayerStates, run: Int[Tensor, " patch"], at: Int[Tensor, " patch"], name: str
+) -> Tensor:
+    """Return a state of one block at tokens `at` of runs `run`."""
+    return states[name][run, at]

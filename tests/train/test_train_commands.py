@@ -91,7 +91,7 @@ def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
         (("--rank", "33"), "accepted: 1 to 32"),
         (("--layers", "3"), "the model has 3 layers"),
         (("--layers", "1-x"), "names no layers"),
-        (("--layers", ""), "give --sites FILE, or --layers"),
+        (("--layers", ""), "give --sites FOLDER, or --layers"),
         (("--positions", "verb"), "unknown role 'verb'"),
         (("--positions", "opinion"), "none of the"),
         (("--preset", "magic"), "unknown preset 'magic'"),

@@ -1,4 +1,5 @@
 # make demo      trace the bundled model on the built-in reviews: a table, a figure, a report
+# make demo MODEL=smollm2   the same on SmolLM2-135M, which is downloaded once (93 MB) and kept in the user's cache
 # make test      the test suite (minutes); make test-slow for the long ones
 # make figures   every figure and table, from the results kept in figures/results (minutes, no model)
 # make reproduce those results anew, in under 90 minutes on two cores; ME_ABSC=folder of the paper's data adds the studies of real reviews
@@ -8,6 +9,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
+MODEL  ?= bundled
+LIMIT  ?= $(if $(filter smollm2,$(MODEL)),8,40)
 
 .PHONY: demo test test-slow figures reproduce docs clean
 
@@ -19,7 +22,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(BIN)/python -m mech_absa.patch --limit 40 --out $(DEMO)
+ifeq ($(MODEL),smollm2)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m mech_absa.models get $(MODEL)
+	$(BIN)/python -m mech_absa.patch --model $(MODEL) --by role --keep all --limit $(LIMIT) --out $(DEMO)
+else
+	$(BIN)/python -m mech_absa.patch --model $(MODEL) --limit $(LIMIT) --out $(DEMO)
+endif
 
 test: $(STAMP)
 	$(BIN)/python -m ruff check .

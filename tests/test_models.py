@@ -307,7 +307,7 @@ def test_names_that_are_nothing(tmp_path):
     for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", "~/nowhere"):
         with pytest.raises(
             ModelError,
-            match=r"there is no folder .*; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'",
+            match=r"there is no folder .*; accepted: a local Hugging Face folder, a GGUF file, a hub name such as gpt2, or 'bundled'",
         ):
             load_model(name)
 

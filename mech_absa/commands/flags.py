@@ -120,7 +120,7 @@ class ModelFlags:
     """Which model, and where it runs."""
 
     model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name such as gpt2."""
+    """bundled, smollm2, a local Hugging Face folder, a GGUF file, or a hub name such as gpt2."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: str = "float32"

@@ -95,9 +95,9 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
 
 
 def _load(model: Model) -> Any:
-    from transformers import AutoModelForCausalLM
+    from ..model.huggingface import load_hf
 
-    return AutoModelForCausalLM.from_pretrained(str(model.source), dtype=model.dtype)
+    return load_hf(str(model.source), model.dtype)
 
 
 def _twin(hf: Any) -> Any:

@@ -8,6 +8,7 @@ weight that is missing, not used or of another shape is an error that names it.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import ModelError
+from . import smollm2
+from .gguf_file import arguments, check_gguf, forget_quantisation, is_gguf
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "model"
 """The folder of the model that ships with the package."""
@@ -34,6 +37,9 @@ _DAMAGED = (
     TypeError,
     AttributeError,
     ZeroDivisionError,
+    IndexError,  # a GGUF file that ends too early
+    AssertionError,
+    OverflowError,
     torch.serialization.pickle.UnpicklingError,  # weights_only met something else than tensors
     StrictDataclassError,
 )
@@ -48,6 +54,8 @@ def resolve(model: str | Path | None) -> tuple[str, str]:
                 f"the bundled model is missing from {BUNDLED}; reinstall the package, or give --model a folder or a hub name"
             )
         return str(BUNDLED), "bundled"
+    if str(model) == smollm2.NAME:
+        return str(smollm2.here()), smollm2.NAME
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -59,13 +67,17 @@ def resolve(model: str | Path | None) -> tuple[str, str]:
                 f"the folder {path} has a config.json but no weights; model.safetensors (or its shards) is needed"
             )
         return str(path), path.resolve().name
+    if is_gguf(path):
+        check_gguf(path)
+        return str(path), path.stem
     if path.is_file():
         raise ModelError(
-            f"{path} is a file; the folder that holds config.json and the weights is needed"
+            f"{path} is a file; the folder that holds config.json and the weights is needed, "
+            "or a file that ends in .gguf"
         )
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise ModelError(
-            f"there is no folder {path}; accepted: a local Hugging Face folder, a hub name such as gpt2, or 'bundled'"
+            f"there is no folder {path}; accepted: a local Hugging Face folder, a GGUF file, a hub name such as gpt2, or 'bundled'"
         )
     from transformer_lens.loading_from_pretrained import get_official_model_name
 
@@ -86,7 +98,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar of GGUF files obeys nothing
+                yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
@@ -96,21 +109,23 @@ def quiet() -> Iterator[None]:
 def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
+    place, gguf = arguments(source)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
         if not tokenizer(
             "a", add_special_tokens=False
         ).input_ids:  # transformers makes an empty one where the files are missing
             raise ValueError("its vocabulary is empty")
     except _DAMAGED as error:
+        if gguf:
+            needed = "a whole GGUF file with a byte-level BPE or SentencePiece vocabulary is needed"
+        elif Path(source).is_dir():
+            needed = "tokenizer.json is needed beside the model"
+        else:
+            needed = "where the hub cannot be reached, give a local folder"
         raise ModelError(
-            f"{source}: no tokenizer could be loaded ({first_line(error)}); "
-            + (
-                "tokenizer.json is needed beside the model"
-                if Path(source).is_dir()
-                else "where the hub cannot be reached, give a local folder"
-            )
+            f"{source}: no tokenizer could be loaded ({first_line(error)}); {needed}"
         ) from None
     return tokenizer
 
@@ -119,7 +134,7 @@ def load_hf(source: str, dtype: torch.dtype) -> Any:
     """Load a causal language model with exactly the weights that its files hold.
 
     Args:
-        source: a folder or a hub name.
+        source: a folder, a GGUF file or a hub name.
         dtype: of the weights in memory.
 
     Raises:
@@ -128,22 +143,23 @@ def load_hf(source: str, dtype: torch.dtype) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    place, gguf = arguments(source)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(place, **gguf)
             _fits(config, dtype, source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+                place, dtype=dtype, attn_implementation="eager", output_loading_info=True, **gguf
             )
             model, report = loaded
     except (*_DAMAGED, SafetensorError) as error:
         raise ModelError(
             f"{source}: no model could be loaded ({first_line(error)}); accepted: a local Hugging "
-            "Face folder of a causal language model, a hub name (where the hub can be reached), or "
-            "'bundled'"
+            "Face folder of a causal language model, a whole GGUF file of an architecture that "
+            "transformers reads, a hub name (where the hub can be reached), or 'bundled'"
         ) from None
     _complete(report, source)
-    return model.eval()
+    return (forget_quantisation(model) if gguf else model).eval()
 
 
 def _complete(report: dict[str, Any], source: str) -> None:

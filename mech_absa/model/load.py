@@ -37,8 +37,9 @@ def load_model(
     """A model ready to be traced and edited.
 
     Args:
-        model: None or `"bundled"` for the small one that ships with the package; a local Hugging Face folder; a hub name; or a pair
-            (Hugging Face model, tokenizer) already in memory.
+        model: None or `"bundled"` for the small one that ships with the package; `"smollm2"` for
+            the one that `python -m mech_absa.models get smollm2` downloads; a local Hugging Face
+            folder; a GGUF file; a hub name; or a pair (Hugging Face model, tokenizer) in memory.
         device: `auto` (the accelerator where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: of weights and activations. Metrics are float32 whatever this says.
         bos: put the BOS token first; None does what the tokenizer does by itself.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ _DAMAGED = (
     IndexError,  # a GGUF file that ends too early
     AssertionError,
     OverflowError,
+    struct.error,  # a GGUF file that ends in its header
     torch.serialization.pickle.UnpicklingError,  # weights_only met something else than tensors
     StrictDataclassError,
 )

@@ -434,7 +434,7 @@ def loop_side(q: Question, fraction: float, clock: Clock = time.perf_counter) ->
     total = clock() - start
     run, whole = int((~part.zero()).sum()), int((~q.job().zero()).sum())
     first = int((~part.zero()[0]).sum())
-    each = (total - ticks[0]) / (run - first)
+    each = (total - ticks[part.n_spans - 1]) / (run - first)  # the loop ticks once per span
     found = _effects(answers)
     effects = {
         (c, index[s], row): float(found[c, s, row])

@@ -1,7 +1,7 @@
 """Compare places of an edit, each with learning rates of its own: `python -m figures.places`.
 
     python -m figures.places                         trace, tune, train, score; writes figures/results/places/
-    python -m figures.places --fast --out /tmp/p     the same on a handful of examples: tries the code, proves nothing
+    python -m figures.places --fast --out runs/try   the same on a handful of examples: tries the code, proves nothing
     python -m figures.places --collect               write the results of what is done so far
 
 Learning rates that were tuned in one place favour it, so every place is tuned alone, from one grid

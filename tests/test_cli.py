@@ -102,6 +102,7 @@ COMMANDS = (
     "evaluate",
     "evaluate.card",
     "verify",
+    "doctor",
     "report",
     "generate",
     "models",
@@ -112,7 +113,11 @@ COMMANDS = (
 def test_no_command_knows_a_flag_that_is_not(name, capsys):
     module = importlib.import_module(
         f"mech_absa.{name}"
-        + ("" if name in ("verify", "generate", "models", "evaluate.card") else ".__main__")
+        + (
+            ""
+            if name in ("verify", "generate", "models", "doctor", "evaluate.card")
+            else ".__main__"
+        )
     )
     assert (module.cli if hasattr(module, "cli") else module.main)(["--modle", "x"]) == 2
     said = capsys.readouterr().err

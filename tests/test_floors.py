@@ -30,7 +30,7 @@ FLOORS = {
 }  # fmt: skip
 """Room -> floor. A folder is one room; `""` is the package's own `__init__.py`; every `__main__.py` is a command, on the top floor."""
 
-COMMANDS = {("evaluate", "card"), ("verify",), ("generate",), ("models",)}
+COMMANDS = {("evaluate", "card"), ("verify",), ("generate",), ("models",), ("doctor",)}
 """Modules that are commands without being called `__main__`."""
 NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "model")}
 """(room, what it must not import) although the floors alone would allow it."""

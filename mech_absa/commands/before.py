@@ -12,6 +12,7 @@ from ..examples import Examples
 from ..patch.pairs import CLEAN_WRONG, FILTERED, Pairs
 from ..patch.plan import Plan
 from ..stats import resolution
+from . import machine
 
 LEAST_MASS = 0.05
 """Share of probability on the label words below which the metric `prob` measures little."""
@@ -91,6 +92,12 @@ def warnings(p: Plan, examples: Examples) -> list[str]:
             f"sites are chosen on {tests[0]}, which is named test data: score edits at these sites on other rows"
         )
     return notes
+
+
+def of_the_machine() -> list[str]:
+    """Return what slows this machine down now, a sentence each."""
+    crowded = machine.crowded()
+    return [] if crowded is None else [crowded]
 
 
 def _majority(examples: Examples) -> float:

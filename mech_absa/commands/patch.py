@@ -303,7 +303,7 @@ def main(config: Config) -> Path | None:
     group.wait()  # every process has looked at the folder before the first of them opens it
     if group.first:
         if not config.run.quiet:
-            warn(task.notes)
+            warn([*task.notes, *before.of_the_machine()])
         folder.open()
     group.wait()
     started = time.time()

@@ -1,4 +1,4 @@
-"""Checks of the method: faithfulness, pruning, agreement of estimates."""
+"""Draw checks of the method: faithfulness, pruning, agreement of estimates with exact effects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mech_absa.plots.layout import headline, legend_below, new_figure
 from mech_absa.stats import spearman_interval, top_k_overlap
 
 from . import charts
-from .study import Shown, Study, interval, percent, shows
+from .study import Shown, Study, interval, percent, sentence, shows
 
-# ---- how true -----------------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 @shows("faithfulness", "Faithfulness of the traced ranking", "circuit")
@@ -23,14 +23,16 @@ def faithful(study: Study) -> Shown:
     enough = own[own["faithfulness"] >= 0.9]
     chance = float(np.mean(summary["random_cpr"]))
     reached = (
-        f"the best {int(enough.iloc[0]['k'])} of {study.run['components']['by_role']} components give 90 % of the model's answer"
+        f"{int(enough.iloc[0]['k'])} of {study.run['components']['by_role']} components are enough "
+        "for 90 % of the model's logit difference"
         if len(enough)
-        else "no part of the ranking gives 90 % of the model's answer"
+        else "no number of components reaches 90 % of the model's logit difference"
     )
     cpr = summary["cpr"]
     says = (
-        f"Run alone on other reviews ({study.run['data']['source']}), {reached}. Area under the curve (CPR) {cpr['value']:.3f} "
-        f"[{cpr['low']:.3f}, {cpr['high']:.3f}], random orders {chance:.3f}."
+        "Only the leading components of the ranking keep their states, on reviews of another domain "
+        f"({study.run['data']['source']}): {reached}. The area under the curve (CPR) is "
+        f"{cpr['value']:.3f} [{cpr['low']:.3f}, {cpr['high']:.3f}]; random orders have {chance:.3f}."
     )
     note = f"{study.note}{plots.SEPARATOR}{summary['metric']}, 95 % intervals by sentence"
     return Shown(charts.faithfulness(table, note=note), says)
@@ -44,14 +46,20 @@ def pruned(study: Study) -> Shown:
     whole = own.iloc[0]
     kept = own[own["accuracy"] >= whole["accuracy"] - 0.05].iloc[-1]
     says = (
-        f"Of {study.run['components']['removable']} heads and MLPs the {int(kept['count'])} that matter least can be replaced by their means at a cost of no "
-        f"more than 5 points ({percent(whole['accuracy'])} to {percent(kept['accuracy'])}); as many in random order leave {percent(chance[kept['count']])}."
+        f"The lowest {int(kept['count'])} of {study.run['components']['removable']} heads and MLPs in the "
+        "ranking can be replaced by their means with a loss of at most 5 points of accuracy "
+        f"({percent(whole['accuracy'])} before, {percent(kept['accuracy'])} after). Replacing as many "
+        f"in random order leaves {percent(chance[kept['count']])}."
     )
-    note = f"{study.note}{plots.SEPARATOR}{study.run['pruning']['examples']} examples, 95 % intervals by sentence"
+    note = (
+        f"{study.note}{plots.SEPARATOR}{study.run['pruning']['examples']} examples, "
+        "95 % intervals by sentence"
+    )
     return Shown(charts.pruning(table, note=note), says)
 
 
-ESTIMATES = ("atp", "atpstar", "relp", "ig")
+NAMES = {"atp": "AtP", "atpstar": "AtP*", "relp": "RelP", "ig": "integrated gradients"}
+ESTIMATES = tuple(NAMES)
 
 
 def _agreement(study: Study, metric: str) -> Shown:
@@ -74,11 +82,13 @@ def _agreement(study: Study, metric: str) -> Shown:
             charts.agreement(exact, estimate, ax, rho=rho, title=name)
             ax.set_xlabel("AIE, exact")
             ax.set_ylabel("AIE, estimate" if ax is axes[0, 0] else "")
+            pearson = np.corrcoef(table["exact"], table[method])[0, 1]
             overlap = top_k_overlap(table["exact"], table[method], largest)
             top = table.nlargest(largest, "exact")
             share = top[method].sum() / top["exact"].sum()
             parts.append(
-                f"{method} {interval(rho, digits=3)}, {percent(overlap)}, {percent(share)}"
+                f"{NAMES[method]}: ρ {interval(rho, digits=3)}, r {pearson:.2f}, "
+                f"{percent(overlap)} of the largest, {percent(share)} of the sum"
             )
             handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
@@ -87,10 +97,11 @@ def _agreement(study: Study, metric: str) -> Shown:
         note = f"{exact.about['kept']} pairs, {unit}{plots.SEPARATOR}{study.note.splitlines()[0]}"
         headline(figure, "Estimates against exact effects, averaged maps", note)
     says = (
-        f"Averaged maps of the {unit}, cells that are not 0, against the exact effects: Spearman's ρ, in which the many "
-        "cells near 0 weigh as much as the few large ones; how many of the "
-        f"{largest} largest cells are the same; and the sum of their estimates against their exact sum: "
-        f"{'; '.join(parts)}."
+        f"Maps of the {unit}, averaged over pairs, against the exact effects of all {len(table)} cells that "
+        "are not 0: Spearman's ρ, in which the many cells near 0 weigh as much as the few large ones; "
+        f"Pearson's r; the share of the {largest} largest cells that are also the largest in the "
+        "estimate; and the sum of the estimates of these cells as a share of their exact sum. "
+        f"{sentence(parts)}"
     )
     return Shown(figure, says)
 
@@ -102,7 +113,7 @@ def agreement_logit_diff(study: Study) -> Shown:
 
 @shows(
     "agreement_prob",
-    "Estimates against exact effects: probability, where first order is weak",
+    "Estimates against exact effects: probability",
     "estimates",
 )
 def agreement_prob(study: Study) -> Shown:

@@ -1,4 +1,4 @@
-"""Where to edit and how large: ranges of layers, positions, windows, ranks."""
+"""Draw where to edit and how large an edit should be: ranges of layers, positions, windows, ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import charts, tables
 from .study import SD, Shown, Study, inside_and_out, interval, percent, sentence, shows, with_spread
 from .tables import spelled
 
-# ---- where to edit ------------------------------------------------------------------------------------------------------------
+# ---- where to edit -------------------------------------------------------------------------------
 
 
 @shows(
@@ -29,8 +29,9 @@ def figure4(study: Study, traced: Study) -> Shown:
     widest = max(order.index, key=lambda r: int(r.split("-")[-1]) - int(r.split("-")[0]))
     here = traced.layers
     says = (
-        f"Over all {rows.drop_duplicates(['train', 'test']).shape[0]} pairs of domains, all layers give {percent(order[widest])}, the best range "
-        f"({order.index[0]}) {percent(order.iloc[0])}, the worst ({order.index[-1]}) {percent(order.iloc[-1])}"
+        f"Mean accuracy over all {rows.drop_duplicates(['train', 'test']).shape[0]} pairs of domains: "
+        f"all layers {percent(order[widest])}, the best range ({order.index[0]}) "
+        f"{percent(order.iloc[0])}, the worst ({order.index[-1]}) {percent(order.iloc[-1])}"
     )
     if here in order:
         same = [
@@ -39,7 +40,10 @@ def figure4(study: Study, traced: Study) -> Shown:
             if int(r.split("-")[-1]) - int(r.split("-")[0])
             == int(here.split("-")[-1]) - int(here.split("-")[0])
         ]
-        says += f"; the traced range ({here}) {percent(order[here])}, number {same.index(here) + 1} of {len(same)} of its width"
+        says += (
+            f". The traced range ({here}) has {percent(order[here])} and is number "
+            f"{same.index(here) + 1} of {len(same)} ranges of its width"
+        )
     note = f"{study.note}{plots.SEPARATOR}{SD}\ntraced layers: {here}"
     return Shown(
         charts.layer_ranges(table, title="Figure 4: which layers to edit (both parts)", note=note),
@@ -51,7 +55,7 @@ SPOTS = {
     "query.last": "aspect (question)", "aspect.last": "aspect (sentence)", "answer": "last token", "after": "after the aspect",
     "before": "before the aspect", "8": "some word", "2": "third token",
 }  # fmt: skip
-"""Positions as they can stand in a legend."""
+"""Names of positions in a legend."""
 
 
 @shows("figure5_positions", "Figure 5: the edited position", "positions")
@@ -62,18 +66,19 @@ def figure5(study: Study) -> Shown:
         position=rows["position"].astype(str).map(lambda at: SPOTS.get(at, at)),
     )
     table = with_spread(rows, "data", "position")
-    said = []
+    parts = []
     for data, of in table.groupby("data", sort=False):
         ranked = of.sort_values("accuracy", ascending=False)
-        said.append(
+        parts.append(
             f"{data}: "
             + ", ".join(
                 f"{r['position']} {spelled(r['accuracy'], r['sd'])} %" for _, r in ranked.iterrows()
             )
         )
     says = (
-        f"In domain, best first. {sentence(said)} (The weight part acts on every token, wherever the other part stands. In the paper the aspect is best, "
-        "then the last word, then a random one.)"
+        f"Accuracy in domain, best position first. {sentence(parts)} The weight part acts on every "
+        "token, whatever the position of the representation part. In the paper the aspect is best, then "
+        "the last word, then a random one."
     )
     title = "Figure 5: which token to edit"
     return Shown(
@@ -92,43 +97,52 @@ def figure5(study: Study) -> Shown:
 )
 def effects_and_edits(study: Study, traced: Study) -> Shown:
     table = window_effects(study.matrix, traced.importance.table, traced.sites[0])
-    said = []
+    parts = []
     for method, of in table.groupby("method", sort=False):
         rho = spearman_interval(of["aie"], of["accuracy"])
         verdict = (
             "not defined"
             if np.isnan(rho.low)
-            else "tracing ranks the places"
+            else "the correlation is positive"
             if rho.low > 0
-            else "tracing ranks them the wrong way"
+            else "the correlation is negative"
             if rho.high < 0
             else "no rank correlation is shown"
         )
         one, best_one = of[of["size"] == 1], of.loc[of["accuracy"].idxmax()]
         alone = (
-            f", single layers {interval(spearman_interval(one['aie'], one['accuracy']))}"
+            f"; over single layers alone {interval(spearman_interval(one['aie'], one['accuracy']))}"
             if len(one) > 2
             else ""
         )
         wide = of[of["size"] == of["size"].max()]
         traced_one = wide.loc[wide["aie"].idxmax()]
         place = int((wide["accuracy"] > traced_one["accuracy"]).sum()) + 1
-        said.append(
-            f"{method}: ρ = {interval(rho)} over {len(of)} places{alone}; {verdict}; best is {best_one['window']} with {percent(best_one['accuracy'])}, and "
-            f"the window with the largest effect ({traced_one['window']}, {percent(traced_one['accuracy'])}) is number {place} of {len(wide)} of its size"
+        parts.append(
+            f"{method}: Spearman's ρ = {interval(rho)} over {len(of)} places ({verdict}){alone}. "
+            f"The best place is {best_one['window']} ({percent(best_one['accuracy'])}); the window "
+            f"with the largest effect ({traced_one['window']}, {percent(traced_one['accuracy'])}) is "
+            f"number {place} of {len(wide)} of its size"
         )
     role = traced.sites[0].at
     says = (
-        f"Effect of a place (resid_post at {role}, mean over its layers) against the accuracy of editing it alone. {' '.join(map(sentence, said))} "
-        "Windows overlap, so the intervals are too narrow rather than too wide."
+        f"The effect of a place (resid_post at {role}, mean over its layers) against the accuracy of an "
+        f"edit there. {' '.join(map(sentence, parts))} "
+        "Windows overlap, so these intervals are too narrow."
     )
-    note = f"{study.note}\neffects: run {traced.record['study']}, resid_post at {role}{plots.SEPARATOR}{SD}"
+    note = (
+        f"{study.note}\neffects: run {traced.record['study']}, resid_post at {role}"
+        f"{plots.SEPARATOR}{SD}"
+    )
     return Shown(charts.effects_and_edits(table, note=note), says)
 
 
 ROUNDED = 3
-"""Decimals of an effect when places are ranked: written down before the results were looked at, so that the many layers
-without any effect tie and are not ranked by their rounding errors."""
+"""Decimals of an effect when places are ranked.
+
+Fixed before the results were seen. Layers without any effect then tie, instead of being ranked by
+their rounding errors.
+"""
 
 
 def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -> pd.DataFrame:
@@ -140,8 +154,8 @@ def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -
         site: whose kind and role give the effect.
 
     Returns:
-        columns method, window, size, aie (mean over the window's layers, rounded to `ROUNDED` decimals), accuracy with
-        its ends.
+        columns method, window, size, aie (mean over the window's layers, rounded to `ROUNDED`
+        decimals), accuracy with its ends.
     """
     cells = importance[(importance["kind"] == site.kind) & (importance["role"] == site.at)]
     effect = cells.set_index("layer")["aie"]
@@ -159,33 +173,56 @@ def window_effects(matrix: pd.DataFrame, importance: pd.DataFrame, site: Site) -
 
 PLACE_WORDS = {
     "traced": "traced layers", "first": "first layers", "middle": "middle layers", "last": "last layers",
-    "random": "random windows", "all": "all layers",
+    "random": "random windows", "all": "all layers", "all, same size": "all layers, same size",
+    "traced, before": "traced layers, words before", "traced, answer": "traced layers, last token",
 }  # fmt: skip
+"""Names of places in sentences and figures."""
 
 
 def _places(study: Study) -> pd.DataFrame:
+    """Return places.csv with counted budgets and names in words; the budget "all" is every row."""
     table = study.table("places.csv").dropna(subset=["accuracy"])
     everything = study.run["rows"]["train"]
-    budget = table["budget"].astype(int).replace(0, everything)
+    budget = table["budget"].replace({"all": everything}).astype(int)
     names = table["place"].map(lambda name: PLACE_WORDS.get(name, name))
     return table.assign(budget=budget, place=names)
 
 
-@shows("places_tuned", "Places with learning rates tuned for each", "places")
+@shows("places_tuned", "Places with tuned rates", "places")
 def places_tuned(study: Study) -> Shown:
     table, parts = _places(study), []
     for (budget, epochs), of in table.groupby(["budget", "epochs"], sort=False):
         ranked = of.sort_values("accuracy", ascending=False, kind="stable")
-        order = ", ".join(f"{r['place']} {percent(r['accuracy'])}" for _, r in ranked.iterrows())
-        parts.append(f"{budget} examples, {epochs} epoch{'s' * (epochs != 1)}: {order}")
+        order = "; ".join(f"{r['place']} {percent(r['accuracy'])}" for _, r in ranked.iterrows())
+        parts.append(f"{_budget(budget, epochs)}: {order}")
     figure = charts.place_grid(
         table, [("interval over samples", "low", "high")], title="Accuracy of an edit by place, rates tuned per place",
         note=study.note,
     )  # fmt: skip
-    return Shown(figure, sentence(parts))
+    done = study.run["trainings"]
+    says = (
+        "The same edit in different places. For each place and budget, the learning rate with the "
+        "lowest loss on validation reviews is taken; the sites were chosen on training reviews. "
+        f"Accuracy, best first. {' '.join(map(sentence, parts))} All edits train "
+        f"{_count(table, 'all layers', among=False)} parameters, those of all layers "
+        f"{_count(table, 'all layers', among=True)}."
+    )
+    if done["done"] < done["planned"]:
+        says += f" {done['done']} of {done['planned']} trainings are done."
+    return Shown(figure, says)
 
 
-@shows("places_difference", "The same, minus the traced layers", "places")
+def _budget(budget: int, epochs: int) -> str:
+    return f"{budget} examples and {epochs} epoch{'s' * (epochs != 1)}"
+
+
+def _count(table: pd.DataFrame, place: str, *, among: bool) -> str:
+    """Return the numbers of parameters of one place, or of all others, in words."""
+    rows = table[(table["place"] == place) == among]
+    return " or ".join(f"{n:,}" for n in sorted(rows["parameters"].unique()))
+
+
+@shows("places_difference", "Places with tuned rates, minus the traced layers", "places")
 def places_difference(study: Study) -> Shown:
     table = _places(study).dropna(subset=["difference"])
     intervals = [
@@ -198,23 +235,25 @@ def places_difference(study: Study) -> Shown:
 
     def listed(rows: pd.DataFrame) -> str:
         words = [
-            f"{r['place']} with {r['budget']} examples and {r['epochs']} epochs ({100 * r['difference']:+.1f})"
+            f"{r['place']} with {_budget(r['budget'], r['epochs'])} ({100 * r['difference']:+.1f})"
             for _, r in rows.iterrows()
         ]
-        return ", ".join(words) or "none"
+        return "; ".join(words) or "none"
 
     figure = charts.place_grid(
         table, intervals, value="difference", unit="points minus the traced layers",
         title="Other places minus the traced layers, rates tuned per place", note=study.note,
     )  # fmt: skip
     says = (
-        f"Of {len(table)} comparisons, places with more than the traced layers in every interval: {listed(above)}; with less: "
-        f"{listed(below)}; for the other {len(table) - len(above) - len(below)} no difference is shown."
+        f"{len(table)} comparisons with the traced layers, in points. Intervals are over training "
+        "samples and, for random windows, also over windows; they are not corrected for the number of "
+        f"comparisons. Above the traced layers in every interval: {listed(above)}. Below in every "
+        f"interval: {listed(below)}. The other {len(table) - len(above) - len(below)} show no difference."
     )
     return Shown(figure, says)
 
 
-# ---- size ---------------------------------------------------------------------------------------------------------------------
+# ---- size ----------------------------------------------------------------------------------------
 
 
 @shows("ranks", "Rank of the edit", "ranks")
@@ -225,14 +264,14 @@ def ranks(study: Study) -> Shown:
     inside = table[table["method"] == "in domain"].sort_values("rank")
     first, last = inside.iloc[0], inside.iloc[-1]
     says = (
-        f"In domain, rank {int(first['rank'])} gives {spelled(first['accuracy'], first['sd'])} % and rank {int(last['rank'])} "
-        f"{spelled(last['accuracy'], last['sd'])} %; "
-        f"the best is rank {int(inside.loc[inside['accuracy'].idxmax(), 'rank'])}."
+        f"In domain, rank {int(first['rank'])} has {spelled(first['accuracy'], first['sd'])} % and "
+        f"rank {int(last['rank'])} {spelled(last['accuracy'], last['sd'])} %. The best mean is that of "
+        f"rank {int(inside.loc[inside['accuracy'].idxmax(), 'rank'])}."
     )
     return Shown(charts.ranks(table, note=f"{study.note}{plots.SEPARATOR}{SD}"), says)
 
 
-@shows("ranks_recall", "Rank and the single classes", "ranks")
+@shows("ranks_recall", "Rank and the recall of each class", "ranks")
 def ranks_recall(study: Study) -> Shown:
     rows = study.matrix[study.matrix["in_domain"]]
     classes = [c for c in ("positive", "negative", "neutral") if f"recall_{c}" in rows]
@@ -245,7 +284,7 @@ def ranks_recall(study: Study) -> Shown:
     table = pd.concat(parts, ignore_index=True)
     ends = [of.sort_values("rank").iloc[[0, -1]]["recall"].tolist() for of in parts]
     span = sorted(int(r) for r in rows["rank"].unique())
-    said = ", ".join(
+    changes = ", ".join(
         f"{c} {percent(a)} to {percent(b)}" for c, (a, b) in zip(classes, ends, strict=True)
     )
     figure = charts.ranks(
@@ -254,4 +293,4 @@ def ranks_recall(study: Study) -> Shown:
         title="Rank of the edit and recall of each class",
         note=f"{study.note}{plots.SEPARATOR}{SD}",
     )
-    return Shown(figure, f"Recall in domain from rank {span[0]} to rank {span[-1]}: {said}.")
+    return Shown(figure, f"Recall in domain from rank {span[0]} to rank {span[-1]}: {changes}.")

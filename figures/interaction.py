@@ -1,10 +1,11 @@
-"""Does it matter in which direction states are moved? The interaction INT = TIE - PIE of every cell, with its interval.
+"""Compare the two directions of patching: the interaction INT = TIE - PIE of every cell.
 
     PIE = m(corrupted run with the clean state restored) - m(corrupted run)          `denoise`
     TIE = m(clean run) - m(clean run with the corrupted state)                       `noise`
-    INT = TIE - PIE                          0 where the model is locally linear (arXiv 2606.27510)
+    INT = TIE - PIE                          0 if the cell does not interact (arXiv 2606.27510)
 
-A cell with INT > 0 is needed but is not enough alone; with INT < 0 it is enough, but others can replace it.
+With INT > 0, removing the cell costs more than restoring it brings back, so other cells are needed
+too. With INT < 0, restoring it brings back more than removing it costs, so others can replace it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def interaction_table(denoise: Effects, noise: Effects) -> tuple[pd.DataFrame, d
         denoise, noise: effects of the same pairs and cells in the two directions.
 
     Returns:
-        columns KEYS, pie, tie and int with `_low` and `_high` each, p and p_adjusted (of INT), n; and the `about` of the map
-        of INT, with its correction and its number of sentences.
+        columns KEYS, pie, tie and int with `_low` and `_high` each, p and p_adjusted (of INT), n;
+        and the `about` of the map of INT, with its correction and its number of sentences.
 
     Raises:
         DataError: the two hold different pairs or cells.
@@ -81,7 +82,7 @@ def _aligned(frame: pd.DataFrame, values: pd.Series, keys: list[str]) -> list[fl
 
 
 def keep_interaction(work: Path, results: Path, metrics: tuple[str, ...] = METRICS) -> None:
-    """Write `<metric>.csv` and `about_<metric>.json` from the folders of the traces `<metric>_<direction>`."""
+    """Write `<metric>.csv` and `about_<metric>.json` from the traces `<metric>_<direction>`."""
     results.mkdir(parents=True, exist_ok=True)
     for metric in metrics:
         denoise, noise = (Effects.load(work / f"{metric}_{d}") for d in ("denoise", "noise"))
@@ -119,14 +120,12 @@ def _words(study: Study, metric: str, heads: bool) -> str:
         {"int": "aie", "int_low": "ci_low", "int_high": "ci_high"}
     )
     about = json.loads(study.path(f"about_{metric}.json").read_text(encoding="utf-8"))
-    return sentence(
-        [
-            f"mean |INT| is {percent(share)} of mean |PIE| over {len(table)} {'heads and roles' if heads else 'cells'}",
-            f"{clear} differ from 0 after correction",
-            f"{same} of the {TOP} largest are the same in both directions",
-            f"the largest interaction is {cell(row)} (PIE {row['pie']:.3f}, TIE {row['tie']:.3f})",
-            f"the test can show this: {about['resolution']}",
-        ]
+    kinds = "cells of heads" if heads else "cells of the residual stream, attention and MLPs"
+    return (
+        f"Over {len(table)} {kinds}, mean |INT| is {percent(share)} of mean |PIE|. {clear} "
+        f"{'cell differs' if clear == 1 else 'cells differ'} from 0 after correction. {same} of the "
+        f"{TOP} largest cells are the same in both directions. The largest interaction is {cell(row)} "
+        f"(PIE {row['pie']:.3f}, TIE {row['tie']:.3f}). Resolution of the test: {about['resolution']}."
     )
 
 
@@ -147,7 +146,7 @@ def interaction_prob(study: Study) -> Shown:
     return _states(study, "prob")
 
 
-@shows("interaction_prob_heads", "The same for heads", "interaction")
+@shows("interaction_prob_heads", "Interaction in heads: probability", "interaction")
 def interaction_prob_heads(study: Study) -> Shown:
     return _heads(study, "prob")
 
@@ -159,7 +158,7 @@ def interaction_logit_diff(study: Study) -> Shown:
     return _states(study, "logit_diff")
 
 
-@shows("interaction_logit_diff_heads", "The logit difference for heads", "interaction")
+@shows("interaction_logit_diff_heads", "Interaction in heads: logit difference", "interaction")
 def interaction_logit_diff_heads(study: Study) -> Shown:
     return _heads(study, "logit_diff")
 
@@ -167,7 +166,7 @@ def interaction_logit_diff_heads(study: Study) -> Shown:
 @shows("table_interaction", "Interaction by kind of state", "interaction")
 def table_interaction(study: Study) -> Shown:
     header = (
-        "kind", "cells", "mean |INT| / mean |PIE|, %", "clear of 0", f"top {TOP} shared", "largest INT", "INT", "PIE", "TIE",
+        "kind", "cells", "mean |INT| / mean |PIE|, %", "differ from 0", f"top {TOP} shared", "largest INT", "INT", "PIE", "TIE",
     )  # fmt: skip
     blocks, words = [], []
     for metric in METRICS:
@@ -191,7 +190,8 @@ def table_interaction(study: Study) -> Shown:
             f"{metric}: mean |INT| is {percent(share)} of mean |PIE| over all {len(table)} cells"
         )
     caption = (
-        "Interaction of the directions of patching: INT = TIE - PIE within each pair, intervals by sentence; clear of 0: p below 0.05 "
-        f"after correction over all cells. {study.source}"
+        "Interaction of the two directions of patching: INT = TIE - PIE within each pair, with intervals "
+        "by sentence. A cell differs from 0 if p is below 0.05 after correction over all cells. "
+        f"{study.source}"
     )
     return Shown(Table(caption, "tab:interaction", header, tuple(blocks)), sentence(words))

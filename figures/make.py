@@ -1,15 +1,16 @@
-"""Every figure and table, from the results kept in `figures/results`: `make figures`. No model is loaded.
+"""Draw every figure and table from the results in `figures/results`: `make figures`.
 
-    python -m figures.make                                    figures/*.pdf, *.png, *.md, *.tex and figures/README.md
+    python -m figures.make                        writes *.pdf, *.png, *.md, *.tex and README.md here
     python -m figures.make --runs runs/mine --out /some/folder
 
-`reproduce.py` makes the results. Each function below draws one thing from one or two studies and says in one sentence what is seen, with numbers
-that are computed here and nowhere written by hand; so a result against the story stands as plainly as one for it. The same results
-give the same bytes.
+No model is loaded; `reproduce.py` makes the results. Each function in the modules below draws one
+figure or table and writes the text beside it. Every number in a text is computed from the results,
+so a negative result appears as plainly as a positive one. The same results give the same bytes.
 """
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,35 +27,50 @@ from .study import HERE, ITEMS, Item, Study
 from .tables import Table
 
 MODULES = (where, methods, editing, checks, interaction)
-"""Each adds its figures to `ITEMS`; they are drawn in this order, whichever module was imported first."""
+"""Modules that add figures to `ITEMS`. Figures are drawn in this order, whatever the import order."""
 _ORDER = [module.__name__ for module in MODULES]
 ITEMS.sort(key=lambda item: _ORDER.index(item.draw.__module__))
 
-# ---- the command --------------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """Draw every figure and write every table, with an index of them all."""
+    """Draw every figure, write every table, and write README.md, which shows them all."""
 
     runs: Path = field(default_factory=lambda: HERE / "results")
-    """The kept results, a folder a study."""
+    """Folder of the results, with one folder per study."""
     out: Path = field(default_factory=lambda: HERE)
-    """Where figures, tables and the index go."""
+    """Folder for figures, tables and README.md."""
     only: tuple[str, ...] = ()
-    """These alone, by the names of their files; the index is left as it is."""
+    """Draw only these, by the names of their files; README.md stays as it is."""
 
 
 HEAD = """# Figures and tables
 
-Made by `make figures` from the results in [results](results), which `make reproduce` makes anew; no model is needed to draw them. Numbers in the
-sentences are computed from the results. Accuracies are of greedy answers among three labels. Where the paper is named, it is Li et al.,
-AAAI 2025 ([arXiv 2503.15117](https://arxiv.org/abs/2503.15117)); its own numbers are in [published.csv](published.csv).
+`make figures` draws these from the files in [results](results), without a model. `make reproduce`
+makes the files again. Every number in the text is computed from them. Accuracy is that of the greedy
+answer among three labels. "The paper" is Li et al., AAAI 2025
+([arXiv 2503.15117](https://arxiv.org/abs/2503.15117)); its numbers are in
+[published.csv](published.csv).
+
+Before you rely on a number:
+
+- The bundled model has 4 million parameters. Layer 3 began training partly initialised as a matching
+  layer, so its peak is in part planted ([model card](../mech_absa/assets/README.md)).
+- On the built-in reviews, the nearest opinion word is as good as the edited model. The unedited model
+  is as good too when it is asked in another wording ([what you can conclude](../docs/conclude.md)).
+- Most studies use sites that were chosen on the restaurant test reviews, and score those reviews too.
+  They also use one learning rate, tuned in layers 2-4, for all places. Both favour the traced layers.
+  Only [places with tuned rates](#places-with-tuned-rates) has its sites from training reviews and
+  rates of its own for each place.
+- An effect, or AIE, is the mean change of the metric over pairs; brackets are 95 % intervals that
+  resample sentences, unless the text names another unit.
 """
 
 
 def make(item: Item, config: Config) -> str:
-    """Its files, and its section of the index.
+    """Write the files of one figure or table and return its section of README.md.
 
     Raises:
         DataError: a study is missing.
@@ -69,46 +85,50 @@ def make(item: Item, config: Config) -> str:
     shown = item.draw(*studies, *extra)
     sources = " ".join(s.source for s in (*studies, *extra) if s is not None)
     if isinstance(shown.what, Table):
-        write_text(
-            config.out / f"{item.name}.md", f"{shown.what.markdown()}\n{shown.what.caption}\n"
-        )
+        table, caption = shown.what.markdown(), shown.what.caption
+        write_text(config.out / f"{item.name}.md", f"{table}\n{wrapped(caption)}\n")
         write_text(config.out / f"{item.name}.tex", shown.what.latex())
-        body = f"{shown.says}\n\n{shown.what.markdown()}\n{shown.what.caption} [LaTeX]({item.name}.tex), [Markdown]({item.name}.md)."
+        files = f"[LaTeX]({item.name}.tex), [Markdown]({item.name}.md)."
+        body = f"{table}\n{wrapped(f'{caption} {files}')}"
     else:
         plots.save(shown.what, config.out / item.name)
-        body = (
-            f"{shown.says}\n\n![{item.title}]({item.name}.png)\n\n{sources} [PDF]({item.name}.pdf)."
-        )
-    return f"## {item.title}\n\n{body}\n"
+        foot = wrapped(f"{sources} [PDF]({item.name}.pdf).")
+        body = f"![{item.title}]({item.name}.png)\n\n{foot}"
+    return f"## {item.title}\n\n{wrapped(shown.says)}\n\n{body}\n"
+
+
+def wrapped(text: str) -> str:
+    """Break a paragraph into lines below 100 characters."""
+    return textwrap.fill(text, 99, break_long_words=False, break_on_hyphens=False)
 
 
 def run(config: Config) -> list[str]:
-    """Make everything that there are results for.
+    """Draw every figure and table whose results exist.
 
     Returns:
-        names of what was made.
+        names of the figures and tables.
 
     Raises:
-        ConfigError: `--only` names nothing that is made here.
-        DataError: no study at all is there.
+        ConfigError: `--only` has an unknown name.
+        DataError: there are no results.
     """
     names = [item.name for item in ITEMS]
     if unknown := [n for n in config.only if n not in names]:
         raise ConfigError(
             f"--only {unknown[0]!r} is no figure or table; accepted: {', '.join(names)}"
         )
-    made, sections, missing = [], [], []
+    drawn, sections, missing = [], [], []
     for item in ITEMS:
         if config.only and item.name not in config.only:
             continue
         try:
             sections.append(make(item, config))
-            made.append(item.name)
+            drawn.append(item.name)
             print(item.name, flush=True)
         except DataError as error:
             missing.append(f"`{item.name}`: {error}")
             print(f"{item.name} is left out: {error}", flush=True)
-    if not made:
+    if not drawn:
         raise DataError(f"{config.runs} holds no results; `make reproduce` makes them")
     if not config.only:
         write_text(
@@ -117,22 +137,25 @@ def run(config: Config) -> list[str]:
                 [HEAD, *sections, *_times(config.runs), *_left_out(item for item in missing)]
             ),
         )
-    return made
+    return drawn
 
 
 def _times(runs: Path) -> list[str]:
-    """What the studies cost."""
+    """Return a table of what the studies cost; empty without times.csv."""
     if not (runs / "times.csv").exists():
         return []
     seconds = pd.read_csv(runs / "times.csv").groupby("study", sort=False)["seconds"].sum()
     lines = [f"| {study} | {value / 60:.1f} |" for study, value in seconds.items()]
-    head = f"## What the results cost\n\nMinutes that the commands ran, one thread each and several side by side: {seconds.sum() / 60:.0f} in all.\n"
+    head = (
+        "## What the results cost\n\nMinutes of each study, with one thread per command and several "
+        f"commands at once: {seconds.sum() / 60:.0f} in all.\n"
+    )
     return ["\n".join([head, "| study | minutes |", "| --- | ---: |", *lines]) + "\n"]
 
 
 def _left_out(missing: Any) -> list[str]:
     lines = [f"- {line}" for line in missing]
-    return ["\n".join(["## Not there yet", "", *lines]) + "\n"] if lines else []
+    return ["\n".join(["## Missing results", "", *lines]) + "\n"] if lines else []
 
 
 def main(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Methods against methods: Tables 2 and 3, sizes, differences, ablations, domain matrices."""
+"""Compare methods: Tables 2 and 3, sizes, differences, ablations, domain matrices."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from .study import (
 )
 from .tables import name_of, over_seeds, spelled
 
-# ---- Tables 2 and 3 -----------------------------------------------------------------------------------------------------------
+# ---- Tables 2 and 3 ------------------------------------------------------------------------------
 
 DIFFERS = (
-    "Models and data differ: the published rows are of Llama-2-7b (or the model named) on the paper's four domains; ours are of the bundled model of "
-    "4 million parameters, a mean and a standard deviation over seeds. Read down a block, not across blocks."
+    "Compare rows within a block only: models and data differ between blocks. The published rows are "
+    "of Llama-2-7b, or of the model named, on the paper's four domains. Ours are of the bundled "
+    "model of 4 million parameters: mean and standard deviation over seeds."
 )
 
 
@@ -44,33 +45,41 @@ def _sources(matrix: Study, real: Study | None) -> tuple[list[tuple[str, pd.Data
 
 
 def _ranked(matrix: pd.DataFrame, inside: bool) -> list[tuple[str, float, float]]:
-    """(method, mean, sd over seeds) of the trained methods, best first."""
+    """Return (method, mean, sd over seeds) of the trained methods, best first."""
     rows = matrix[(matrix["train"] != "") & (matrix["in_domain"] == inside)]
     made = [(str(m), *over_seeds(of)) for m, of in rows.groupby("method", sort=False)]
     return sorted(made, key=lambda x: -x[1])
 
 
 def _standing(matrix: pd.DataFrame, inside: bool) -> str:
-    """Where the paper's edit stands among the methods."""
+    """Return the best and the last method in words, and the rank of the paper's edit."""
     order = _ranked(matrix, inside)
     if not order:
         return "no rows"
     place = next((i for i, x in enumerate(order) if x[0] == EDIT), None)
-    said = f"best of {len(order)} is {name_of(order[0][0])} with {spelled(*order[0][1:])} %"
+    text = (
+        f"the best of {len(order)} methods is {name_of(order[0][0])} ({spelled(*order[0][1:])} %)"
+    )
     if place:
-        said += f"; the paper's edit is number {place + 1} with {spelled(*order[place][1:])} %"
-    return f"{said}; last is {name_of(order[-1][0])} with {spelled(*order[-1][1:])} %"
+        text += f"; the paper's edit is number {place + 1} ({spelled(*order[place][1:])} %)"
+    return f"{text}; the last is {name_of(order[-1][0])} ({spelled(*order[-1][1:])} %)"
 
 
 @shows("table2", "Table 2: in domain", "matrix", may=("matrix_real",))
 def table2(matrix: Study, real: Study | None) -> Shown:
     sources, caption = _sources(matrix, real)
     base = over_seeds(matrix.matrix[matrix.matrix["method"] == "zero_shot"])[0]
-    says = f"Built-in reviews: {_standing(matrix.matrix, True)}; without training {percent(base)}."
+    says = (
+        f"Built-in reviews: {_standing(matrix.matrix, True)}; the model without training has "
+        f"{percent(base)}."
+    )
     if real is not None:
         base = over_seeds(real.matrix[real.matrix["method"] == "zero_shot"])[0]
         majority = real.matrix.drop_duplicates("test")["majority"].mean()
-        says += f" The paper's data: {_standing(real.matrix, True)}; without training {percent(base)}, the most frequent class {percent(majority)}."
+        says += (
+            f" The paper's data: {_standing(real.matrix, True)}; the model without training has "
+            f"{percent(base)}, and the most frequent class {percent(majority)}."
+        )
     return Shown(tables.table_2(sources, f"In-domain accuracy (%). {caption}"), says)
 
 
@@ -80,11 +89,14 @@ def table3(matrix: Study, real: Study | None) -> Shown:
     says = f"Built-in reviews: {_standing(matrix.matrix, False)}."
     if real is not None:
         says += f" The paper's data: {_standing(real.matrix, False)}."
-    caption = f"Out-of-domain accuracy (%), train,test by first letter. The paper printed ten of the twelve pairs. {caption}"
+    caption = (
+        "Out-of-domain accuracy (%). A column names the training and the test domain by first letter. "
+        f"The paper printed ten of the twelve pairs. {caption}"
+    )
     return Shown(tables.table_3(sources, caption), says)
 
 
-# ---- methods against methods --------------------------------------------------------------------------------------------------
+# ---- methods against methods ---------------------------------------------------------------------
 
 
 @shows("parameters_accuracy", "Accuracy against trainable parameters", "matrix")
@@ -99,9 +111,11 @@ def parameters(study: Study) -> Shown:
     rho = spearman_interval(mean["parameters"], mean["accuracy"])
     small, large = mean["parameters"].idxmin(), mean["parameters"].idxmax()
     says = (
-        f"From {name_of(small)} ({mean['parameters'][small]:,.0f} parameters, {percent(mean['accuracy'][small])}) to {name_of(large)} "
-        f"({mean['parameters'][large]:,.0f}, {percent(mean['accuracy'][large])}); over {len(mean)} methods Spearman's ρ of size and accuracy is "
-        f"{interval(rho)}."
+        f"The smallest method is {name_of(small)} ({mean['parameters'][small]:,.0f} parameters, "
+        f"{percent(mean['accuracy'][small])}), the largest {name_of(large)} "
+        f"({mean['parameters'][large]:,.0f}, {percent(mean['accuracy'][large])}). Over {len(mean)} "
+        f"methods, Spearman's ρ between size and accuracy is {interval(rho)}"
+        f"{'' if rho.low > 0 or rho.high < 0 else ': no correlation is shown'}."
     )
     named = table.assign(
         method=table["method"].map(
@@ -117,18 +131,20 @@ def parameters(study: Study) -> Shown:
 
 
 def compared(matrix: pd.DataFrame, reference: str = EDIT) -> pd.DataFrame:
-    """Compare each trained method with the reference over all pairs of domains, paired by domains and seed.
+    """Compare each trained method with the reference, paired by domains and seed.
 
-    The unit that is drawn again is the trained model (training domain and seed), because its tests share its luck. Where
-    a method edits other layers with every seed (random layers), all models with the same layers share the luck of that
-    draw, so the unit is the set of layers. Few units get a t interval, since a bootstrap of three units is far too narrow.
+    The bootstrap resamples trained models (training domain and seed), because all tests of one model
+    share its luck. If a method edits other layers with every seed (random layers), all models with
+    the same layers share the luck of that draw, so the sets of layers are resampled. Few units get a
+    t interval, because a bootstrap of three units is far too narrow.
 
     Args:
         matrix: rows of a matrix.csv.
         reference: the method that is subtracted.
 
     Returns:
-        columns method, difference, low, high, units, p (sign flips over units, Holm over methods), largest first.
+        columns method, difference, low, high, units, p (sign flips over units, Holm over methods),
+        largest difference first.
     """
     trained = matrix[matrix["train"] != ""]
     keys = ["train", "seed", "test"]
@@ -148,11 +164,11 @@ def compared(matrix: pd.DataFrame, reference: str = EDIT) -> pd.DataFrame:
 
 
 FEW_UNITS = 6
-"""Below this many units an interval is a t interval over the units' means."""
+"""With fewer units than this, an interval is a t interval over the units' means."""
 
 
 def _drawn_layers(rows: pd.DataFrame, index: pd.MultiIndex) -> list[str]:
-    """Return the edited layers of each row of the index if they differ between seeds, else an empty list."""
+    """Return the edited layers of each row of the index; an empty list if all seeds share them."""
     if "layers" not in rows or rows["layers"].nunique() < 2:
         return []
     by_seed = rows.drop_duplicates(["train", "seed"]).set_index(["train", "seed"])["layers"]
@@ -188,29 +204,35 @@ def _compared(study: Study) -> Shown:
         return "; ".join(names) or "none"
 
     says = (
-        "Against the paper's edit at the traced layers, in points over all pairs of domains, paired over "
-        f"{len(models)} trained models and corrected: better are {listed(better)}; worse are {listed(worse)}; "
-        f"no difference is shown for {listed(table[~clear])}."
+        "Differences from the paper's edit at the traced layers, in points over all pairs of domains, "
+        f"paired over {len(models)} trained models, with p corrected over methods. Better: "
+        f"{listed(better)}. Worse: {listed(worse)}. No difference is shown for: {listed(table[~clear])}."
     )
     if len(models) < 6:
-        says += f" {len(models)} models cannot give a p below {2 / 2 ** len(models):g}."
+        says += f" With {len(models)} models, p cannot be below {2 / 2 ** len(models):g}."
     for row in few.itertuples():
+        drawn = study.matrix.loc[study.matrix["method"] == row.method, "layers"].unique()
         says += (
-            f" {name_of(row.method).capitalize()} were drawn {row.units} times only, so their {row.units} sets of layers "
-            f"are the units: [{100 * row.low:.1f}, {100 * row.high:.1f}], and p cannot come below {2 / 2**row.units:g}."
+            f" The layers of “{name_of(row.method)}” were drawn only {row.units} times "
+            f"({', '.join('-'.join(str(d).split()) for d in drawn)}), so the draws are the units: the "
+            f"interval is [{100 * row.low:.1f}, {100 * row.high:.1f}], and p cannot be below "
+            f"{2 / 2**row.units:g}."
         )
-    note = f"{study.note}\nintervals resample trained models (random layers: t over their sets); p by sign flips, Holm"
+    note = (
+        f"{study.note}\nintervals resample trained models (random layers: t over their sets); "
+        "p by sign flips, Holm"
+    )
     names = table["method"].map(name_of)
     title = f"Methods minus {name_of(EDIT)}"
     return Shown(charts.differences(table.assign(name=names), title=title, note=note), says)
 
 
-@shows("significance_methods", "Which differences between methods are more than luck", "matrix")
+@shows("significance_methods", "Differences between methods, built-in reviews", "matrix")
 def significance_methods(study: Study) -> Shown:
     return _compared(study)
 
 
-@shows("significance_methods_real", "The same on the paper's data", "matrix_real")
+@shows("significance_methods_real", "Differences between methods, the paper's data", "matrix_real")
 def significance_methods_real(study: Study) -> Shown:
     return _compared(study)
 
@@ -240,20 +262,22 @@ def _by_name(table: pd.DataFrame, names: Mapping[str, str]) -> str:
     )
 
 
-@shows("ablations", "The halves of the edit", "matrix")
+@shows("ablations", "The parts of the edit, trained alone", "matrix")
 def ablations(study: Study) -> Shown:
     names = {
         EDIT: "both parts",
         "lora_o@sites": "weight part alone",
         "loreft@sites": "representation part alone",
     }
-    figure, table = _dots(study, names, "The halves of the edit, at the traced layers")
+    figure, table = _dots(study, names, "The parts of the edit, at the traced layers")
     return Shown(
-        figure, f"The paper has no ablation of its edit. {sentence(_by_name(table, names))}"
+        figure,
+        "The edit has a weight part and a representation part. The paper does not train them apart. "
+        f"{sentence(_by_name(table, names))}",
     )
 
 
-@shows("places", "The edit at the traced layers and elsewhere", "matrix")
+@shows("places", "The edit in other layers, one learning rate for all", "matrix")
 def places(study: Study) -> Shown:
     names = {
         EDIT: "traced",
@@ -264,15 +288,32 @@ def places(study: Study) -> Shown:
     }
     figure, table = _dots(study, names, "The edit at the traced layers and elsewhere")
     against = compared(study.matrix[study.matrix["method"].isin(names)])
-    said = [
-        f"{names[r['method']]} {100 * r['difference']:+.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
+    differences = [
+        f"{names[r['method']]} {100 * r['difference']:+.1f} "
+        f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
         + ("" if r["p"] < 0.05 else " (no difference shown)")
         for _, r in against.iterrows()
     ]
     return Shown(
         figure,
-        f"{sentence(_by_name(table, names))} Minus the traced layers, in points over all pairs: {'; '.join(said)}.",
+        f"{sentence(_by_name(table, names))} Differences from the traced layers, in points over all "
+        f"pairs of domains: {'; '.join(differences)}. All places share one learning rate, which was "
+        "tuned in layers 2-4, and the sites were chosen on test reviews; both favour the traced "
+        f"layers. {_overlap(study.matrix)} The study of places with tuned rates, below, avoids both.",
     )
+
+
+def _overlap(matrix: pd.DataFrame) -> str:
+    """Return a sentence that counts the random draws sharing a layer with the traced or the last ones."""
+
+    def layers(method: str) -> list[set[str]]:
+        rows = matrix.loc[matrix["method"] == method, "layers"].dropna()
+        return [set(str(row).split()) for row in rows.unique()]
+
+    taken = set().union(*layers(EDIT), *layers("both@last"))
+    drawn = layers("both@random")
+    shared = sum(bool(d & taken) for d in drawn)
+    return f"Of {len(drawn)} random draws, {shared} share a layer with the traced or the last ones."
 
 
 def _domains(study: Study) -> Shown:
@@ -280,12 +321,13 @@ def _domains(study: Study) -> Shown:
     inside, outside = rows[rows["in_domain"]], rows[~rows["in_domain"]]
     low = outside.groupby(["train", "test"])["accuracy"].mean()
     says = (
-        f"The paper's edit answers {percent(inside['accuracy'].mean())} where it was trained and {percent(outside['accuracy'].mean())} elsewhere; "
-        f"the weakest pair is {low.idxmin()[0]} to {low.idxmin()[1]} with {percent(low.min())}."
+        f"The paper's edit has {percent(inside['accuracy'].mean())} on the domain it was trained on "
+        f"and {percent(outside['accuracy'].mean())} on the others. The lowest pair is "
+        f"{low.idxmin()[0]} to {low.idxmin()[1]} with {percent(low.min())}."
     )
     return Shown(
         plots.domains(
-            rows, title=f"{name_of(EDIT).capitalize()}: trained here, tested there", note=study.note
+            rows, title=f"{name_of(EDIT).capitalize()}: training and test domain", note=study.note
         ),
         says,
     )

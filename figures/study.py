@@ -1,4 +1,4 @@
-"""The kept results of a study, and the list of things that are drawn from them."""
+"""Read the kept results of a study, and list the figures and tables that are drawn from them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .tables import Table, over_seeds
 
 HERE = Path(__file__).resolve().parent
 EDIT = "both@sites"
-"""The paper's edit, in a matrix."""
+"""Name of the paper's edit in a matrix."""
 
 
-# ---- what is read -------------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Study:
         path = self.folder / name
         if not path.exists():
             raise DataError(
-                f"{self.folder.name}/{name} is missing among the results; `make reproduce`, or python -m figures.reproduce --only {self.folder.name}, makes it"
+                f"{self.folder.name}/{name} is missing among the results; run `make reproduce` or "
+                f"`python -m figures.reproduce --only {self.folder.name}`"
             )
         return path
 
@@ -59,7 +60,7 @@ class Study:
 
     @property
     def run(self) -> dict[str, Any]:
-        """Return the record of its first command, or of its only one; the model and the versions are the same in all."""
+        """Return the record of the first command; all share the model and the versions."""
         runs: dict[str, dict[str, Any]] = self.record.get("runs") or {"": self.record}
         return next(iter(runs.values()))
 
@@ -86,18 +87,18 @@ class Study:
 
     @property
     def layers(self) -> str:
-        """The traced layers, as a range."""
+        """Return the traced layers as a range."""
         found = sorted({s.layer for s in self.sites})
         return f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0])
 
     @property
     def n(self) -> str:
-        """How much it rests on."""
+        """Return the numbers of pairs, examples and seeds in words."""
         if isinstance(self.run.get("trainings"), dict):
             rows, trainings = self.run["rows"], self.run["trainings"]
             return (
-                f"{rows['train']} training, {rows['validation']} validation and {rows['test']} test examples, "
-                f"{trainings['done']} of {trainings['planned']} trainings done"
+                f"{rows['train']} training, {rows['validation']} validation and {rows['test']} test "
+                f"examples, {trainings['done']} of {trainings['planned']} trainings done"
             )
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
@@ -112,35 +113,40 @@ class Study:
             if len(self.run["domains"]) > 1
             else next(iter(self.run["domains"]))
         )
-        return f"{of}, {train} training and {test} test examples each, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        seeds_in_words = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        return f"{of}, {train} training and {test} test examples each, {seeds_in_words}"
 
     @property
     def source(self) -> str:
-        """The run that a figure came from."""
+        """Return a sentence that names the run behind a figure."""
         model, versions = self.run["model"], self.run["versions"]
         named = ", ".join(
             f"{n} {versions[n]}"
             for n in ("mech-absa", "torch", "transformer-lens")
             if n in versions
         )
-        return f"Run {self.record['study']} of {self.record['date']}: model {model['name']} ({model['sha256'][:8]}), {self.n}; {named}."
+        return (
+            f"Run {self.record['study']} of {self.record['date']}: model {model['name']} "
+            f"({model['sha256'][:8]}), {self.n}; {named}."
+        )
 
     @property
     def note(self) -> str:
-        """The same in short, for inside a figure."""
-        return f"run {self.record['study']}, {self.record['date']}{plots.SEPARATOR}model {self.run['model']['name']}\n{self.n}"
+        """Return the same in short, for the foot of a figure."""
+        run = f"run {self.record['study']}, {self.record['date']}"
+        return f"{run}{plots.SEPARATOR}model {self.run['model']['name']}\n{self.n}"
 
 
-# ---- what is made -------------------------------------------------------------------------------------------------------------
+# ---- figures and tables --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One thing of the index.
+    """A figure or a table with its text.
 
     Attributes:
-        what: a figure, or a table.
-        says: what is seen, in a sentence or two.
+        what: the figure or the table.
+        says: the text beside it, with numbers computed from the results.
     """
 
     what: Figure | Table
@@ -149,12 +155,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that can be made.
+    """A figure or a table that can be drawn.
 
     Attributes:
         name: of its files.
         title: of its section.
-        needs: studies, by name; those of `may` are used where they are there.
+        needs: names of the studies it needs.
+        may: names of studies that it uses if they exist.
+        draw: takes these studies, None for a missing one of `may`.
     """
 
     name: str
@@ -170,7 +178,7 @@ ITEMS: list[Item] = []
 def shows(
     name: str, title: str, *needs: str, may: Sequence[str] = ()
 ) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
-    """Puts a function of some studies on the list; those it may do without are None where they are missing."""
+    """Add a function of some studies to the list; a missing study of `may` is passed as None."""
 
     def note(draw: Callable[..., Shown]) -> Callable[..., Shown]:
         ITEMS.append(Item(name, title, needs, tuple(may), draw))
@@ -179,11 +187,11 @@ def shows(
     return note
 
 
-# ---- numbers in sentences -----------------------------------------------------------------------------------------------------
+# ---- numbers in sentences ------------------------------------------------------------------------
 
 
 def sentence(parts: Sequence[str] | str, between: str = "; ") -> str:
-    """Parts as one sentence, with a capital and a full stop."""
+    """Join parts into one sentence with a capital and a full stop."""
     text = parts if isinstance(parts, str) else between.join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -193,7 +201,7 @@ def percent(share: float) -> str:
 
 
 def cell(row: Any) -> str:
-    """`L3.resid_post@query.last 0.42 [0.35, 0.49]`."""
+    """Return a cell in words, such as `L3.resid_post@query.last 0.42 [0.35, 0.49]`."""
     head = f"{row['kind']}{int(row['head'])}" if row["kind"] in HEAD_KINDS else row["kind"]
     ends = "" if pd.isna(row["ci_low"]) else f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     return f"L{int(row['layer'])}.{head}@{row['role']} {row['aie']:.3f}{ends}"
@@ -206,7 +214,7 @@ def interval(e: Estimate, factor: float = 1.0, digits: int = 2) -> str:
 
 
 def best(table: pd.DataFrame) -> Any:
-    """The row with the largest effect."""
+    """Return the row with the largest effect."""
     return table.loc[table["aie"].idxmax()]
 
 
@@ -223,8 +231,8 @@ def with_spread(rows: pd.DataFrame, *by: str, metric: str = "accuracy") -> pd.Da
         metric: the column averaged.
 
     Returns:
-        columns `by`, metric, `<metric>_low` and `<metric>_high` (one standard deviation over seeds away), sd, and
-        single (the mean of every seed).
+        columns `by`, metric, `<metric>_low` and `<metric>_high` (one standard deviation over seeds
+        away), sd, and single (the mean of every seed).
     """
     groups = []
     for key, group in rows.groupby(list(by), sort=False):
@@ -239,7 +247,7 @@ def with_spread(rows: pd.DataFrame, *by: str, metric: str = "accuracy") -> pd.Da
 
 
 def inside_and_out(matrix: pd.DataFrame) -> pd.DataFrame:
-    """The trained rows with a column `data` that says whether they are tested where they were trained; inside comes first."""
+    """Return the trained rows with a column `data`, `in domain` first and then `out of domain`."""
     trained = matrix[matrix["train"] != ""]
     data = np.where(trained["in_domain"], "in domain", "out of domain")
     return trained.assign(data=data).sort_values("data", kind="stable")

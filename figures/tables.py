@@ -1,10 +1,12 @@
-"""The tables of `figures/`: ours beside the paper's, as Markdown and as LaTeX.
+"""Write the tables of `figures/`, ours beside the paper's, as Markdown and as LaTeX.
 
-What the paper printed stands in `published.csv`: Li, Wang, Zhao, Zhang and Li, "Exploring Model Editing for LLM-based Aspect-Based Sentiment
-Classification", AAAI 2025 (arXiv 2503.15117), Tables 2 and 3; accuracies in percent, means of three runs, no spread given. Its model is
-Llama-2-7b where no other is named, its data four domains of reviews. The row `average` is as printed.
+`published.csv` holds the paper's Tables 2 and 3: Li, Wang, Zhao, Zhang and Li, "Exploring Model
+Editing for LLM-based Aspect-Based Sentiment Classification", AAAI 2025 (arXiv 2503.15117). They are
+accuracies in percent, means of three runs without a spread. The model is Llama-2-7b unless another
+is named; the data are four domains of reviews. The row `average` is copied as printed.
 
-Ours are means over seeds, with the standard deviation over seeds: of the accuracy in a cell, and of the average of a row.
+Our numbers are means over seeds with the standard deviation over seeds, of the accuracy in a cell
+and of the average in a row.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ PUBLISHED = Path(__file__).parent / "published.csv"
 NONE = "–"
 
 DOMAINS = ("device", "laptop", "rest", "service")
-"""The paper's names; `restaurant` of the built-in reviews is its `rest`."""
+"""The paper's names of the domains. Its `rest` is `restaurant` among the built-in reviews."""
 PRINTED = tuple(
     (a, b) for a in DOMAINS for b in DOMAINS if a != b and {a, b} != {"device", "laptop"}
 )
@@ -45,7 +47,7 @@ def name_of(method: str) -> str:
     return f"{PRESETS.get(preset, preset)}, {PLACES.get(where, f'layers {where}')}"
 
 
-# ---- a table ------------------------------------------------------------------------------------------------------------------
+# ---- a table -------------------------------------------------------------------------------------
 
 _TEX = str.maketrans(
     {
@@ -57,13 +59,13 @@ _TEX = str.maketrans(
 
 
 def tex(text: str) -> str:
-    """Text that LaTeX prints as it is."""
+    """Escape text so that LaTeX prints it unchanged."""
     return text.translate(_TEX)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, in blocks with a title each.
+    """A table of texts, in blocks with one title each.
 
     Attributes:
         caption: what it shows and where it comes from.
@@ -88,7 +90,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def latex(self) -> str:
-        """For a document that uses `booktabs`."""
+        """Return the table in LaTeX; the document needs the package `booktabs`."""
 
         def line(cells: Sequence[str]) -> str:
             return " & ".join(map(tex, cells)) + r" \\"
@@ -114,22 +116,22 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
-# ---- Tables 2 and 3 -----------------------------------------------------------------------------------------------------------
+# ---- Tables 2 and 3 ------------------------------------------------------------------------------
 
 
 def ours(matrix: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a matrix.csv under the paper's names of the domains."""
+    """Return rows of a matrix.csv with the paper's names of the domains."""
     return matrix.replace({"train": {"restaurant": "rest"}, "test": {"restaurant": "rest"}})
 
 
 def over_seeds(rows: pd.DataFrame, metric: str = "accuracy") -> tuple[float, float]:
-    """(mean, standard deviation) over seeds of each seed's mean over its rows; the deviation of one seed is NaN."""
+    """Return mean and standard deviation over seeds of each seed's mean; NaN if there is one seed."""
     by_seed = rows.groupby("seed")[metric].mean()
     return float(by_seed.mean()), float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan")
 
 
 def spelled(mean: float, sd: float) -> str:
-    """Shares as percent, one decimal: `98.7 ± 0.4`."""
+    """Format shares as percent with one decimal, such as `98.7 ± 0.4`."""
     if np.isnan(mean):
         return NONE
     return f"{100 * mean:.1f}" + ("" if np.isnan(sd) else f" ± {100 * sd:.1f}")
@@ -142,7 +144,7 @@ def _cells(rows: pd.DataFrame, groups: Sequence[pd.Series]) -> list[str]:
 def _own_block(
     matrix: pd.DataFrame, cells: Callable[[pd.DataFrame], list[str]]
 ) -> tuple[tuple[str, ...], ...]:
-    """A row a method, in the table's order: name, share that is trained, cells."""
+    """Return one row per method, in the table's order: name, trained share, cells."""
     made = []
     for method, rows in ours(matrix).groupby("method", sort=False):
         share = float(rows["share"].max())
@@ -151,7 +153,7 @@ def _own_block(
 
 
 def published(table: int) -> pd.DataFrame:
-    """What the paper printed in one of its tables."""
+    """Return the paper's Table 2 or 3."""
     rows = pd.read_csv(PUBLISHED, keep_default_na=False)
     return rows[rows["table"] == table]
 
@@ -174,11 +176,12 @@ PAPER_BLOCK = "Published (Li et al. 2025): Llama-2-7b unless named, the paper's 
 
 
 def table_2(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
-    """In-domain accuracy: the paper's rows, then ours.
+    """Make the table of in-domain accuracy, the paper's rows first.
 
     Args:
-        sources: (title, rows of a matrix.csv); an edit is tested where it was trained, the model as it is everywhere.
-        caption: what the runs were.
+        sources: (title, rows of a matrix.csv). Edits count on the domain they were trained on, the
+            unedited model on every domain.
+        caption: describes the runs.
     """
 
     def cells(rows: pd.DataFrame) -> list[str]:
@@ -196,7 +199,10 @@ def table_2(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
 
 
 def table_3(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
-    """Out-of-domain accuracy: the ten pairs that the paper printed with their average, and the two that it did not."""
+    """Make the table of out-of-domain accuracy.
+
+    The ten pairs that the paper printed come first, with their average, then the other two.
+    """
 
     def cells(rows: pd.DataFrame) -> list[str]:
         pairs = pd.Series(
@@ -224,13 +230,13 @@ def table_3(sources: Sequence[tuple[str, pd.DataFrame]], caption: str) -> Table:
     return Table(caption, "tab:out-of-domain", header, tuple(blocks))
 
 
-# ---- ours that the paper lacks ------------------------------------------------------------------------------------------------
+# ---- tables that the paper lacks -----------------------------------------------------------------
 
 
 def significance(
     maps: Sequence[tuple[str, pd.DataFrame]], caption: str, level: float = 0.05
 ) -> Table:
-    """How many cells of each map differ from 0 after correction, a row a kind of state.
+    """Count the cells of each map that differ from 0 after correction, one row per kind of state.
 
     Args:
         maps: (title, an importance.csv).
@@ -264,8 +270,8 @@ def significance(
     header = (
         "kind",
         "cells",
-        "not 0 for certain",
-        "interval off 0",
+        "tested",
+        "interval excludes 0",
         f"adjusted p < {level:g}",
         "of these positive",
     )

@@ -1,4 +1,4 @@
-"""Where states carry the answer: Figure 3, maps that the paper lacks, one prompt, counts of cells."""
+"""Draw where states carry the answer: Figure 3, more maps, one prompt, counts of cells."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from mech_absa import plots
 from mech_absa.patch.effects import Effects
 
 from . import tables
-from .study import Shown, Study, best, cell, clear_of_zero, sentence, shows
+from .study import Shown, Study, best, cell, clear_of_zero, shows
 
-# ---- Figure 3: where a state brings the answer back ---------------------------------------------------------------------------
+# ---- Figure 3: noise on all tokens ---------------------------------------------------------------
 
 
 def _noise(study: Study) -> Shown:
+    """Draw a map of a trace with noise, with the largest effects in words."""
     table = study.importance.table
     resid = table[table["kind"] == "resid_post"]
     inner = resid[~resid["role"].isin(["answer"])]
@@ -19,11 +20,18 @@ def _noise(study: Study) -> Shown:
     top, total = best(inner), study.run["average_total_effect"]
     answer = best(resid[resid["role"] == "answer"])
     says = (
-        f"Of an average total effect of {total:.3f}, the state that brings back most, apart from the last token's ({cell(answer)}), is {cell(top)}"
-        f"{'' if clear_of_zero(top) else ' (not clear of 0 after correction)'}; at the aspect in the sentence it is {cell(in_sentence)}. "
-        f"The sites chosen are {', '.join(map(str, study.sites))}. The paper prints no numbers for its map; it names aspect tokens in middle layers."
+        f"The mean total effect is {total:.3f}. The last token has the largest effect ({cell(answer)}). "
+        f"The largest elsewhere is {cell(top)}"
+        f"{'' if clear_of_zero(top) else ' (not different from 0 after correction)'}; the largest "
+        f"at the aspect in the sentence is {cell(in_sentence)}. "
+        f"Chosen sites: {_chosen(study)}. "
+        "The paper prints no numbers for its map; it names the aspect tokens in middle layers."
     )
     return Shown(plots.heatmap(study.importance, study.sites, compress=True), says)
+
+
+def _chosen(study: Study) -> str:
+    return ", ".join(map(str, study.sites))
 
 
 @shows("figure3_noise", "Figure 3: noise on all tokens, built-in reviews", "trace_noise")
@@ -43,7 +51,7 @@ def figure3_lines(study: Study) -> Shown:
     peaks = ", ".join(f"{role} {value:.3f}" for role, value in roles.head(3).items())
     return Shown(
         plots.lines(study.importance),
-        f"The largest effects of the residual stream by role: {peaks}.",
+        f"The largest effect of the residual stream in each of the three leading roles: {peaks}.",
     )
 
 
@@ -52,7 +60,7 @@ def figure3_real(study: Study) -> Shown:
     return _noise(study)
 
 
-# ---- maps that the paper lacks ------------------------------------------------------------------------------------------------
+# ---- maps that the paper lacks -------------------------------------------------------------------
 
 
 @shows(
@@ -67,14 +75,22 @@ def maps(study: Study) -> Shown:
         for kind in ("resid_post", "attn_out", "mlp_out")
     ]
     changed = ", ".join(study.importance.about.get("changed_roles", ()))
+    names = ("residual stream", "attention", "MLP")
+    largest = "; ".join(f"{name} {cell(top)}" for name, top in zip(names, tops, strict=True))
     says = (
-        f"With minimal edits of the text in place of noise, the largest effects of each kind, the last token apart, are {'; '.join(map(cell, tops))}. "
-        f"(Restoring the {changed} in early layers only undoes the edit; the choice of sites leaves it out: {', '.join(map(str, study.sites))}.)"
+        "Here the corrupted text differs from the clean one by minimal edits, without noise. "
+        f"The largest effects outside the last token: {largest}. Restoring the {changed} token in "
+        "early layers only undoes the edit of the text, so the choice of sites leaves it out. "
+        f"Chosen sites: {_chosen(study)}."
     )
     return Shown(plots.heatmap(study.importance, study.sites), says)
 
 
-@shows("maps_counterfactual_lines", "The same as curves with intervals", "trace_counterfactual")
+@shows(
+    "maps_counterfactual_lines",
+    "Counterfactual reviews as curves with intervals",
+    "trace_counterfactual",
+)
 def maps_lines(study: Study) -> Shown:
     table = study.importance.table
     attention = table[table["kind"] == "attn_out"].sort_values("aie", ascending=False)
@@ -84,26 +100,27 @@ def maps_lines(study: Study) -> Shown:
     ]
     return Shown(
         plots.lines(study.importance),
-        f"Attention writes the answer in few places: {cell(attention.iloc[0])}, then {cell(attention.iloc[1])}. "
-        f"No MLP outside the edited words has more than {cell(best(mlp))}.",
+        f"The two largest effects of attention are {cell(attention.iloc[0])} and "
+        f"{cell(attention.iloc[1])}. The largest effect of an MLP outside the edited words is "
+        f"{cell(best(mlp))}.",
     )
 
 
-@shows("maps_heads", "Heads", "trace_counterfactual")
+@shows("maps_heads", "Attention heads", "trace_counterfactual")
 def maps_heads(study: Study) -> Shown:
     table = study.importance.table
     heads = table[table["kind"] == "head"].sort_values("aie", ascending=False)
     clear = int((heads["p_adjusted"] < 0.05).sum())
     return Shown(
         plots.heads(study.importance),
-        f"Of {len(heads)} heads and roles, {clear} have an effect clear of 0 after correction; the largest are {cell(heads.iloc[0])} and "
-        f"{cell(heads.iloc[1])}.",
+        f"Of {len(heads)} cells (a head at a role), {clear} differ from 0 after correction. The "
+        f"largest are {cell(heads.iloc[0])} and {cell(heads.iloc[1])}.",
     )
 
 
 @shows(
     "example_counterfactual",
-    "One pair, word by word: the one whose total effect is the median",
+    "One pair, token by token",
     "trace_counterfactual",
 )
 def example(study: Study) -> Shown:
@@ -113,8 +130,10 @@ def example(study: Study) -> Shown:
     top = rows.loc[rows["effect"].idxmax()]
     word = plots.shown(pair["tokens"][int(top["position"])])
     says = (
-        f"“{pair['sentence']}”, asked about “{pair['aspect']}”: the largest effect, {top['effect']:.3f}, is that of layer {top['layer']} at “{word}” "
-        f"({top['role']})."
+        "This is the pair whose total effect is the median. The review is "
+        f"“{pair['sentence']}”, and the question is about “{pair['aspect']}”. "
+        f"The largest effect, {top['effect']:.3f}, is in layer {top['layer']} at “{word}” "
+        f"(role {top['role']})."
     )
     return Shown(plots.example_map(effects), says)
 
@@ -130,13 +149,16 @@ def significance_cells(*found: Study | None) -> Shown:
     maps = [(s.record["study"].replace("_", " "), s.importance.table) for s in present]
     about = present[0].importance.about
     caption = (
-        f"Cells of the maps that differ from 0: sign flips by sentence, {about['adjustment'].capitalize()} correction over all cells of a map; "
-        f"cells that are 0 for certain are not tested. {' '.join(s.source for s in present)}"
+        "Cells of the maps that differ from 0. p-values come from sign flips of whole sentences, "
+        f"with {about['adjustment'].capitalize()} correction over all cells of a map; cells that "
+        "are exactly 0 by construction are not tested. "
+        f"{' '.join(s.source for s in present)}"
     )
-    said = []
-    for title, table in maps:
-        tested = table["p"].notna()
-        said.append(
-            f"{title}: {int((table['p_adjusted'] < 0.05).sum())} of {int(tested.sum())} tested cells are clear of 0"
-        )
-    return Shown(tables.significance(maps, caption), sentence(said))
+    counts = [
+        f"{(table['p_adjusted'] < 0.05).sum()} of {table['p'].notna().sum()} in {title}"
+        for title, table in maps
+    ]
+    return Shown(
+        tables.significance(maps, caption),
+        f"Tested cells that differ from 0 after correction: {', '.join(counts)}.",
+    )

@@ -22,6 +22,7 @@ if not (ROOT / "figures" / "make.py").exists():
 sys.path.insert(0, str(ROOT))
 
 from figures import circuit, editing, interaction, make, methods, reproduce, tables  # noqa: E402
+from figures.study import Study  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
 kept = pytest.mark.skipif(
@@ -238,6 +239,20 @@ def test_layers_drawn_by_seed_count_once_per_draw():
     )
 
 
+def test_a_budget_of_all_examples_is_the_number_of_training_rows(tmp_path):
+    """A budget of 0 examples takes every row and is kept as "all", so the column holds numbers and that word."""
+    folder = tmp_path / "places"
+    folder.mkdir()
+    columns = "budget,epochs,place,accuracy\n"
+    (folder / "places.csv").write_text(f'{columns}64,1,traced,0.5\nall,2,"traced, before",0.75\n')
+    (folder / "run.json").write_text('{"rows": {"train": 1054}}')
+    table = editing._places(Study(folder))
+    assert table["budget"].tolist() == [64, 1054]
+    assert table["place"].tolist() == ["traced layers", "traced layers, words before"]
+    (folder / "places.csv").write_text(f"{columns}64,1,traced,0.5\n")
+    assert editing._places(Study(folder))["budget"].tolist() == [64]
+
+
 def test_effects_of_windows_are_rounded_so_that_noise_does_not_rank_them():
     importance = pd.DataFrame(
         [
@@ -348,7 +363,7 @@ def test_everything_there_are_results_for_is_made_and_indexed(built):
         complete = all((RESULTS / study / "run.json").exists() for study in item.needs)
         assert (item.name in made) == complete
         if not complete:
-            assert f"`{item.name}`" in index.split("## Not there yet")[1]
+            assert f"`{item.name}`" in index.split("## Missing results")[1]
             continue
         endings = (
             (".md", ".tex")
@@ -361,7 +376,7 @@ def test_everything_there_are_results_for_is_made_and_indexed(built):
         for study in item.needs:
             assert re.search(
                 rf"Run {study} of \d{{4}}-\d\d-\d\d: model bundled\S* \([0-9a-f]{{8}}\), .+; mech-absa \S+,",
-                section,
+                " ".join(section.split()),
             )
         assert "nan" not in re.findall(r"[a-z]+", section)
 

@@ -238,6 +238,35 @@ class Answers:
     flops: int = 0
 
 
+class Part(NamedTuple):
+    """Cells that an engine has just finished. Every cell of a job is in one part.
+
+    Attributes:
+        job: whose cells they are.
+        answers: of the job, so far; `answers.patched[component, span, row]` are the cells' scores.
+        component, span, row: indices of the cells.
+    """
+
+    job: Job
+    answers: Answers
+    component: Int[Tensor, " cell"]
+    span: Int[Tensor, " cell"]
+    row: Int[Tensor, " cell"]
+
+
+Seen = Callable[[Part], None]
+"""Given the cells as they are finished; what it raises ends the sweep."""
+
+
+def zero_part(job: Job, answers: Answers) -> Part:
+    """Return the cells that are zero for certain, which no engine computes."""
+    c, s, b = (job.exists() & job.zero()).nonzero(as_tuple=True)
+    draws = job.runs.draws
+    c, s = (x.repeat_interleave(draws) for x in (c, s))
+    row = (b[:, None] * draws + torch.arange(draws)).flatten()
+    return Part(job, answers, c, s, row)
+
+
 class Reader:
     """Turns the last residual streams of rows into the numbers that a job asks for.
 
@@ -346,10 +375,13 @@ __all__ = [
     "SPANS",
     "Answers",
     "Job",
+    "Part",
     "Reader",
+    "Seen",
     "Side",
     "Span",
     "Tick",
     "components",
     "reads_of",
+    "zero_part",
 ]

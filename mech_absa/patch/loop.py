@@ -19,7 +19,7 @@ from ..model import Model
 from ..model.hooks import capture, intervene
 from ..sites import HEAD_KINDS, Site
 from .corruption import States
-from .job import Answers, Job, Reader, Tick, pass_flops, window_layers
+from .job import Answers, Job, Part, Reader, Seen, Tick, pass_flops, window_layers, zero_part
 
 
 @torch.inference_mode()
@@ -32,13 +32,16 @@ def states(model: Model, x: Tensor, kinds: set[tuple[int, str]]) -> tuple[Tensor
 
 
 @torch.inference_mode()
-def sweep(job: Job, memory: int = 0, tick: Tick | None = None) -> Answers:
+def sweep(
+    job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None = None
+) -> Answers:
     """Compute every cell of a job exactly.
 
     Args:
         job: pairs of one length and what is asked of them.
         memory: not used; all rows of a cell share a pass.
         tick: told how many cells are done.
+        seen: given every cell, draw by draw, when it is computed.
     """
     read = Reader(job)
     _, source = states(job.model, job.source.inputs, job.kinds())
@@ -50,6 +53,8 @@ def sweep(job: Job, memory: int = 0, tick: Tick | None = None) -> Answers:
 
     base = job.base.inputs[job.base.run.to(job.base.inputs.device)]
     zero, exists, pair_of_row = job.zero(), job.exists(), job.pair_of_row()
+    if seen is not None:
+        seen(zero_part(job, answers))
     passes = len(job.source.inputs) + len(clean) + (0 if corrupted is None else len(corrupted))
     for c, component in enumerate(job.components):
         for s in range(job.n_spans):
@@ -67,6 +72,10 @@ def sweep(job: Job, memory: int = 0, tick: Tick | None = None) -> Answers:
                     last = _last(job.model, base)[:, list(read.positions)]
                 touched = mask.any(1)
                 answers.patched[c, s, touched] = read(last, pair_of_row).cpu()[touched]
+                if seen is not None:
+                    rows = touched.nonzero()[:, 0]
+                    at = torch.full_like(rows, c), torch.full_like(rows, s)
+                    seen(Part(job, answers, *at, rows))
             if tick is not None:
                 tick(int(exists[c, s].sum()) * job.runs.draws)
     answers.flops = passes * pass_flops(job.model, job.runs.length) + read.flops(passes)

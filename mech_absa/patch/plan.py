@@ -28,7 +28,18 @@ from ..words import expect
 from . import gradients, loop, wave
 from .corruption import Source, States, ZeroStates
 from .effects import Effects, cell_site
-from .job import SPANS, Answers, Job, Span, Tick, check_window, comparable, components, reads_of
+from .job import (
+    SPANS,
+    Answers,
+    Job,
+    Seen,
+    Span,
+    Tick,
+    check_window,
+    comparable,
+    components,
+    reads_of,
+)
 from .pairs import Pair, Pairs, by_length, expect_pairs, make_runs
 from .request import By, Direction, Engine, Method, Request
 from .table import Values, cell_table, pair_table
@@ -201,13 +212,15 @@ class Plan:
         for index in range(len(self.batches)) if batches is None else batches:
             yield index, self.trace_batch(index, tick)
 
-    def trace_batch(self, index: int, tick: Tick | None = None) -> pd.DataFrame:
+    def trace_batch(
+        self, index: int, tick: Tick | None = None, seen: Seen | None = None
+    ) -> pd.DataFrame:
         """Return the effects of one batch; with both directions, a column `direction` in front."""
         pairs = self.batch(index)
         spans = self.spans(pairs)
         exists = self.exists(pairs, spans)
         tables, flops = [], 0
-        for way, values in self.measure(pairs, spans, exists, tick).items():
+        for way, values in self.measure(pairs, spans, exists, tick, seen).items():
             table = cell_table(self.components, pairs, spans, values, exists)
             flops += values.flops
             if self.request.direction == Direction.BOTH:
@@ -223,6 +236,7 @@ class Plan:
         spans: Sequence[Sequence[Span]],
         wanted: Bool[Tensor, "component span pair"] | None = None,
         tick: Tick | None = None,
+        seen: Seen | None = None,
     ) -> dict[Direction, Values]:
         """Return the metric of every cell of pairs of one length, by direction.
 
@@ -231,6 +245,7 @@ class Plan:
             spans: of every pair.
             wanted: cells that are computed; all where None.
             tick: told how many cells are done.
+            seen: given exact cells as they are finished, for every continuation of the labels.
         """
         ways = self.request.direction.single
         if self.request.method != Method.EXACT:
@@ -246,9 +261,9 @@ class Plan:
             for way, job in zip(ways, same_runs, strict=True):
                 memory = self.memory // 2  # the other half is for what is kept of the two runs
                 if by_wave:
-                    answer = wave.sweep(job, memory, part, ran)
+                    answer = wave.sweep(job, memory, part, ran, seen)
                 else:
-                    answer = loop.sweep(job, memory, part)
+                    answer = loop.sweep(job, memory, part, seen)
                 answers[way].append((job, answer))
         return {way: self._values(answers[way], way) for way in ways}
 
@@ -284,9 +299,9 @@ class Plan:
         r = self.request
         how = gradients.Estimator(r.method, r.steps, r.rules)
         found = gradients.sweep(job, self.memory // 2, tick, how)
-        gold, foil = _labels(job)
+        gold, foil = gold_and_foil(job)
         base, clean, corrupted = (
-            _metric(r.metric, scores, gold, foil)
+            metric_of(r.metric, scores, gold, foil)
             for scores in (found.unpatched.base, found.unpatched.clean, found.unpatched.corrupted)
         )
         sign = Direction(job.direction).sign
@@ -295,7 +310,7 @@ class Plan:
     def _values(self, answers: Sequence[tuple[Job, Answers]], way: Direction) -> Values:
         """Put the scores of all continuations together and return the metric."""
         first, metric = answers[0][0], self.request.metric
-        gold, foil = _labels(first)
+        gold, foil = gold_and_foil(first)
 
         def value(name: str) -> Tensor:
             scores: Tensor = getattr(answers[0][1], name)
@@ -305,7 +320,7 @@ class Plan:
                 for job, answer in answers:
                     labels = [i for i, _ in job.runs.continuation.labels]
                     scores[..., labels] = getattr(answer, name)
-            return _metric(metric, scores, gold, foil)
+            return metric_of(metric, scores, gold, foil)
 
         flops = sum(answer.flops for _, answer in answers)
         patched, base, clean, corrupted = (
@@ -486,13 +501,13 @@ def _parts(tick: Tick | None, n: int) -> Tick | None:
     return part
 
 
-def _labels(job: Job) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+def gold_and_foil(job: Job) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
     """Return the right label and the foil of every row."""
     rows = [job.runs.pairs[b] for b in job.pair_of_row().tolist()]
     return torch.tensor([q.gold for q in rows]), foil_indices(q.foil for q in rows)
 
 
-def _metric(metric: Metric, scores: Tensor, gold: Tensor, foil: Tensor) -> Tensor:
+def metric_of(metric: Metric, scores: Tensor, gold: Tensor, foil: Tensor) -> Tensor:
     """Return the metric `[... row]` of label scores `[... row label]`."""
     if metric.need == "vocabulary":
         return scores[..., 0]
@@ -512,4 +527,4 @@ def changed_roles(pairs: Pairs) -> list[str]:
     return [ROLES[role] for role in sorted(changed)]
 
 
-__all__ = ["Plan", "changed_roles", "default_memory", "plan"]
+__all__ = ["Plan", "changed_roles", "default_memory", "gold_and_foil", "metric_of", "plan"]

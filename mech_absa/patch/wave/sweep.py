@@ -14,7 +14,7 @@ from ...model import Model, run
 from ...model.hooks import live_hooks
 from ...sites import Site
 from ..corruption import States
-from ..job import Answers, Job, Reader, Tick, pass_flops
+from ..job import Answers, Job, Part, Reader, Seen, Tick, pass_flops, zero_part
 from ..request import Direction
 from .cells import Rows, rows_of
 from .enter import FIELD, needed
@@ -60,7 +60,11 @@ def run_unpatched(job: Job, directions: Iterable[str]) -> Ran:
 
 @torch.inference_mode()
 def sweep(
-    job: Job, memory: int = 512 << 20, tick: Tick | None = None, ran: Ran | None = None
+    job: Job,
+    memory: int = 512 << 20,
+    tick: Tick | None = None,
+    ran: Ran | None = None,
+    seen: Seen | None = None,
 ) -> Answers:
     """Compute every cell of a job exactly.
 
@@ -69,6 +73,7 @@ def sweep(
         memory: bytes that rows in flight may take.
         tick: told how many cells are done.
         ran: the unpatched runs, where they are known.
+        seen: given the cells of every chunk; early layers are finished first.
 
     Raises:
         ModelError: this engine cannot run the job; `refusal` says why.
@@ -84,6 +89,8 @@ def sweep(
     walk = Walk(model, job, *_base_and_source(job, ran), memory)
     if tick is not None:
         tick(job.cells - len(rows))
+    if seen is not None:
+        seen(zero_part(job, answers))
     pair_of_row = job.pair_of_row()
 
     def answer(p: Packed) -> Tensor:
@@ -94,6 +101,8 @@ def sweep(
         answers.flops += walk_flops(model, p, job.components)
         if tick is not None:
             tick(len(p.rows))
+        if seen is not None:
+            seen(Part(job, answers, p.rows.component, p.rows.span, p.rows.row))
     runs = len(job.runs.clean) + (0 if ran.corrupted is None else job.rows)
     answers.flops += runs * pass_flops(model, job.runs.length) + read.flops(len(rows) + runs)
     return answers

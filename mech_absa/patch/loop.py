@@ -32,9 +32,7 @@ def states(model: Model, x: Tensor, kinds: set[tuple[int, str]]) -> tuple[Tensor
 
 
 @torch.inference_mode()
-def sweep(
-    job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None = None
-) -> Answers:
+def sweep(job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None = None) -> Answers:
     """Compute every cell of a job exactly.
 
     Args:

@@ -11,6 +11,7 @@ With P the metric (the paper's: probability of the gold label), and a cell resto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ COLUMNS = (
     "effect",
     "draw_sd",
 )
+CONTROL_COLUMNS = ("example_id", "kind", "layer", "size", "effect")
 PAIR_COLUMNS = (
     "example_id", "sentence", "aspect", "polarity", "domain", "cluster", "tokens", "roles", "labels", "p_clean", "p_corrupted",
     "corrupted_tokens", "clean", "corrupted",
@@ -55,6 +57,8 @@ class Effects:
             noise draws.
         pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label probabilities of both runs.
         about: model, n_layers, n_heads, corruption, direction, metric, unit, method, by, window, counts.
+        controls: columns `CONTROL_COLUMNS`, in a sweep by role: effects of template tokens drawn by pair, as
+            many as its roles have; None in sweeps by token and in runs of earlier versions.
 
     Example:
         >>> import mech_absa as ma
@@ -69,6 +73,7 @@ class Effects:
     frame: pd.DataFrame
     pairs: pd.DataFrame
     about: dict[str, Any] = field(default_factory=dict)
+    controls: pd.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -113,6 +118,28 @@ class Effects:
         return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(
             drop=True
         ).astype({"kind": str, **({"role": str} if by == "role" else {})})
+
+    def matched(self, cells: pd.DataFrame) -> np.ndarray | None:
+        """Return the control of each cell of a map by role, `[pair cell]`: as many template tokens.
+
+        Args:
+            cells: columns kind, layer, head and role, from `matrix`.
+
+        Returns:
+            effects, NaN for heads and where a pair lacks the role; None where no controls were traced.
+        """
+        if self.controls is None or "role" not in cells:
+            return None
+        ids, roles = self.pairs["example_id"], [list(r) for r in self.pairs["roles"]]
+        keys = ["example_id", "size", "kind", "layer"]
+        wide = self.controls.groupby(keys, sort=False)["effect"].mean().unstack(["kind", "layer"])
+        values = np.full((len(ids), len(cells)), np.nan)
+        for role, rows in cells[cells["head"] < 0].groupby("role", sort=False):
+            sizes = [min(r.count(role), r.count("template")) for r in roles]
+            own = wide.reindex(pd.MultiIndex.from_arrays([ids, sizes]))
+            at = pd.MultiIndex.from_frame(rows[["kind", "layer"]])
+            values[:, rows.index] = own.reindex(columns=at).to_numpy(dtype=float)
+        return values
 
     def importance(self, by: str = "role", **options: Any) -> ImportanceMap:
         """Return averages over pairs with intervals; see `ImportanceMap.of`.
@@ -182,10 +209,12 @@ class Effects:
     # ---- files -----------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """`effects.parquet`, `pairs.parquet` and `about.json` in a folder."""
+        """`effects.parquet`, `pairs.parquet`, `about.json`, and `controls.parquet` if any, in a folder."""
         folder = Path(folder)
         write_frame(self.frame, folder / "effects.parquet")
         write_frame(self.pairs, folder / "pairs.parquet")
+        if self.controls is not None:
+            write_frame(self.controls, folder / "controls.parquet")
         write_json(folder / "about.json", self.about)
 
     @classmethod
@@ -210,7 +239,13 @@ class Effects:
         pairs = read_frame(folder / "pairs.parquet")
         if (about.get("kept") or 0) > len(pairs):
             about["excerpt_of"] = about["kept"]
-        return cls(read_frame(folder / "effects.parquet"), pairs, about)
+        controls = folder / "controls.parquet"
+        return cls(
+            read_frame(folder / "effects.parquet"),
+            pairs,
+            about,
+            read_frame(controls) if controls.exists() else None,
+        )
 
     def only(self, **equal: Any) -> Effects:
         """The rows whose columns equal (or are among) the values given."""
@@ -275,17 +310,28 @@ class BothDirections:
     @property
     def mean(self) -> Effects:
         """Return the mean of both directions, from which sites are chosen by default."""
-        return self._combined((_column(self.pie) + _column(self.tie)) / 2, "both")
+        return combined(self.pie, self.tie, lambda pie, tie: (pie + tie) / 2, "both")
 
     @property
     def interaction(self) -> Effects:
         """Return INT = TIE - PIE of every cell; its map has intervals and p-values as any other."""
-        return self._combined(_column(self.tie) - _column(self.pie), "interaction")
-
-    def _combined(self, effect: np.ndarray, direction: str) -> Effects:
-        frame = self.pie.frame.assign(effect=effect, patched=np.nan, draw_sd=np.nan)
-        return replace(self.pie, frame=frame, about=self.pie.about | {"direction": direction})
+        return combined(self.pie, self.tie, lambda pie, tie: tie - pie, "interaction")
 
 
-def _column(effects: Effects) -> np.ndarray:
-    return effects.frame["effect"].to_numpy(dtype=float)
+def combined(
+    pie: Effects, tie: Effects, of: Callable[[np.ndarray, np.ndarray], np.ndarray], direction: str
+) -> Effects:
+    """Return a number of both directions for every cell and control of two traces of the same cells.
+
+    Neither one patched run nor the spread over its draws belongs to a number of two runs.
+    """
+
+    def of_both(a: pd.DataFrame, b: pd.DataFrame) -> np.ndarray:
+        return of(a["effect"].to_numpy(dtype=float), b["effect"].to_numpy(dtype=float))
+
+    frame = pie.frame.assign(effect=of_both(pie.frame, tie.frame), patched=np.nan, draw_sd=np.nan)
+    controls = None
+    if pie.controls is not None and tie.controls is not None:
+        controls = pie.controls.assign(effect=of_both(pie.controls, tie.controls))
+    about = pie.about | {"direction": direction}
+    return replace(pie, frame=frame, about=about, controls=controls)

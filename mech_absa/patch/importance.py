@@ -53,6 +53,8 @@ class ImportanceMap:
         values: the effects behind it, `[pair cell]`, NaN where a pair lacks the cell.
         clusters: the sentence of every pair.
         about: as in `Effects`, with level and adjustment.
+        controls: of every cell of a sweep by role, `[pair cell]`: the effect of as many template tokens, drawn
+            by pair; None where they were not traced.
 
     Example:
         >>> import mech_absa as ma
@@ -69,6 +71,7 @@ class ImportanceMap:
     values: np.ndarray = field(repr=False)
     clusters: np.ndarray = field(repr=False)
     about: dict[str, Any] = field(default_factory=dict)
+    controls: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -115,12 +118,13 @@ class ImportanceMap:
             "level": level,
             "adjustment": adjustment,
             "by": by,
+            "traced_by": effects.about.get("by"),
             "n_pairs": len(effects.pairs),
             "n_sentences": k,
             "p_floor": tests.floor,
             "resolution": str(resolution(k, tested, adjustment)),
         }
-        return cls(table, values, clusters, about)
+        return cls(table, values, clusters, about, effects.matched(cells))
 
     def __repr__(self) -> str:
         kinds = ", ".join(self.table["kind"].unique())
@@ -226,14 +230,24 @@ class ImportanceMap:
         self, kind: str, role: str, layers: Sequence[int]
     ) -> Float[np.ndarray, "pair layer"]:
         """Return every pair's effects in some layers at a role; NaN where the pair lacks the role."""
+        return self.values[:, self._columns(kind, role, layers)]
+
+    def _columns(self, kind: str, role: str, layers: Sequence[int]) -> list[int]:
         rows = self.table[(self.table["kind"] == kind) & (self.table["role"] == role)]
-        columns = [rows.index[rows["layer"] == layer][0] for layer in layers]
-        return self.values[:, columns]
+        return [int(rows.index[rows["layer"] == layer][0]) for layer in layers]
 
     def control(
-        self, kind: str, layers: Sequence[int], control: str = CONTROL
+        self, kind: str, layers: Sequence[int], control: str = CONTROL, role: str | None = None
     ) -> Float[np.ndarray, " pair"]:
-        """Return every pair's mean effect of the control in some layers; NaN without one."""
+        """Return every pair's mean effect of the control in some layers; NaN without one.
+
+        Args:
+            kind, layers: where.
+            control: a role.
+            role: take a control of the size of this role, where there is one.
+        """
+        if role is not None and control == CONTROL and self.controls is not None:
+            return self.controls[:, self._columns(kind, role, layers)].mean(axis=1)
         if not ((self.table["kind"] == kind) & (self.table["role"] == control)).any():
             return np.full(len(self.values), np.nan)
         return self.window(kind, control, layers).mean(axis=1)

@@ -16,6 +16,7 @@ Ablations have no corrupted run: their source is made from clean states, and the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -36,6 +37,10 @@ from .request import SWEPT, By, Direction
 
 Tick = Callable[[int], None]
 """Told how many cells are done."""
+
+
+CONTROL = "control."
+"""Roles of control spans begin with this; their size follows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,25 @@ def role_spans(pair: Pair) -> list[Span]:
     names = pair.clean.role_names
     groups = {role: tuple(i for i, name in enumerate(names) if name == role) for role in ROLES}
     return [Span(positions, role) for role, positions in groups.items() if positions]
+
+
+def control_spans(pair: Pair) -> list[Span]:
+    """Return template tokens of the sizes of the roles: the controls of a sweep by role.
+
+    A role of n tokens is compared with n tokens of the template. They are drawn among those at which
+    the two runs can differ, since earlier ones have no effect by construction; earlier ones are added
+    where a role has more tokens, and a role with more tokens than the template gets all of it. The
+    seed is the pair's id, so that a pair has the same control in every run and order, and chance
+    averages out over pairs. Smaller controls are parts of larger ones.
+    """
+    names = pair.clean.role_names
+    template = [i for i, name in enumerate(names) if name == "template"]
+    random.Random(f"control of {pair.id}").shuffle(template)
+    template.sort(
+        key=lambda i: i < pair.first
+    )  # stable: the order within both parts is the drawn one
+    sizes = {min(len(span.positions), len(template)) for span in role_spans(pair)}
+    return [Span(tuple(sorted(template[:n])), f"{CONTROL}{n}") for n in sorted(sizes - {0})]
 
 
 SPANS: dict[By, Callable[[Pair], list[Span]]] = {By.TOKEN: token_spans, By.ROLE: role_spans}
@@ -382,6 +406,7 @@ __all__ = [
     "Span",
     "Tick",
     "components",
+    "control_spans",
     "reads_of",
     "zero_part",
 ]

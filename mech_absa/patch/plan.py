@@ -27,8 +27,9 @@ from ..sites import ROLES, Site, role_indices
 from ..words import expect
 from . import gradients, loop, wave
 from .corruption import Source, States, ZeroStates
-from .effects import Effects, cell_site
+from .effects import CONTROL_COLUMNS, Effects, cell_site
 from .job import (
+    CONTROL,
     SPANS,
     Answers,
     Job,
@@ -38,6 +39,7 @@ from .job import (
     check_window,
     comparable,
     components,
+    control_spans,
     reads_of,
 )
 from .pairs import Pair, Pairs, by_length, expect_pairs, make_runs
@@ -145,8 +147,11 @@ class Plan:
         return [self.pairs[i] for i in self.batches[index]]
 
     def spans(self, pairs: Sequence[Pair]) -> list[list[Span]]:
-        """Return the spans of every pair."""
-        return [SPANS[self.request.by](pair) for pair in pairs]
+        """Return the spans of every pair; by role, controls of the sizes of the roles come last."""
+        spans = [SPANS[self.request.by](pair) for pair in pairs]
+        if self.request.by == By.ROLE and any(c.head is None for c in self.components):
+            return [own + control_spans(pair) for own, pair in zip(spans, pairs, strict=True)]
+        return spans
 
     def exists(
         self, pairs: Sequence[Pair], spans: Sequence[Sequence[Span]]
@@ -162,6 +167,9 @@ class Plan:
                     at = self.only[component]
                     named = [any(_is_at(span, a, pair.length) for a in at) for span in own]
                     there[c, : len(own), b] = torch.tensor(named)
+                controls = [i for i, span in enumerate(own) if span.role.startswith(CONTROL)]
+                if component.head is not None:  # no sites are chosen among heads
+                    there[c, controls, b] = False
         return there
 
     def one_way(self, direction: Direction) -> Plan:
@@ -364,10 +372,11 @@ class Plan:
         order = {q.id: i for i, q in enumerate(self.pairs)}
         place = frame["example_id"].map(order).to_numpy()
         frame = frame.iloc[np.argsort(place, kind="stable")].reset_index(drop=True)
+        frame, controls = _without_controls(frame)
         if self.request.exact_top:
             frame = self._finish_exactly(frame)
         pairs = pair_table(self.model, self.pairs, frame)
-        return Effects(frame, pairs, self.about() | {"flops": flops})
+        return Effects(frame, pairs, self.about() | {"flops": flops}, controls)
 
     def _finish_exactly(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Replace estimates of the leading cells by exact effects; new columns say which.
@@ -480,9 +489,24 @@ def _only(every: Sequence[Site], sites: Sequence[Site]) -> dict[Site, tuple[str 
 
 def _is_at(span: Span, at: str | int, length: int) -> bool:
     """Return whether a span is at a role, a role group or a position."""
+    if span.role.startswith(CONTROL):
+        return True
     if isinstance(at, str):
         return ROLES.index(span.role) in role_indices(at)
     return span.position == (at if at >= 0 else at + length)
+
+
+def _without_controls(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Return the cells, and the effects of control spans; None where there are none."""
+    control = frame["role"].str.startswith(CONTROL).to_numpy(dtype=bool)
+    if not control.any():
+        return frame, None
+    rows = frame[control]
+    size = rows["role"].str.removeprefix(CONTROL).astype(int)
+    keys = [k for k in ("direction", *CONTROL_COLUMNS) if k in frame or k == "size"]
+    return frame[~control].reset_index(drop=True), rows.assign(size=size)[keys].reset_index(
+        drop=True
+    )
 
 
 def _parts(tick: Tick | None, n: int) -> Tick | None:

@@ -8,11 +8,12 @@ out. It is `clear` only if all of these hold:
   (so the probability of calling anything clear where nothing is there stays at 1 - level);
 * no cell of the window is zero for certain, as in the last layer of a token that the answer cannot read.
 
-The control is `template`: tokens that every prompt shares and that name neither aspect nor opinion. In a
-sweep by token, effects are averaged over the tokens of a role, so that control and role have the same size:
-one token. In a sweep by role all template tokens are restored together, which is a larger control and a
-higher bar: a choice that is clear against it is clear, but a small true effect may be missed. Use a sweep by
-token where a choice is not clear. Template tokens are taken, and not random tokens of any role, because the
+The control is `template`: tokens that every prompt shares and that name neither aspect nor opinion. It has
+the size of the role. In a sweep by token, effects are averaged over the tokens of a role, so that both have
+the size of one token. In a sweep by role, a role of n tokens is compared with n tokens of the template,
+restored together and drawn by pair (`patch.job.control_spans`). Runs of earlier versions have no such
+controls: there all template tokens together are the control, which is a higher bar for short roles.
+`Selection.rule` says which control was used. Template tokens are taken, and not random tokens of any role, because the
 latter hit the aspect and the opinion by chance, and would count real effects as control.
 
 Two kinds of role are left out of the choice by default: `answer`, since late layers of the last token carry
@@ -235,7 +236,7 @@ def select(
     role, window = candidates.spots[best]
     chosen = Selection(
         tuple(Site(layer, kind, None, role) for layer in window),
-        _rule(kind, width, control, left_out - {control}, level),
+        _rule(kind, width, _control_in_words(importance, control), left_out - {control}, level),
         float(effect.mean[best]),
         float(effect.low[best]),
         float(effect.high[best]),
@@ -292,7 +293,7 @@ def _candidates(
                 continue
             spots.append((role, window))
             effects.append(effect.mean(axis=1))
-            controls.append(importance.control(kind, window, control))
+            controls.append(importance.control(kind, window, control, role))
     if not spots:
         raise DataError(
             f"every {kind} effect of the roles {choices(roles)} is exactly 0; there is nothing to choose"
@@ -365,12 +366,21 @@ def _warnings(chosen: Selection, candidates: Candidates, level: float) -> Iterat
         yield "the map has no control role"
 
 
+def _control_in_words(importance: ImportanceMap, control: str) -> str:
+    """Return which tokens the control is."""
+    if control == CONTROL and importance.controls is not None:
+        return f"as many tokens of the role {control!r}, drawn by pair"
+    traced_by = importance.about.get("traced_by")
+    each = {"token": "one token at a time", "role": "all its tokens together"}.get(str(traced_by))
+    return f"the role {control!r}" + (f", {each}" if each else "")
+
+
 def _rule(kind: str, width: int, control: str, left_out: set[str], level: float) -> str:
     """Return how sites are chosen, in a sentence."""
     layers = "layer" if width == 1 else f"{width} neighbouring layers"
     others = f", {', '.join(r for r in ROLES if r in left_out)} left out" if left_out else ""
     return (
         f"the {layers} and the role with the largest mean {kind} effect whose {level:.0%} interval lies "
-        f"above 0 and above that of the control role {control!r} in the same layers, confirmed over all "
+        f"above 0 and above that of the control ({control}) in the same layers, confirmed over all "
         f"candidates{others}"
     )

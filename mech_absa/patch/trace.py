@@ -7,14 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-
 from ..errors import DataError
 from ..metrics import Metric
 from ..model import Model
 from ..progress import bar
 from ..sites import Site
-from .effects import Effects
+from .effects import Effects, combined
 from .pairs import Pairs
 from .plan import plan
 from .request import DEFAULT_RULES, DEFAULT_SITES, Direction, Method, Request
@@ -140,26 +138,24 @@ class BothWays:
         def one(way: Direction) -> Effects:
             rows = effects.frame[effects.frame["direction"] == way]
             frame = rows.drop(columns="direction").reset_index(drop=True)
-            return replace(effects, frame=frame, about={**effects.about, "direction": str(way)})
+            controls = effects.controls
+            if controls is not None:
+                controls = controls[controls["direction"] == way].drop(columns="direction")
+                controls = controls.reset_index(drop=True)
+            about = {**effects.about, "direction": str(way)}
+            return replace(effects, frame=frame, about=about, controls=controls)
 
         return cls(one(Direction.DENOISE), one(Direction.NOISE))
 
     @property
     def interaction(self) -> Effects:
         """Return INT of every pair and cell, as effects: intervals and tests work as for others."""
-        return self._joined(
-            "interaction", self.noise.frame["effect"] - self.denoise.frame["effect"]
-        )
+        return combined(self.denoise, self.noise, lambda pie, tie: tie - pie, "interaction")
 
     @property
     def mean(self) -> Effects:
         """Return the mean of PIE and TIE of every pair and cell."""
-        return self._joined("mean", (self.noise.frame["effect"] + self.denoise.frame["effect"]) / 2)
-
-    def _joined(self, name: str, effect: pd.Series) -> Effects:
-        # Neither one patched run nor the spread over its draws belongs to a number of two runs.
-        frame = self.denoise.frame.assign(effect=effect, patched=float("nan"), draw_sd=0.0)
-        return replace(self.denoise, frame=frame, about={**self.denoise.about, "direction": name})
+        return combined(self.denoise, self.noise, lambda pie, tie: (pie + tie) / 2, "mean")
 
 
 def trace_both(

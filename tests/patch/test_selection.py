@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from mech_absa.errors import DataError
+from mech_absa.patch.effects import CONTROL_COLUMNS, Effects
 from mech_absa.patch.importance import ImportanceMap
+from mech_absa.patch.job import control_spans
 from mech_absa.patch.selection import _candidates, _family_p, select
 from mech_absa.stats import cluster_bootstrap
 
@@ -111,3 +116,46 @@ def test_the_honest_interval_is_lower_where_the_choice_is_chance():
     assert naive.mean() > 0.3
     assert abs(honest.mean()) < 3 * honest.std(ddof=1) / np.sqrt(len(honest))
     assert np.mean([c.stability for c in chosen]) < 0.6
+
+
+def test_the_control_has_the_size_of_the_role():
+    """Two pairs by hand: roles of one, two and five tokens; the template has four."""
+    roles = ["template", "query.first", "query.last", "template", "before", "before", "template"]
+    roles += ["before"] * 3 + ["template"]
+    pairs = pd.DataFrame({"example_id": ["a", "b"], "roles": [roles, ["template", "before"]]})
+    rows = [("a", 1, 0.1), ("a", 2, 0.2), ("a", 4, 0.4), ("b", 1, 9.0)]
+    controls = pd.DataFrame(
+        [(i, "mlp_out", layer, n, x + layer) for i, n, x in rows for layer in (0, 1)],
+        columns=list(CONTROL_COLUMNS),
+    )
+    cells = pd.DataFrame(
+        [("mlp_out", 1, -1, "before"), ("mlp_out", 0, -1, "query.last"), ("head", 0, 0, "before")],
+        columns=["kind", "layer", "head", "role"],
+    )
+    matched = Effects(pd.DataFrame(), pairs, {}, controls).matched(cells)
+    # "before" has five tokens in a, more than the template's four; b lacks "query.last".
+    np.testing.assert_equal(matched, [[1.4, 0.1, np.nan], [10.0, np.nan, np.nan]])
+
+
+def test_controls_are_template_tokens_at_which_the_runs_can_differ():
+    names = ("template",) * 6 + ("query.last", "before", "before", "before", "answer")
+    pair = SimpleNamespace(id="x", first=3, clean=SimpleNamespace(role_names=names))
+    one, three, six = control_spans(pair)
+    assert [s.role for s in (one, three, six)] == ["control.1", "control.3", "control.6"]
+    assert set(one.positions) < set(three.positions) == {3, 4, 5}
+    assert six.positions == (0, 1, 2, 3, 4, 5)
+    assert control_spans(pair) == [one, three, six]
+    drawn = {control_spans(SimpleNamespace(**vars(pair) | {"id": i}))[0] for i in "abcdefgh"}
+    assert len(drawn) > 1
+
+
+def test_a_matched_control_decides_where_there_is_one():
+    """All template tokens together outdo the role; as many as the role has do not."""
+    m = null(np.random.default_rng(9), 30, 1)
+    m.values[:, column(3, "query.last")] += 1e-3
+    m.values[:, column(3, "template")] += 1e-2
+    assert not select(m, width=1).clear
+    matched = replace(m, controls=null(np.random.default_rng(10), 30, 1).values)
+    chosen = select(matched, width=1)
+    assert [str(s) for s in chosen] == ["L3.resid_post@query.last"] and chosen.clear
+    assert "as many tokens" in chosen.rule and "as many" not in select(m, width=1).rule

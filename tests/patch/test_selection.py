@@ -13,6 +13,7 @@ from mech_absa.errors import DataError
 from mech_absa.patch.effects import CONTROL_COLUMNS, Effects
 from mech_absa.patch.importance import ImportanceMap
 from mech_absa.patch.job import control_spans
+from mech_absa.patch.pairs import Pair
 from mech_absa.patch.selection import _candidates, _family_p, select
 from mech_absa.stats import cluster_bootstrap
 
@@ -139,14 +140,20 @@ def test_the_control_has_the_size_of_the_role():
 
 def test_controls_are_template_tokens_at_which_the_runs_can_differ():
     names = ("template",) * 6 + ("query.last", "before", "before", "before", "answer")
-    pair = SimpleNamespace(id="x", first=3, clean=SimpleNamespace(role_names=names))
+
+    def pair_named(name):
+        pair = object.__new__(Pair)  # no model, no example: only what the spans depend on
+        parts = {"first": 3, "clean": SimpleNamespace(role_names=names)}
+        vars(pair).update(parts, example=SimpleNamespace(id=name))
+        return pair
+
+    pair = pair_named("x")
     one, three, six = control_spans(pair)
     assert [s.role for s in (one, three, six)] == ["control.1", "control.3", "control.6"]
     assert set(one.positions) < set(three.positions) == {3, 4, 5}
     assert six.positions == (0, 1, 2, 3, 4, 5)
     assert control_spans(pair) == [one, three, six]
-    drawn = {control_spans(SimpleNamespace(**vars(pair) | {"id": i}))[0] for i in "abcdefgh"}
-    assert len(drawn) > 1
+    assert len({control_spans(pair_named(name))[0] for name in "abcdefgh"}) > 1
 
 
 def test_a_matched_control_decides_where_there_is_one():

@@ -18,8 +18,8 @@ from mech_absa.errors import DataError
 from mech_absa.evaluate.faithfulness import faithfulness
 from mech_absa.evaluate.pruning import prune
 from mech_absa.model import load_model
-from mech_absa.patch.effects import cell_site
 from mech_absa.patch.pairs import Counterfactual, make_pairs
+from mech_absa.patch.traced import cell_site
 from mech_absa.readers import load_examples
 from mech_absa.records import RunFolder
 from mech_absa.sites import Site

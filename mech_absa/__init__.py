@@ -1,4 +1,4 @@
-"""mech_absa: find where a language model decides the sentiment of an aspect, edit it exactly there, and prove both.
+"""mech_absa: find where a language model carries the sentiment of an aspect, and train low-rank edits there.
 
     import mech_absa as ma
     model    = ma.load_model()
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
         Resample,
         ZeroAblation,
     )
-    from .patch.effects import BothDirections, Effects
+    from .patch.directions import BothDirections
+    from .patch.effects import Effects
     from .patch.importance import ImportanceMap, Selection, load_sites
     from .patch.pairs import Pair, Pairs, make_pairs
     from .patch.trace import trace
@@ -79,7 +80,8 @@ _HOMES = {
         "ZeroAblation",
     ),
     "patch.pairs": ("Pair", "Pairs", "make_pairs"),
-    "patch.effects": ("BothDirections", "Effects"),
+    "patch.directions": ("BothDirections",),
+    "patch.effects": ("Effects",),
     "patch.importance": ("ImportanceMap", "Selection", "load_sites"),
     "patch.trace": ("trace",),
     "prompts": ("Prompt", "PromptTemplate", "Tokens", "Verbalizer"),

@@ -106,6 +106,33 @@ def imports(tree: ast.Module, path: str, rooms: set[str]) -> Iterator[tuple[str,
             yield name, line, lazy
 
 
+def inner_imports(tree: ast.Module, path: str, files: set[str]) -> set[str]:
+    """Return the files of the package that a file imports, imports inside functions included."""
+    module = path.removesuffix(".py")
+    folder = module.split("/")[:-1]
+    found: set[str] = set()
+
+    def file_of(parts: list[str]) -> str | None:
+        names = ("/".join(parts) + ".py", "/".join([*parts, "__init__"]) + ".py")
+        return next((name for name in names if name in files), None)
+
+    def walk(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                walk(other)
+            return
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*folder[: len(folder) + 1 - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            for alias in node.names:
+                found.add(file_of([*base, alias.name]) or file_of(base) or path)
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    walk(tree)
+    return found - {path}
+
+
 def calls(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """(name, line) of every name and attribute that is read."""
     for node in ast.walk(tree):
@@ -128,6 +155,8 @@ def violations(root: Path) -> list[str]:
         if p.suffix == ".py" or (p / "__init__.py").exists()
     }
     graph: dict[str, set[str]] = {}
+    files = {path for path, _, _ in seen}
+    inner = {path: inner_imports(tree, path, files) for path, _, tree in seen}
     for path, room, tree in seen:
         mine = floor(room)
         if mine is None:
@@ -184,12 +213,12 @@ def violations(root: Path) -> list[str]:
                 found.append(
                     f"mech_absa/{path}:{node.lineno} sets {node.arg}={ast.unparse(node.value)}"
                 )
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        found.append(
-            f"rooms import each other in a circle: {' -> '.join(r or '__init__' for r in error.args[1])}"
-        )
+    for what, between in (("rooms", graph), ("files", inner)):
+        try:
+            graphlib.TopologicalSorter(between).prepare()
+        except graphlib.CycleError as error:
+            circle = " -> ".join(r or "__init__" for r in error.args[1])
+            found.append(f"{what} import each other in a circle: {circle}")
     return found
 
 
@@ -260,6 +289,11 @@ def test_the_page_shows_the_same_table():
         ("readers/rows.py", "def f():\n    from torch import Tensor", "rows.py:2 imports torch"),
         ("prompts.py", "from .model import x", "rooms import each other in a circle"),
         (
+            "patch/loop.py",
+            "def f():\n    from .job import g",
+            "files import each other in a circle: patch/",
+        ),
+        (
             "model.py",
             "m.register_forward_hook(f)",
             "model.py:1 adds a hook by register_forward_hook",
@@ -290,6 +324,8 @@ def test_every_rule_can_fail(tmp_path, path, source, sentence):
         (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text("")
     (tmp_path / "model.py").write_text("from .prompts import adds_bos\n")
+    (tmp_path / "patch" / "job.py").write_text("from . import loop\n")
+    (tmp_path / "patch" / "loop.py").write_text("")
     assert violations(tmp_path) == []
     (tmp_path / path).write_text(source)
     if path == "prompts.py":

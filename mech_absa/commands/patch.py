@@ -34,13 +34,14 @@ from ..patch.corruption import (
     Resample,
     as_corruption,
 )
-from ..patch.effects import Effects, read_frame, write_frame
+from ..patch.effects import Effects
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
 from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
 from ..patch.request import DEFAULT_RULES, Request
 from ..patch.self_check import self_check
+from ..patch.traced import read_frame, write_frame
 from ..progress import bar
 from ..readers import load_examples
 from ..records import RunFolder

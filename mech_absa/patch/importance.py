@@ -21,8 +21,8 @@ from jaxtyping import Float
 from ..errors import ConfigError, DataError, choices
 from ..sites import ROLES, Site, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, support
-from .effects import Effects, cell_site
 from .selection import CONTROL, Selection, select
+from .traced import Traced, cell_site
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -76,7 +76,7 @@ class ImportanceMap:
     @classmethod
     def of(
         cls,
-        effects: Effects,
+        effects: Traced,
         by: str = "role",
         *,
         level: float = 0.95,
@@ -201,7 +201,7 @@ class ImportanceMap:
         table["head"] = table["head"].fillna(-1).astype(int)
         if not (file.parent / "about.json").exists():
             return cls(table, np.empty((0, len(table))), np.empty(0), {})
-        effects = Effects.load(file.parent)
+        effects = Traced.load(file.parent)
         if "excerpt_of" in effects.about:
             return cls(table, np.empty((0, len(table))), np.empty(0), effects.about)
         return replace(cls.of(effects, adjustment="none"), table=table)

@@ -27,7 +27,7 @@ from ..sites import ROLES, Site, role_indices
 from ..words import expect
 from . import gradients, loop, wave
 from .corruption import Source, States, ZeroStates
-from .effects import CONTROL_COLUMNS, Effects, cell_site
+from .effects import Effects
 from .job import (
     CONTROL,
     SPANS,
@@ -45,6 +45,7 @@ from .job import (
 from .pairs import Pair, Pairs, by_length, expect_pairs, make_runs
 from .request import By, Direction, Engine, Method, Request
 from .table import Values, cell_table, pair_table
+from .traced import CONTROL_COLUMNS, cell_site
 
 PAIRS_AT_ONCE = 64
 """More pairs in one batch gain nothing, and a batch is what a killed run loses."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..model import Model
 from ..sites import ROLES, Site
-from .effects import COLUMNS, PAIR_COLUMNS
 from .job import Span
 from .pairs import Pair, Pairs
+from .traced import COLUMNS, PAIR_COLUMNS
 
 
 @dataclass(eq=False)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DataError
 from ..metrics import Metric
 from ..model import Model
 from ..progress import bar
 from ..sites import Site
-from .effects import Effects, combined
+from .directions import BothDirections
+from .effects import Effects
 from .pairs import Pairs
 from .plan import plan
 from .request import DEFAULT_RULES, DEFAULT_SITES, Direction, Method, Request
@@ -104,63 +103,9 @@ def trace(
     return effects
 
 
-@dataclass(frozen=True, eq=False)
-class BothWays:
-    """The effects of one sweep in both directions.
-
-    In the terms of mediation analysis (Vaidyanathan et al. 2026, arXiv 2606.27510), for a cell c:
-
-        PIE(c) = m(corrupted; c <- clean) - m(corrupted)      `denoise`
-        TIE(c) = m(clean) - m(clean; c <- corrupted)          `noise`
-        INT(c) = TIE(c) - PIE(c)                              `interaction`
-
-    INT is the part of a cell's effect that depends on the state of the other cells. It is 0 where
-    the model is affine.
-
-    Attributes:
-        denoise, noise: effects of each direction, row by row the same cells.
-    """
-
-    denoise: Effects
-    noise: Effects
-
-    @classmethod
-    def of(cls, effects: Effects) -> BothWays:
-        """Split effects that were traced with `direction="both"`.
-
-        Raises:
-            DataError: they were traced in one direction.
-        """
-        if "direction" not in effects.frame:
-            way = effects.about.get("direction")
-            raise DataError(f"effects of direction {way} were given; trace with direction='both'")
-
-        def one(way: Direction) -> Effects:
-            rows = effects.frame[effects.frame["direction"] == way]
-            frame = rows.drop(columns="direction").reset_index(drop=True)
-            controls = effects.controls
-            if controls is not None:
-                controls = controls[controls["direction"] == way].drop(columns="direction")
-                controls = controls.reset_index(drop=True)
-            about = {**effects.about, "direction": str(way)}
-            return replace(effects, frame=frame, about=about, controls=controls)
-
-        return cls(one(Direction.DENOISE), one(Direction.NOISE))
-
-    @property
-    def interaction(self) -> Effects:
-        """Return INT of every pair and cell, as effects: intervals and tests work as for others."""
-        return combined(self.denoise, self.noise, lambda pie, tie: tie - pie, "interaction")
-
-    @property
-    def mean(self) -> Effects:
-        """Return the mean of PIE and TIE of every pair and cell."""
-        return combined(self.denoise, self.noise, lambda pie, tie: (pie + tie) / 2, "mean")
-
-
 def trace_both(
     model: Model, pairs: Pairs, sites: Sequence[str | Site] = DEFAULT_SITES, **options: Any
-) -> BothWays:
+) -> BothDirections:
     """Trace in both directions over shared runs.
 
     Args:
@@ -175,10 +120,10 @@ def trace_both(
         >>> examples = ma.load_examples("builtin:restaurant/test")
         >>> pairs = ma.make_pairs(model, examples, ma.Counterfactual(), limit=2, keep="all")
         >>> both = trace_both(model, pairs, ["mlp_out"], by="role", layers=[1])
-        >>> len(both.interaction) == len(both.denoise) == len(both.noise)
+        >>> len(both.interaction) == len(both.pie) == len(both.tie)
         True
     """
-    return BothWays.of(trace(model, pairs, sites, direction=Direction.BOTH, **options))
+    return BothDirections.of(trace(model, pairs, sites, direction=Direction.BOTH, **options))
 
 
-__all__ = ["BothWays", "trace", "trace_both"]
+__all__ = ["trace", "trace_both"]

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from mech_absa.errors import ConfigError, DataError, SiteError
-from mech_absa.patch.effects import BothDirections, Effects
+from mech_absa.patch.directions import BothDirections
+from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap, load_sites
 from mech_absa.sites import ROLES
 

@@ -124,7 +124,7 @@ def test_progress_of_an_estimate_ends_at_the_number_of_cells():
 
 def test_both_directions_are_the_two_single_ones():
     """Shared runs change no number, and the interaction is their difference."""
-    from mech_absa.patch.trace import BothWays
+    from mech_absa.patch.directions import BothDirections
 
     model = tiny("gemma2")
     for labels, kinds in ((LONG, BLOCK), (ONE_TOKEN, ("head",))):
@@ -134,12 +134,12 @@ def test_both_directions_are_the_two_single_ones():
             trace(model, pairs, kinds, direction=d, **options) for d in ("denoise", "noise")
         )
         both = trace(model, pairs, kinds, direction="both", **options)
-        ways = BothWays.of(both)
-        assert ways.denoise.frame.equals(one.frame) and ways.noise.frame.equals(other.frame)
+        ways = BothDirections.of(both)
+        assert ways.pie.frame.equals(one.frame) and ways.tie.frame.equals(other.frame)
         difference = other.frame["effect"] - one.frame["effect"]
         assert ways.interaction.frame["effect"].equals(difference)
         assert difference.abs().max() > 0.01
-        assert both.about["direction"] == "both" and ways.noise.about["direction"] == "noise"
+        assert both.about["direction"] == "both" and ways.tie.about["direction"] == "noise"
         mean = both.frame.groupby(["example_id", "kind", "layer", "head", "role"])["effect"].mean()
         own = ways.mean.frame.groupby(["example_id", "kind", "layer", "head", "role"])[
             "effect"

@@ -1,0 +1,162 @@
+"""The tables of a trace: the effect of every cell, and the pairs they were measured on.
+
+`Effects` adds what a user does with them. `ImportanceMap` is made from this class, and `Effects` makes
+maps, so that neither imports the other in a circle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import ConfigError, DataError
+from ..records import atomic, write_json
+from ..sites import HEAD_KINDS, ROLES, Site
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+COLUMNS = (
+    "example_id",
+    "kind",
+    "layer",
+    "head",
+    "position",
+    "role",
+    "clean",
+    "corrupted",
+    "patched",
+    "effect",
+    "draw_sd",
+)
+CONTROL_COLUMNS = ("example_id", "kind", "layer", "size", "effect")
+PAIR_COLUMNS = (
+    "example_id", "sentence", "aspect", "polarity", "domain", "cluster", "tokens", "roles", "labels", "p_clean", "p_corrupted",
+    "corrupted_tokens", "clean", "corrupted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Effects of every cell of every pair, and their files.
+
+    Attributes:
+        frame, pairs, about, controls: as in `Effects`.
+    """
+
+    frame: pd.DataFrame
+    pairs: pd.DataFrame
+    about: dict[str, Any] = field(default_factory=dict)
+    controls: pd.DataFrame | None = None
+
+    def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]:
+        """Effects as `[pair cell]`, and what each cell is.
+
+        Args:
+            by: `role` takes, for every pair, the mean over the tokens of a role; `position` keeps absolute positions (only sensible for
+                prompts that line up).
+
+        Returns:
+            values, NaN where a pair lacks the cell; and a frame with columns kind, layer, head and `by`, one row a cell, in reading order.
+        """
+        if by not in ("role", "position"):
+            raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
+        keys = ["kind", "layer", "head", by]
+        table = (
+            self.frame.groupby(["example_id", *keys], observed=True, sort=False)["effect"]
+            .mean()
+            .unstack("example_id")
+        )
+        table = table.reindex(columns=self.pairs["example_id"])
+        cells = table.index.to_frame(index=False)
+        cells["_kind"] = cells["kind"].map(
+            {k: i for i, k in enumerate(self.frame["kind"].unique())}
+        )
+        cells["_by"] = (
+            cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
+        )
+        order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
+        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(
+            drop=True
+        ).astype({"kind": str, **({"role": str} if by == "role" else {})})
+
+    def matched(self, cells: pd.DataFrame) -> np.ndarray | None:
+        """Return the control of each cell of a map by role, `[pair cell]`: as many template tokens.
+
+        Args:
+            cells: columns kind, layer, head and role, from `matrix`.
+
+        Returns:
+            effects, NaN for heads and where a pair lacks the role; None where no controls were traced.
+        """
+        if self.controls is None or "role" not in cells:
+            return None
+        ids, roles = self.pairs["example_id"], [list(r) for r in self.pairs["roles"]]
+        keys = ["example_id", "size", "kind", "layer"]
+        wide = self.controls.groupby(keys, sort=False)["effect"].mean().unstack(["kind", "layer"])
+        values = np.full((len(ids), len(cells)), np.nan)
+        for role, rows in cells[cells["head"] < 0].groupby("role", sort=False):
+            sizes = [min(r.count(role), r.count("template")) for r in roles]
+            own = wide.reindex(pd.MultiIndex.from_arrays([ids, sizes]))
+            at = pd.MultiIndex.from_frame(rows[["kind", "layer"]])
+            values[:, rows.index] = own.reindex(columns=at).to_numpy(dtype=float)
+        return values
+
+    # ---- files ------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """`effects.parquet`, `pairs.parquet`, `about.json`, and `controls.parquet` if any, in a folder."""
+        folder = Path(folder)
+        write_frame(self.frame, folder / "effects.parquet")
+        write_frame(self.pairs, folder / "pairs.parquet")
+        if self.controls is not None:
+            write_frame(self.controls, folder / "controls.parquet")
+        write_json(folder / "about.json", self.about)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Effects from the folder of a run.
+
+        A folder may hold fewer pairs than were traced, as an example beside a finished map. It is marked
+        as an excerpt (`about["excerpt_of"]`), and has no averages.
+
+        Raises:
+            DataError: it holds none.
+        """
+        folder = Path(folder)
+        for name in ("effects.parquet", "pairs.parquet", "about.json"):
+            if not (folder / name).exists():
+                raise DataError(
+                    f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch"
+                )
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        pairs = read_frame(folder / "pairs.parquet")
+        if (about.get("kept") or 0) > len(pairs):
+            about["excerpt_of"] = about["kept"]
+        controls = folder / "controls.parquet"
+        return cls(
+            read_frame(folder / "effects.parquet"),
+            pairs,
+            about,
+            read_frame(controls) if controls.exists() else None,
+        )
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """A frame as parquet, the same bytes for the same content."""
+    with atomic(path) as temporary:
+        frame.to_parquet(temporary, index=False, compression="zstd")
+
+
+def read_frame(path: str | Path) -> pd.DataFrame:
+    return pd.read_parquet(path)
+
+
+def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:
+    """The site of a row of a table."""
+    return Site(int(layer), kind, int(head) if kind in HEAD_KINDS else None, role)

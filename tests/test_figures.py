@@ -356,6 +356,7 @@ def built(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 @kept
+@pytest.mark.slow
 def test_everything_there_are_results_for_is_made_and_indexed(built):
     out, made = built
     index = (out / "README.md").read_text(encoding="utf-8")
@@ -382,6 +383,7 @@ def test_everything_there_are_results_for_is_made_and_indexed(built):
 
 
 @kept
+@pytest.mark.slow
 def test_pictures_are_small_and_text_stays_text(built):
     out, made = built
     pictures = sorted(out.glob("*.png"))
@@ -396,6 +398,7 @@ def test_pictures_are_small_and_text_stays_text(built):
 
 
 @kept
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(built, tmp_path):
     out, made = built
     again = [name for name in ("maps_heads", "significance_cells", "table2") if name in made]
@@ -407,8 +410,14 @@ def test_the_same_results_give_the_same_bytes(built, tmp_path):
 
 
 @kept
-def test_the_kept_tables_are_those_of_the_kept_results(built):
-    out, made = built
+def test_the_kept_tables_are_those_of_the_kept_results(tmp_path):
+    out = tmp_path
+    names = ("table2", "table3", "significance_cells")
+    needs = {item.name: item.needs for item in make.ITEMS}
+    there = [n for n in names if all((RESULTS / s / "run.json").exists() for s in needs[n])]
+    if not there:
+        pytest.skip("no results of tables are kept")
+    made = make.run(make.Config(out=out, only=tuple(there)))
     found = [
         name
         for name in ("table2", "table3", "significance_cells")

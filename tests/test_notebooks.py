@@ -103,7 +103,11 @@ def test_its_links_lead_somewhere(path):
             assert target.startswith("http") or (path.parent / target).exists(), target
 
 
-@each
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem.startswith("1_") else pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS],
+    ids=lambda p: p.stem,
+)
 def test_it_runs_in_the_fast_mode(path):
     notebook = execute.execute(path, fast=True)
     code = [c for c in notebook.cells if c.cell_type == "code"]

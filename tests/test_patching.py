@@ -44,8 +44,8 @@ def answer(logits, right=11, wrong=17):
     return (logits[:, -1, right] - logits[:, -1, wrong]).mean()
 
 
-def both(name, hooked, metric=answer, **options):
-    clean, corrupted = prompts(hooked)
+def both(name, hooked, metric=answer, length=7, **options):
+    clean, corrupted = prompts(hooked, length=length)
     _, cache = hooked.run_with_cache(clean)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,12 +70,26 @@ def test_the_same_numbers(hooked, name):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("_every")])
-def test_stacked_ones_too(hooked, name):
+STACKED = [n for n in NAMES if n.endswith("_every")]
+
+
+def check_stacked(name, hooked, length):
+    a, b = both(name, hooked, length=length)
+    assert (b.max() - b.min()) > 1e-4
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_ones_too(name):
+    check_stacked(name, ma.load_model(str(tiny_folder("llama"))).hooked, length=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_ones_of_every_architecture(hooked, name):
     if hooked.cfg.parallel_attn_mlp and "block" in name:
         pytest.skip("the same sweeps as above")
-    a, b = both(name, hooked)
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    check_stacked(name, hooked, length=7)
 
 
 def test_indices_of_ones_own(hooked):
@@ -136,7 +150,9 @@ def test_a_folded_model_is_computed_as_it_is_folded():
     state = hooked.state_dict()
     folded = type(hooked)(hooked.cfg)
     folded.load_and_process_state_dict(state, fold_ln=True, center_writing_weights=True)
-    a, b = both("get_act_patch_block_every", folded)
+    a, b = both("get_act_patch_block_every", folded, length=5)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    raw, _ = both("get_act_patch_block_every", hooked, metric=partial(answer, right=12))
+    clean, corrupted = prompts(hooked, length=5)
+    _, cache = hooked.run_with_cache(clean)
+    raw = ours.get_act_patch_block_every(hooked, corrupted, cache, partial(answer, right=12))
     assert not torch.allclose(a, raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -42,15 +43,24 @@ COMBINATIONS = {  # name: corruption, labels, kinds, direction, window, metric, 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_wave_is_the_loop(arch, name):
+CORE = {  # every architecture once, every combination at least once
+    "gpt2": "mean of roles",
+    "llama": "another's states",
+    "pythia": "edit broken, long labels",
+    "gptj": "noise restored",
+    "qwen2": "edit restored in a window",
+    "mistral": "zero in every layer",
+    "gemma2": "noise on the question, broken",
+    "bloom": "noise restored",
+}
+
+
+def check_the_wave_is_the_loop(arch, name, examples):
     model = tiny(arch)
     corruption, labels, kinds, direction, window, metric, by, memory = COMBINATIONS[name]
+    pairs = pairs_of(model, corruption, labels, examples)
     moved = 0.0
-    for job in jobs(
-        model, pairs_of(model, corruption, labels), kinds, direction, window, metric, by
-    ):
+    for job in jobs(model, pairs, kinds, direction, window, metric, by):
         expected, got = loop.sweep(job), wave.sweep(job, memory=memory)
         assert expected.patched.dtype == torch.float64
         assert furthest(expected, got) < 1e-10
@@ -58,8 +68,24 @@ def test_the_wave_is_the_loop(arch, name):
     assert moved > 0.05  # two engines that do nothing would agree as well
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
+@pytest.mark.parametrize("arch, name", CORE.items())
+def test_the_wave_is_the_loop(arch, name):
+    check_the_wave_is_the_loop(arch, name, EXAMPLES[:2])
+
+
+def test_the_core_leaves_no_architecture_and_no_combination_out():
+    assert set(CORE) == set(ARCHITECTURES) and set(CORE.values()) == set(COMBINATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_wave_is_the_loop_in_every_combination(arch, name):
+    """With prompts of two lengths."""
+    check_the_wave_is_the_loop(arch, name, EXAMPLES)
+
+
+asked = given(
     arch=st.sampled_from(["gpt2", "gemma2", "gptj"]),
     corruption=st.one_of(
         st.builds(
@@ -82,21 +108,31 @@ def test_the_wave_is_the_loop(arch, name):
     by=st.sampled_from(["token", "role"]),
     memory=st.integers(1, 1 << 18),
 )
-def test_the_wave_is_the_loop_whatever_is_asked(
-    arch, corruption, labels, kinds, direction, window, metric, by, memory
+drawn = partial(settings, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def check_whatever_is_asked(
+    examples, arch, corruption, labels, kinds, direction, window, metric, by, memory
 ):
     model = tiny(arch)
     kinds = sorted(k for k in kinds if k in model.kinds) or ["resid_pre"]
-    for job in jobs(
-        model,
-        pairs_of(model, corruption, labels),
-        kinds,
-        direction,
-        1 if "head" in kinds else window,
-        metric,
-        by,
-    ):
+    window = 1 if "head" in kinds else window
+    pairs = pairs_of(model, corruption, labels, examples)
+    for job in jobs(model, pairs, kinds, direction, window, metric, by):
         assert furthest(loop.sweep(job), wave.sweep(job, memory=memory)) < 1e-10
+
+
+@drawn(max_examples=6)
+@asked
+def test_the_wave_is_the_loop_whatever_is_asked(**question):
+    check_whatever_is_asked(EXAMPLES[:2], **question)
+
+
+@pytest.mark.slow
+@drawn(max_examples=40)
+@asked
+def test_the_wave_is_the_loop_whatever_is_asked_of_prompts_of_two_lengths(**question):
+    check_whatever_is_asked(EXAMPLES, **question)
 
 
 def test_some_layers_only():

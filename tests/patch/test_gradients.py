@@ -60,6 +60,13 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def ends(job: Job) -> Job:
+    """The first layer and the last; one head of each."""
+    layers = (0, job.model.n_layers - 1)
+    kept = [c for c in job.components if c.layer in layers and c.head in (None, 1)]
+    return replace(job, components=kept)
+
+
 @cache
 def tiny_double(arch: str) -> Model:
     return load_model(tiny_folder(arch), dtype="float64", device="cpu", check=False)
@@ -106,15 +113,7 @@ def test_atp_is_the_derivative_of_the_exact_effect(arch):
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]
     job = make_job(model, *random_ids(model, n=1, length=5), kinds, direction="noise")
-    # The first layer, the last and the one before it; one head of each.
-    job = replace(
-        job,
-        components=[
-            c
-            for c in job.components
-            if c.layer in (0, model.n_layers - 2, model.n_layers - 1) and c.head in (None, 1)
-        ],
-    )
+    job = ends(job)
     truths = {size: exact(model, nudged(job, size)) for size in (1e-4, 5e-5)}
     errors = {}
     for method in ("atp", "atpstar"):
@@ -324,7 +323,7 @@ def test_every_metric_is_differentiated_in_both_directions(metric, direction):
 def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch):
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]
-    job = make_job(model, *random_ids(model), kinds, metric="prob", by=role_spans)
+    job = ends(make_job(model, *random_ids(model), kinds, metric="prob", by=role_spans))
     answers = loop.sweep(job)
     for method in METHODS:
         found = gradients.sweep(job, how=Estimator(method, 2))

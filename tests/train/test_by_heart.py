@@ -53,6 +53,7 @@ def floor(model: Model, task: Task) -> float:
     return sum(sum(least[i] for i in answer) / len(answer) for answer in answers) / len(answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, reached", [(1.0, None), (4.0, 1e-3)], ids=["as it is", "able to say every token"]
 )

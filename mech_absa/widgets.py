@@ -227,7 +227,7 @@ def patterns(
         )
     ids = question(model, example, template).ids
     seen: list[torch.Tensor] = []
-    point = model.hooked.mod_dict[f"blocks.{layer}.attn.hook_pattern"]
+    point = model.point(layer, "pattern")
     with (
         hooked_at(
             [(point, lambda pattern: seen.append(pattern[0].detach().float().cpu()))],

@@ -146,7 +146,7 @@ def examine(config: Config) -> Findings:
     m = config.model
     base = load_model(m.model, device=m.device, dtype=m.dtype)
     model, adapter = patch.adapted(wanted, base)
-    weights = sum(p.numel() * p.element_size() for p in base.hooked.parameters())
+    weights = base.n_bytes
     about_model = {
         "name": base.name,
         "shape": str(base),

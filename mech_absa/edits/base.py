@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -106,71 +105,29 @@ class Matrix:
             "W_in": (shape.d_model, shape.d_mlp), "W_gate": (shape.d_model, shape.d_mlp), "W_out": (shape.d_mlp, shape.d_model),
         }[self.name]  # fmt: skip
 
-    def reads(self, hooked: Any) -> nn.Module:
+    def reads(self, model: Model) -> nn.Module:
         """Return the module whose output the matrix reads."""
-        block = hooked.blocks[self.layer]
-        if self.name == "W_O":
-            return block.attn.hook_z
-        if self.name == "W_out":
-            return block.mlp.hook_post
-        of_mlp = self.name in ("W_in", "W_gate")
-        if hooked.cfg.original_architecture in (
-            "Olmo2ForCausalLM",
-            "Olmo3ForCausalLM",
-        ):  # they norm what a sublayer returns instead
-            return block.hook_resid_mid if of_mlp else block.hook_resid_pre
-        return block.ln2 if of_mlp else block.ln1
+        read = {"W_O": "z", "W_out": "post", "W_in": "ln2", "W_gate": "ln2"}
+        return model.point(self.layer, read.get(self.name, "ln1"))
 
-    def writes(self, hooked: Any) -> nn.Module:
+    def writes(self, model: Model) -> nn.Module:
         """Return the module whose output is that of the matrix, before any post-norm."""
-        block = hooked.blocks[self.layer]
-        if self.name in ("W_O", "W_out"):
-            return block.attn if self.name == "W_O" else block.mlp
-        gated = type(block.mlp).__name__ == "GatedMLP" if self.name == "W_in" else False
-        return {
-            "W_Q": lambda: block.attn.hook_q, "W_K": lambda: block.attn.hook_k, "W_V": lambda: block.attn.hook_v,
-            "W_in": lambda: block.mlp.hook_pre_linear if gated else block.mlp.hook_pre, "W_gate": lambda: block.mlp.hook_pre,
-        }[self.name]()  # fmt: skip
-
-    def _tensors(self, hooked: Any) -> tuple[Tensor, Tensor | None]:
-        """Return TransformerLens's own parameters: the matrix, and its bias or None."""
-        block = hooked.blocks[self.layer]
-        owner = block.attn if self.name in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
-        bias = (
-            None
-            if self.name == "W_gate" or (self.name == "W_in" and hasattr(owner, "W_gate"))
-            else "b" + self.name[1:]
-        )
-        grouped = "_" if self.name in ("W_K", "W_V") and hasattr(owner, "_W_K") else ""
-        return getattr(owner, grouped + self.name), None if bias is None else getattr(
-            owner, grouped + bias
-        )
+        gated = bool(model.cfg.gated_mlp)
+        written = {
+            "W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "projected",
+            "W_in": "pre_linear" if gated else "pre", "W_gate": "pre", "W_out": "mlp",
+        }  # fmt: skip
+        return model.point(self.layer, written[self.name])
 
     def weight(
-        self, hooked: Any
+        self, model: Model
     ) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"] | None]:
-        """Return the matrix and its bias (None where it can have none), as the model holds them."""
-        W, b = self._tensors(hooked)
-        if W.ndim == 3:
-            W = rearrange(
-                W, "head d m -> (head d) m" if self.name == "W_O" else "head m d -> m (head d)"
-            )
-        return W, None if b is None else b.flatten()
+        """Return the matrix and its bias (None where it has none), as the model holds them."""
+        return model.backend.matrix(self.layer, self.name)
 
-    @torch.no_grad()
-    def set_weight(self, hooked: Any, W: Tensor, b: Tensor | None = None) -> None:
+    def set_weight(self, model: Model, W: Tensor, b: Tensor | None = None) -> None:
         """Overwrite the matrix (and the bias, where one is given)."""
-        own, bias = self._tensors(hooked)
-        if own.ndim == 3:
-            W = rearrange(
-                W,
-                "(head d) m -> head d m" if self.name == "W_O" else "m (head d) -> head m d",
-                head=own.shape[0],
-            )
-        own.copy_(W)
-        if b is not None:
-            assert bias is not None, f"{self} has no bias"
-            bias.copy_(b.view_as(bias))
+        model.backend.set_matrix(self.layer, self.name, W, b)
 
 
 @dataclass(frozen=True, order=True)
@@ -330,7 +287,7 @@ class SiteIntervention(Intervention):
             picked = h[index]
             return h.index_put(index, self(picked.to(wide(h))).to(h.dtype)) if len(picked) else h
 
-        return [at_site(model.hooked, self.site, change)], []
+        return [at_site(model, self.site, change)], []
 
     def affine(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
         """Return (M, c) of h -> h M + c; None where the change is not affine."""
@@ -358,9 +315,9 @@ class SiteIntervention(Intervention):
             )
         M, c = (t.detach().double() for t in affine)
         matrix = Matrix(self.site.layer, "W_O" if self.site.kind == "attn_out" else "W_out")
-        W, b = matrix.weight(model.hooked)
+        W, b = matrix.weight(model)
         assert b is not None
-        matrix.set_weight(model.hooked, W.double() @ M, b.double() @ M + c)
+        matrix.set_weight(model, W.double() @ M, b.double() @ M + c)
         return None
 
 
@@ -402,9 +359,7 @@ class MatrixIntervention(Intervention):
                 else self.change(y, x, model)
             )
 
-        return [(self.matrix.writes(model.hooked), write)], [
-            (self.matrix.reads(model.hooked), read)
-        ]
+        return [(self.matrix.writes(model), write)], [(self.matrix.reads(model), read)]
 
 
 def rank_of(rank: int, most: int, place: Place) -> int:

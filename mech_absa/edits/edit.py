@@ -11,7 +11,6 @@ writes to them: `merged` gives a second model with the edit in its weights, wher
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -218,7 +217,7 @@ class Edit(nn.Module):
         Raises:
             EditError: it was made for another.
         """
-        if model.sha256 != self.sha256:
+        if not model.has_weights(self.sha256):
             raise EditError(
                 f"this edit was made for {self.base} (weights {self.sha256[:12]}), and {model.name} has other weights "
                 f"({model.sha256[:12]}); load the model it was made for"
@@ -271,7 +270,7 @@ class Edit(nn.Module):
         """
         self.check(model)
         twin = Model(
-            copy.deepcopy(model.hooked),
+            model.backend.twin(),
             model.tokenizer,
             f"{model.name}+edit",
             None,

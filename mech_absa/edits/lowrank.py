@@ -65,8 +65,8 @@ class LoRA(MatrixIntervention):
         return y + self.low_rank(x)
 
     def merge(self, model: Model) -> None:
-        W, _ = self.matrix.weight(model.hooked)
-        self.matrix.set_weight(model.hooked, W.double() + self.update().detach())
+        W, _ = self.matrix.weight(model)
+        self.matrix.set_weight(model, W.double() + self.update().detach())
 
 
 class DoRA(LoRA):
@@ -101,24 +101,22 @@ class DoRA(LoRA):
     @torch.no_grad()
     def norm(self, model: Model) -> Float[Tensor, " d_out"]:
         """Return ||W + s A B|| of every column."""
-        W, _ = self.matrix.weight(model.hooked)
+        W, _ = self.matrix.weight(model)
         kind = torch.promote_types(W.dtype, torch.float32)
         A, B = (p.to(W.device, kind) for p in (self.A, self.B))
         return torch.linalg.vector_norm(W.to(kind) + self.scale * A @ B, dim=0)
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
-        _, bias = self.matrix.weight(model.hooked)
+        _, bias = self.matrix.weight(model)
         norm = self.norm(model)
         c = _ratio(self.m.to(norm), norm).to(y)
         base = y if bias is None else y - bias
         return y + (c - 1) * base + c * self.low_rank(x)
 
     def merge(self, model: Model) -> None:
-        W, _ = self.matrix.weight(model.hooked)
+        W, _ = self.matrix.weight(model)
         turned = W.double() + self.update().detach()
-        self.matrix.set_weight(
-            model.hooked, _ratio(self.m.detach().double(), turned.norm(dim=0)) * turned
-        )
+        self.matrix.set_weight(model, _ratio(self.m.detach().double(), turned.norm(dim=0)) * turned)
 
 
 def _ratio(m: Float[Tensor, " d_out"], norm: Float[Tensor, " d_out"]) -> Float[Tensor, " d_out"]:

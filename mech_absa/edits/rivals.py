@@ -65,8 +65,7 @@ class Prefix(Intervention):
         nn.init.normal_(self.P_V, std=0.02, generator=generator)
 
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
-        attn = model.hooked.blocks[self.place.layer].attn
-        cfg = model.cfg
+        cfg, layer = model.cfg, self.place.layer
         sinks = bool(getattr(cfg, "use_attention_sinks", False))
         if sinks or cfg.positional_embedding_type == "alibi":
             what = "attention sinks" if sinks else "ALiBi positions"
@@ -88,10 +87,9 @@ class Prefix(Intervention):
                 repeat(p, "n kv d -> n (kv group) d", group=group).to(lse)
                 for p in (self.P_K, self.P_V)
             )
-            s = (
-                einsum(q.to(lse.dtype), keys, "batch pos head d, n head d -> batch head pos n")
-                / attn.attn_scale
-            )
+            s = einsum(
+                q.to(lse.dtype), keys, "batch pos head d, n head d -> batch head pos n"
+            ) / model.backend.scale(layer)
             if cfg.attn_scores_soft_cap > 0:
                 s = cfg.attn_scores_soft_cap * torch.tanh(s / cfg.attn_scores_soft_cap)
             g = rearrange(
@@ -100,8 +98,11 @@ class Prefix(Intervention):
             own = einsum(s.softmax(-1), values, "batch head pos n, n head d -> batch pos head d")
             return ((1 - g) * z + g * own).to(z.dtype)
 
-        q_point = attn.hook_rot_q if cfg.positional_embedding_type == "rotary" else attn.hook_q
-        return [(attn.hook_z, write_z)], [(q_point, read_q), (attn.hook_attn_scores, read_scores)]
+        rotary = cfg.positional_embedding_type == "rotary"
+        readers = [("rot_q" if rotary else "q", read_q), ("scores", read_scores)]
+        return [(model.point(layer, "z"), write_z)], [
+            (model.point(layer, name), read) for name, read in readers
+        ]
 
     @property
     def unmergeable(self) -> str:
@@ -158,10 +159,10 @@ class BitFit(MatrixIntervention):
         return y + self.b.to(y)
 
     def merge(self, model: Model) -> None:
-        W, bias = self.matrix.weight(model.hooked)
+        W, bias = self.matrix.weight(model)
         if bias is None:
             return super().merge(model)
-        return self.matrix.set_weight(model.hooked, W, bias.double() + self.b.detach().double())
+        return self.matrix.set_weight(model, W, bias.double() + self.b.detach().double())
 
     @property
     def unmergeable(self) -> str:
@@ -185,5 +186,5 @@ class Full(MatrixIntervention):
         return y + x @ self.D.to(x)
 
     def merge(self, model: Model) -> None:
-        W, _ = self.matrix.weight(model.hooked)
-        self.matrix.set_weight(model.hooked, W.double() + self.D.detach().double())
+        W, _ = self.matrix.weight(model)
+        self.matrix.set_weight(model, W.double() + self.D.detach().double())

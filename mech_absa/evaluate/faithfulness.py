@@ -398,7 +398,7 @@ class _Bench:
         """Return the clean input of each row, the corrupted one, the mask [site row pos], and the values put in."""
         clean = runs.clean.repeat_interleave(runs.draws, 0)
         points = {(s.layer, s.kind): s for s in self.sites}
-        with capture(self.model.hooked, points.values()) as seen:
+        with capture(self.model, points.values()) as seen:
             self._last(clean if self.mode is Mode.RESTORE else runs.corrupted)
         masks = torch.zeros(len(self.sites), len(self.chosen), runs.length, dtype=torch.bool)
         for i, site in enumerate(self.sites):
@@ -412,7 +412,7 @@ class _Bench:
         )
 
     def _last(self, x: Tensor) -> Tensor:
-        return self.model.hooked.forward(x, start_at_layer=0, stop_at_layer=self.model.n_layers)
+        return self.model.run_hooked(x)
 
     @torch.inference_mode()
     def _metric(self, corrupted: bool, replaced: Sequence[int]) -> Float[np.ndarray, " pair"]:
@@ -468,6 +468,6 @@ def replacing(
         return replace
 
     return [
-        (hook_point(model.hooked, sites[members[0]]), put(key, members))
+        (hook_point(model, sites[members[0]]), put(key, members))
         for key, members in together.items()
     ]

@@ -92,11 +92,9 @@ def mean_activations(
         below = edit.applied(model, tokens) if edit is not None else contextlib.nullcontext()
         with (
             below,
-            capture(model.hooked, points.values()) as seen,
+            capture(model, points.values()) as seen,
         ):  # in this order, so that what is seen is what the edit leaves
-            model.hooked.forward(
-                model.embed(tokens.ids), start_at_layer=0, stop_at_layer=model.n_layers
-            )
+            model.run_hooked(model.embed(tokens.ids))
         for key, site in points.items():
             total = seen[site][real.to(seen[site].device)].double().sum(0)
             sums[key] = sums[key] + total if key in sums else total

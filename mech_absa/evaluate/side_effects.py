@@ -39,7 +39,7 @@ import torch
 from ..errors import ConfigError, DataError
 from ..examples import Example, mixed_polarity
 from ..metrics import kl
-from ..model import Model, weights_hash
+from ..model import Model
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
 from ..scoring import Applicable, by_length, last_residual, question
@@ -287,7 +287,7 @@ def side_effects(
     check_call("side_effects", model, examples, edit)
     own = asked_with(edit)
     template, verbalizer = template or own[0], verbalizer or own[1]
-    before = weights_hash(model.hooked)
+    before = model.hash_now()
 
     ask = partial(predict, model, verbalizer=verbalizer, batch_size=batch_size)
 
@@ -312,7 +312,7 @@ def side_effects(
         other_aspects=other_aspects(base, edited),
         portability=tuple(against_base(*both(data, template)) for data in others),
         weights_before=before,
-        weights_after=weights_hash(model.hooked),
+        weights_after=model.hash_now(),
     )
 
 

@@ -2,11 +2,12 @@
 
 from .block import LayerStates, run
 from .convert import hooked_from_hf
+from .hashes import weights_hash
 from .huggingface import BUNDLED
 from .kernels import linear
 from .load import DTYPES, load_model
-from .model import Model, logits_of, weights_hash
-from .pieces import NO_TAPS, Tap, Taps, heads_of, norm_of
+from .model import Model, logits_of
+from .pieces import NO_TAPS, Tap, Taps, heads_of
 
 __all__ = [
     "BUNDLED",
@@ -21,7 +22,6 @@ __all__ = [
     "linear",
     "load_model",
     "logits_of",
-    "norm_of",
     "run",
     "weights_hash",
 ]

@@ -105,8 +105,8 @@ def batch_attention(
 
 def is_plain(model: Model, layer: int, length: int) -> bool:
     """Return whether a layer's attention is softmax(q k / scale) v under a causal mask, no more."""
-    cfg, attn = model.cfg, model.hooked.blocks[layer].attn
-    windowed = attn.attn_type == "local" and length > cfg.window_size
+    cfg, window = model.cfg, model.backend.window(layer)
+    windowed = window is not None and length > window
     alibi = cfg.positional_embedding_type == "alibi"
     return not (windowed or alibi or cfg.attn_scores_soft_cap > 0)
 
@@ -132,7 +132,7 @@ def _fused(
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
-        scale=1 / float(model.hooked.blocks[layer].attn.attn_scale),
+        scale=1 / model.backend.scale(layer),
     )
     return z.transpose(1, 2)
 

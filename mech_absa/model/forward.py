@@ -3,7 +3,7 @@
     last(model, x, reads, start=3, points=edit.points(model, tokens))
 
 It gives the last residual stream at the positions that are read: what a hooked
-`HookedTransformer.forward` gives, and the same gradients, up to rounding, for less.
+the hooked forward pass gives, and the same gradients, up to rounding, for less.
 
 - The last block runs at those positions; the other tokens give it their keys and values only.
 - Attention and norms are fused kernels, which keep no pattern for the backward pass.
@@ -18,6 +18,7 @@ forward pass itself runs where the pieces cannot stand for the model, where a po
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from jaxtyping import Float, Int
@@ -28,7 +29,7 @@ from ..errors import HookError
 from .block import batch_attention, block
 from .hooks import hooked_at
 from .model import Model
-from .pieces import Tap, knows_mlp, rows_of
+from .pieces import Tap, rows_of
 
 Point = tuple[nn.Module, Callable[[Tensor], Tensor | None]]
 """A module and what is done to its output; None leaves it as it is."""
@@ -53,7 +54,7 @@ def advance(
     taps = _taps(model, start, stop, points)
     if taps is None:
         with hooked_at(points) as firings:
-            x = model.hooked.forward(x, start_at_layer=start, stop_at_layer=stop)
+            x = model.backend.forward(x, start, stop)
         _all_acted(len(points), sum(n > 0 for n in firings))
         return x
     return _through(model, x, range(start, stop), taps)
@@ -107,7 +108,7 @@ def _taps(
     places = {
         id(module): (layer, name)
         for layer in range(start, stop)
-        for name, module in _modules(model, layer).items()
+        for name, module in reversed(_modules(model, layer).items())
     }
     for module, fn in points:
         if id(module) not in places:
@@ -140,15 +141,17 @@ def _all_acted(planned: int, acted: int) -> None:
         )
 
 
+_OUTSIDE = ("ln1", "q", "k", "v", "z", "projected", "attn_out", "ln2", "mlp", "mlp_out")
+_STREAM = ("resid_pre", "resid_mid", "resid_post")
+_INSIDE = ("pre", "pre_linear", "post")
+
+
 def _modules(model: Model, layer: int) -> dict[str, nn.Module]:
     """Return the modules whose outputs the values of a block are, by the names of `pieces`."""
-    of = model.hooked.blocks[layer]
-    modules = {name: getattr(of.attn, f"hook_{name}") for name in ("q", "k", "v", "z")}
-    modules |= {"ln1": of.ln1, "projected": of.attn, "ln2": of.ln2, "mlp": of.mlp}
-    kinds = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
-    kinds += [] if model.parallel else ["resid_mid"]
-    modules |= {name: getattr(of, f"hook_{name}") for name in kinds}
-    if knows_mlp(of.mlp):
-        inside = ("pre", "pre_linear", "post")
-        modules |= {n: m for n in inside if (m := getattr(of.mlp, f"hook_{n}", None)) is not None}
+    names = [*_OUTSIDE, *(n for n in _STREAM if n != "resid_mid" or not model.parallel)]
+    names += _INSIDE if model.backend.mlp(layer) is not None else ()
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        with contextlib.suppress(KeyError):
+            modules[name] = model.point(layer, name)
     return modules

@@ -1,4 +1,4 @@
-"""Reading and writing activations of a `HookedTransformer`: the only place that adds hooks.
+"""Reading and writing activations inside a model: the only place that adds hooks.
 
 Two context managers, both of which remove exactly the hooks they added, also after an exception, and leave those of an outer context
 alone:
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ..errors import HookError, SiteError
 from ..sites import Site
+from .backend import backend_of
+from .model import Model
 
 Edit = Callable[[Tensor], Tensor]
 """Activation -> activation of the same shape."""
@@ -34,11 +36,17 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
         SiteError: the model has none of that name.
     """
     try:
-        return hooked.mod_dict[site.hook_name]
+        return _points(hooked)[site.hook_name]
     except KeyError:
         raise SiteError(
             f"site {site} does not exist: the model has no hook {site.hook_name}"
         ) from None
+
+
+def _points(model: Any) -> Mapping[str, Any]:
+    """Return the hook points of a `Model`, or of a module of TransformerLens, by name."""
+    backend = model.backend if isinstance(model, Model) else backend_of(model)
+    return backend.hook_points
 
 
 def _select(site: Site, activation: Tensor) -> Tensor:
@@ -114,7 +122,7 @@ def intervene(
     """Replace the activation at each site by a function of itself.
 
     Args:
-        hooked: a `HookedTransformer`.
+        hooked: a `Model`, or TransformerLens's module.
         interventions: site -> function; for a head it sees `[batch pos d_head]`, otherwise `[batch pos d_model]` (`[batch pos head
             d_head]` for head kinds is never passed whole). A site's `at` is not looked at: which positions change is the function's business.
         times: forward passes planned inside the block; None does not check.
@@ -136,7 +144,7 @@ def capture(hooked: Any, sites: Iterable[Site], grad: bool = False) -> Iterator[
     """The activations at `sites` of the last forward pass made inside the block.
 
     Args:
-        hooked: a `HookedTransformer`.
+        hooked: a `Model`, or TransformerLens's module.
         sites: what to keep, and nothing else is kept. Heads are kept whole: ask for any head of a layer.
         grad: keep the tensors in the graph, with their gradients after a backward pass; otherwise they are detached.
     """
@@ -160,6 +168,6 @@ def live_hooks(hooked: Any) -> list[str]:
     """Names of the hook points that carry a hook right now; empty for a model that runs as it was trained."""
     return [
         name
-        for name, point in hooked.mod_dict.items()
+        for name, point in _points(hooked).items()
         if isinstance(point, torch.nn.Module) and point._forward_hooks
     ]

@@ -10,14 +10,13 @@
 
 They take *packed* tokens (one row per token, whatever prompt it belongs to), so that no arithmetic
 is spent on padding or on positions that nobody needs, or whole batches. `block` puts them together.
-They give the numbers of `HookedTransformer.forward` up to rounding; `refusal` names what they cannot
+They give the numbers of the hooked forward pass up to rounding; `refusal` names what they cannot
 run, and the engine then hands the work to the plain loop over hooked forward passes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +30,11 @@ from ..errors import ModelError
 from ..metrics import Need
 from ..prompts import adds_bos
 from ..sites import KINDS, Site
+from .backend import Backend, backend_of
+from .hashes import weights_hash
 from .huggingface import load_hf
 from .kernels import linear
-from .pieces import NO_TAPS, Taps, heads_of, mlp_of, norm_of, rows_of, tapped
+from .pieces import NO_TAPS, Taps, heads_of, mlp_of, rows_of, tapped
 from .verify import logit_difference
 
 
@@ -41,7 +42,7 @@ class Model:
     """A frozen decoder, its tokenizer, and the pieces of its forward pass.
 
     Attributes:
-        hooked: the `HookedTransformer`, in eval mode, raw weights.
+        backend: TransformerLens's module and its weights, read in one way (`backend`).
         tokenizer: a fast Hugging Face tokenizer.
         name: for tables and titles.
         source: what it was loaded from (a folder or a hub name); None for a model from memory.
@@ -64,8 +65,10 @@ class Model:
         source: str | None = None,
         bos: bool | None = None,
         n_parameters: int | None = None,
+        base: Callable[[], str] | None = None,
     ):
-        self.hooked = hooked.eval().requires_grad_(False)
+        self.backend: Backend = backend_of(hooked.eval().requires_grad_(False))
+        self._base = base
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
@@ -74,7 +77,7 @@ class Model:
         self.n_parameters = (
             n_parameters
             if n_parameters is not None
-            else sum(p.numel() for p in self.hooked.parameters())
+            else sum(p.numel() for p in hooked.parameters())
         )
 
     def __repr__(self) -> str:
@@ -83,8 +86,19 @@ class Model:
     # ---- shape -------------------------------------------------------------------------------------------------------------
 
     @property
+    def hooked(self) -> Any:
+        """TransformerLens's module: a `HookedTransformer` or a `TransformerBridge`."""
+        return self.backend.root
+
+    @property
+    def hook_points(self) -> Mapping[str, Any]:
+        """Hook points by name."""
+        return self.backend.hook_points
+
+    @property
     def cfg(self) -> Any:
-        return self.hooked.cfg
+        """Sizes and settings under the names of `HookedTransformerConfig`, with either backend."""
+        return self.backend.cfg
 
     @property
     def n_layers(self) -> int:
@@ -124,7 +138,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.hooked.embed.W_E.device
+        return self.backend.device
 
     @property
     def parallel(self) -> bool:
@@ -149,13 +163,33 @@ class Model:
 
     @cached_property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        """Every module of the hooked model, listed once: whoever wants to know whether hooks are on it asks them all."""
-        return tuple(self.hooked.modules())
+        """Every module on which a hook would change the forward pass, listed once."""
+        return self.backend.modules
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of names, shapes and bytes of all weights, as they were when it was first asked for."""
+        """Hash of the weights that Hugging Face holds; with either backend and in any dtype the same.
+
+        A model that came from no Hugging Face model has the hash of TransformerLens's weights.
+        """
+        return self._base() if self._base is not None else weights_hash(self.hooked)
+
+    def hash_now(self) -> str:
+        """Return the hash of the weights as TransformerLens holds them at this moment."""
         return weights_hash(self.hooked)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights as TransformerLens holds them."""
+        return sum(p.numel() * p.element_size() for p in self.hooked.parameters())
+
+    @cached_property
+    def _old_sha256(self) -> str | None:
+        return self.backend.old_hash()
+
+    def has_weights(self, sha256: str) -> bool:
+        """Return whether a hash is of this model; those of earlier versions count too."""
+        return sha256 == self.sha256 or sha256 == self._old_sha256
 
     def flops(self, part: str, queries: int = 1) -> int:
         """Floating-point operations (2 a multiply-add) of the matrix products of one token in one block.
@@ -196,16 +230,14 @@ class Model:
 
     def embed(self, ids: Ids) -> Resid:
         """Token (and learned position) embeddings: the residual stream before block 0."""
-        ids = ids.to(self.device)
-        x = self.hooked.embed(ids)
-        return (
-            x + self.hooked.pos_embed(ids)
-            if self.cfg.positional_embedding_type == "standard"
-            else x
-        )
+        return self.backend.embed(ids.to(self.device))
+
+    def embed_tokens(self, ids: Ids) -> Resid:
+        """Token embeddings without learned positions."""
+        return self.backend.embed_tokens(ids.to(self.device))
 
     def block_device(self, layer: int) -> torch.device:
-        return self.hooked.blocks[layer].attn.W_O.device
+        return self.backend.block_device(layer)
 
     def qkv(
         self,
@@ -228,27 +260,15 @@ class Model:
             taps: of `ln1`, `q`, `k`, `v`, `rot_q` and `rot_k`.
             reads: the positions of each row that have queries; all where None.
         """
-        block = self.hooked.blocks[layer]
-        attn, h = block.attn, tapped(taps, "ln1", norm_of(block.ln1, x))
-        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = self.qkv_weights(layer)
+        h = tapped(taps, "ln1", self.backend.norm(layer, "ln1", x))
+        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = self.backend.qkv(layer)
         asked, at = (h, positions) if reads is None else (rows_of(h, reads), reads)
         q = tapped(taps, "q", heads_of(asked, W_Q, b_Q))
         k = tapped(taps, "k", heads_of(h, W_K, b_K))
         v = tapped(taps, "v", heads_of(h, W_V, b_V))
-        if attn.q_norm is not None:
-            q, k = attn._apply_qk_norm(q, attn.q_norm), attn._apply_qk_norm(k, attn.k_norm)
+        q, k = self.backend.qk_norm(layer, "q", q), self.backend.qk_norm(layer, "k", k)
         q = tapped(taps, "rot_q", self.rotate(layer, q, at))
         return q, tapped(taps, "rot_k", self.rotate(layer, k, positions)), v
-
-    def qkv_weights(
-        self, layer: int
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(weight [head d_model d_head], bias [head d_head]) of queries, keys and values; grouped ones once a group."""
-        attn = self.hooked.blocks[layer].attn
-        _ = "_" if type(attn).__name__ == "GroupedQueryAttention" else ""
-        return (attn.W_Q, attn.b_Q), *(
-            (getattr(attn, f"{_}W_{m}"), getattr(attn, f"{_}b_{m}")) for m in "KV"
-        )  # type: ignore[return-value]
 
     def rotate(
         self,
@@ -259,20 +279,11 @@ class Model:
         """Queries or keys, turned by their positions where the model rotates."""
         if self.cfg.positional_embedding_type != "rotary":
             return x
-        attn = self.hooked.blocks[layer].attn
-        if (
-            longest := int(positions.max()) + 1 if positions.numel() else 0
-        ) > attn.rotary_cos.shape[0]:
-            attn._extend_rotary_embeddings(
-                min(self.n_ctx, max(longest, 2 * attn.rotary_cos.shape[0]))
-            )
-        cos, sin = (
-            attn.rotary_cos[positions].unsqueeze(-2),
-            attn.rotary_sin[positions].unsqueeze(-2),
-        )
-        turned, rest = x[..., : self.cfg.rotary_dim], x[..., self.cfg.rotary_dim :]
+        cos, sin = (angle.unsqueeze(-2) for angle in self.backend.rotary(layer, positions))
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         if self.cfg.rotary_adjacent_pairs:
-            flipped = attn.rotate_every_two(turned)
+            even, odd = turned[..., ::2], turned[..., 1::2]
+            flipped = torch.stack([-odd, even], -1).flatten(-2)
         else:
             low, high = turned.chunk(2, -1)
             flipped = torch.cat([-high, low], -1)
@@ -291,10 +302,9 @@ class Model:
         Keys stand at positions 0, 1, ...; queries where `query_positions` says, alike in all rows
         or row by row.
         """
-        attn = self.hooked.blocks[layer].attn
         kv = k.shape[2]
         q = rearrange(q, "row q (kv group) d -> row kv (group q) d", kv=kv)
-        s = q @ rearrange(k, "row k kv d -> row kv d k") / attn.attn_scale
+        s = q @ rearrange(k, "row k kv d -> row kv d k") / self.backend.scale(layer)
         if self.cfg.attn_scores_soft_cap > 0:
             s = self.cfg.attn_scores_soft_cap * torch.tanh(s / self.cfg.attn_scores_soft_cap)
         s = rearrange(s, "row kv (group q) k -> row (kv group) q k", q=query_positions.shape[-1])
@@ -302,11 +312,11 @@ class Model:
         behind = query_positions[..., None] - keys
         behind = behind if behind.ndim == 2 else behind[:, None]
         if self.cfg.positional_embedding_type == "alibi":
-            slopes = attn.create_alibi_multipliers(self.n_heads).to(s)
+            slopes = self.backend.slopes(layer).to(s)
             s = s - slopes[:, None, None] * behind.clamp(min=0)
         hidden = behind < 0
-        if attn.attn_type == "local":
-            hidden = hidden | (behind >= self.cfg.window_size)
+        if (window := self.backend.window(layer)) is not None:
+            hidden = hidden | (behind >= window)
         return s.masked_fill(hidden, -torch.inf)
 
     def attend(
@@ -327,9 +337,9 @@ class Model:
         self, layer: int, z: Float[Tensor, "*token head d_head"]
     ) -> Float[Tensor, "*token d_model"]:
         """Return sum_h z_h W_O[h] + b_O, before any post-norm."""
-        attn = self.hooked.blocks[layer].attn
-        W = rearrange(attn.W_O, "head d_head d_model -> d_model (head d_head)")
-        return linear(z.flatten(-2), W, attn.b_O)
+        W_O, b_O = self.backend.output(layer)
+        W = rearrange(W_O, "head d_head d_model -> d_model (head d_head)")
+        return linear(z.flatten(-2), W, b_O)
 
     def attn_out(
         self, layer: int, projected: Float[Tensor, "*token d_model"]
@@ -337,7 +347,7 @@ class Model:
         """Return what the attention adds to the stream, after the post-norm where there is one."""
         if not self.cfg.use_normalization_before_and_after:
             return projected
-        return norm_of(self.hooked.blocks[layer].ln1_post, projected)
+        return self.backend.norm(layer, "ln1_post", projected)
 
     def mlp_out(
         self, layer: int, x: Float[Tensor, "*token d_model"], taps: Taps = NO_TAPS
@@ -349,10 +359,13 @@ class Model:
             x: the stream.
             taps: of `ln2`, `pre`, `pre_linear`, `post` and `mlp`.
         """
-        block = self.hooked.blocks[layer]
-        out = mlp_of(block.mlp, tapped(taps, "ln2", norm_of(block.ln2, x)), taps)
+        h = tapped(taps, "ln2", self.backend.norm(layer, "ln2", x))
+        mlp = self.backend.mlp(layer)
+        out = self.backend.run_mlp(layer, h) if mlp is None else mlp_of(mlp, h, taps)
         out = tapped(taps, "mlp", out)
-        return norm_of(block.ln2_post, out) if self.cfg.use_normalization_before_and_after else out
+        if not self.cfg.use_normalization_before_and_after:
+            return out
+        return self.backend.norm(layer, "ln2_post", out)
 
     def finish(
         self,
@@ -372,21 +385,13 @@ class Model:
             bytes_row: whole-vocabulary rows are made in slices of this size.
             normalise: takes the place of the final norm.
         """
-        hooked = self.hooked
-        x = x.to(hooked.unembed.W_U.device)
-        if normalise is not None:
-            x = normalise(x)
-        elif self.cfg.normalization_type is not None:
-            x = norm_of(hooked.ln_final, x)
+        x = x.to(self.backend.unembed(None).W.device)
+        x = self.backend.norm(None, "ln_final", x) if normalise is None else normalise(x)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
         def logits(x: Tensor, columns: Tensor | None) -> Tensor:
-            W, b = (
-                (hooked.W_U, hooked.b_U)
-                if columns is None
-                else (hooked.W_U[:, columns], hooked.b_U[columns])
-            )
-            y = torch.addmm(b, x, W)
+            W, b = self.backend.unembed(columns)
+            y = x @ W if b is None else torch.addmm(b, x, W)
             if (cap := self.cfg.output_logits_soft_cap) > 0:
                 y = cap * torch.tanh(y / cap)
             return y.to(wide)
@@ -405,7 +410,23 @@ class Model:
 
     def forward(self, ids: Ids) -> Float[Tensor, "batch pos d_vocab"]:
         """Plain logits of the hooked model at every position; hooks, where there are any, apply."""
-        return self.hooked.forward(self.embed(ids), start_at_layer=0, return_type="logits")
+        return self.backend.forward(self.embed(ids))
+
+    def run_hooked(self, x: Resid, start: int = 0, stop: int | None = None) -> Resid:
+        """Return the residual stream after the hooked blocks `start` to `stop` - 1 (all where None)."""
+        return self.backend.forward(x, start, self.n_layers if stop is None else stop)
+
+    def scales_of_norms(self) -> list[torch.nn.Module]:
+        """Return the hook points of the scale of every norm."""
+        return self.backend.scales()
+
+    def point(self, layer: int, name: str) -> torch.nn.Module:
+        """Return the module whose output is a value of a block: a name of `pieces`, `scores` or `pattern`.
+
+        Raises:
+            KeyError: the layer has no such value.
+        """
+        return self.backend.point(layer, name)
 
     # ---- comparing with Hugging Face ----------------------------------------------------------
 
@@ -433,16 +454,6 @@ class Model:
             hf_model = load_hf(self.source, self.dtype)
         hf_model = hf_model.to(self.device)
         return logit_difference(self.forward, self.tokenizer, self.bos, hf_model, texts)
-
-
-@torch.inference_mode()
-def weights_hash(module: torch.nn.Module) -> str:
-    """sha256 over names, shapes and bytes of all parameters, in the order of their names."""
-    h = hashlib.sha256()
-    for name, p in sorted(module.named_parameters()):
-        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()
 
 
 def logits_of(model: Model, x: Float[Tensor, "token d_model"]) -> Logits:

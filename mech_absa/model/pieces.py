@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..axes import Resid
+from .backend import MLPWeights
 from .kernels import ACTIVATIONS, linear
 
 Tap = Callable[[Tensor], Tensor | None]
@@ -71,34 +72,28 @@ def norm_of(norm: Any, x: Tensor) -> Tensor:
 def heads_of(
     x: Float[Tensor, "*token d_model"],
     W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
+    b: Float[Tensor, "head d_head"] | None,
 ) -> Float[Tensor, "*token head d_head"]:
     """Return x W[h] + b[h] for every head."""
     weight = rearrange(W, "head d_model d_head -> (head d_head) d_model")
-    return linear(x, weight, b.flatten()).unflatten(-1, b.shape)
-
-
-def knows_mlp(mlp: Any) -> bool:
-    """Return whether `mlp_of` runs this MLP from its parts; otherwise the module itself runs."""
-    return type(mlp).__name__ in ("MLP", "GatedMLP") and mlp.cfg.act_fn in ACTIVATIONS
+    bias = None if b is None else b.flatten()
+    return linear(x, weight, bias).unflatten(-1, (W.shape[0], W.shape[2]))
 
 
 def mlp_of(
-    mlp: Any,
+    mlp: MLPWeights,
     x: Float[Tensor, "*token d_model"],
     taps: Taps = NO_TAPS,
     hidden_bytes: int = HIDDEN_BYTES,
 ) -> Float[Tensor, "*token d_model"]:
-    """Return the MLP's output; taps inside it need an MLP that `knows_mlp` accepts.
+    """Return the MLP's output.
 
     Args:
-        mlp: TransformerLens's module.
+        mlp: its weights.
         x: normalised tokens.
         taps: those of the block; `pre`, `pre_linear` and `post` act here.
         hidden_bytes: size of the slices when no gradient is needed and no tap sees inside.
     """
-    if not knows_mlp(mlp):
-        return mlp(x) if x.ndim == 3 else mlp(x[None])[0]
     inside = not taps.keys().isdisjoint(("pre", "pre_linear", "post"))
     if inside or (torch.is_grad_enabled() and x.requires_grad):
         return _mlp(mlp, x, taps)
@@ -109,14 +104,15 @@ def mlp_of(
     return flat.view_as(x)
 
 
-def _mlp(mlp: Any, x: Tensor, taps: Taps) -> Tensor:
-    act, gated = mlp.cfg.act_fn, type(mlp).__name__ == "GatedMLP"
-    W, b = (mlp.W_gate, None) if gated else (mlp.W_in, mlp.b_in)
+def _mlp(mlp: MLPWeights, x: Tensor, taps: Taps) -> Tensor:
+    gated = mlp.W_gate is not None
+    W, b = (mlp.W_gate, mlp.b_gate) if mlp.W_gate is not None else (mlp.W_in, mlp.b_in)
     if "pre" in taps:
-        hidden = ACTIVATIONS[act][2](tapped(taps, "pre", linear(x, W.T, b)))
+        hidden = ACTIVATIONS[mlp.act][2](tapped(taps, "pre", linear(x, W.T, b)))
     else:
-        hidden = linear(x, W.T, b, act)
+        hidden = linear(x, W.T, b, mlp.act)
     if gated:
-        factor = tapped(taps, "pre_linear", linear(x, mlp.W_in.T))
-        hidden = torch.addcmul(mlp.b_in, hidden, factor)
+        factor = tapped(taps, "pre_linear", linear(x, mlp.W_in.T, mlp.factor_bias))
+        b_in = mlp.b_in
+        hidden = hidden * factor if b_in is None else torch.addcmul(b_in, hidden, factor)
     return linear(tapped(taps, "post", hidden), mlp.W_out.T, mlp.b_out)

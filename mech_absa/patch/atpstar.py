@@ -154,9 +154,7 @@ class _Attention:
 
     def turned(self, kind: str, x: HeadOut) -> HeadOut:
         """Return queries or keys as they meet: normalised and rotated where the model does so."""
-        attn = self.model.hooked.blocks[self.layer].attn
-        if self.model.cfg.use_qk_norm:
-            x = attn._apply_qk_norm(x, attn.q_norm if kind == "q" else attn.k_norm)
+        x = self.model.backend.qk_norm(self.layer, kind, x)
         return self.model.rotate(self.layer, x, torch.arange(self.length, device=x.device))
 
     def by_query(self, q: HeadOut) -> Float[Tensor, "row span head"]:

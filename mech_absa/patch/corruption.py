@@ -269,7 +269,7 @@ def aspect_embedding_std(model: Model, prompts: Sequence[Tokens]) -> float:
             "no aspect tokens were found in the prompts; the noise scale is measured on them"
         )
     with torch.inference_mode():
-        return float(model.hooked.embed(torch.stack(ids)[None].to(model.device)).float().std())
+        return float(model.embed_tokens(torch.stack(ids)[None]).float().std())
 
 
 # ---- other texts ------------------------------------------------------------------------------------

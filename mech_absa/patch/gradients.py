@@ -124,7 +124,7 @@ def refusal(model: Model) -> str | None:
     """Return why AtP* cannot run this model, whose attention it needs in pieces; None where it can."""
     if model.refusal is not None:
         return f"{model.name} has {model.refusal}"
-    if hooks := live_hooks(model.hooked):
+    if hooks := live_hooks(model):
         names = ", ".join(hooks[:3])
         return f"{model.name} carries hooks ({names}), which only the hooked forward pass obeys"
     return None
@@ -342,9 +342,9 @@ def _metric_at(
     """Run inputs differentiably; return the states at `kinds` and the metric, summed over rows."""
     model = job.model
     sites = {key: Site(*key, head=0 if key[1] in HEAD_KINDS else None) for key in sorted(kinds)}
-    with torch.enable_grad(), _rules(job, how), capture(model.hooked, sites.values(), True) as seen:
+    with torch.enable_grad(), _rules(job, how), capture(model, sites.values(), True) as seen:
         inputs = x.detach().clone().requires_grad_()
-        last = model.hooked.forward(inputs, start_at_layer=0, stop_at_layer=model.n_layers)
+        last = model.run_hooked(inputs)
         of_row = job.pair_of_row()[rows]
         scores = read(last[:, list(read.positions)], of_row)
         if job.metric.need == "vocabulary":

@@ -26,8 +26,8 @@ from .job import Answers, Job, Part, Reader, Seen, Tick, pass_flops, window_laye
 def states(model: Model, x: Tensor, kinds: set[tuple[int, str]]) -> tuple[Tensor, States]:
     """Run once with hooks; return the last residual stream and the activations at (layer, kind)."""
     sites = {key: Site(*key, 0 if key[1] in HEAD_KINDS else None) for key in kinds}
-    with capture(model.hooked, sites.values()) as seen:
-        last = model.hooked.forward(x, start_at_layer=0, stop_at_layer=model.n_layers)
+    with capture(model, sites.values()) as seen:
+        last = model.run_hooked(x)
     return last, {key: seen[site] for key, site in sites.items()}
 
 
@@ -45,8 +45,8 @@ def sweep(job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None
     _, source = states(job.model, job.source.inputs, job.kinds())
     if job.ablation is not None:
         source = job.ablation.states(source, job.runs.pairs, job.runs.length)
-    clean = _last(job.model, job.runs.clean)
-    corrupted = None if job.ablation is not None else _last(job.model, job.runs.corrupted)
+    clean = job.model.run_hooked(job.runs.clean)
+    corrupted = None if job.ablation is not None else job.model.run_hooked(job.runs.corrupted)
     answers = read.unpatched(clean, corrupted)
 
     base = job.base.inputs[job.base.run.to(job.base.inputs.device)]
@@ -66,8 +66,8 @@ def sweep(job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None
                     )
                     for layer in layers
                 }
-                with intervene(job.model.hooked, sites, times=1):
-                    last = _last(job.model, base)[:, list(read.positions)]
+                with intervene(job.model, sites, times=1):
+                    last = job.model.run_hooked(base)[:, list(read.positions)]
                 touched = mask.any(1)
                 answers.patched[c, s, touched] = read(last, pair_of_row).cpu()[touched]
                 if seen is not None:
@@ -78,10 +78,6 @@ def sweep(job: Job, memory: int = 0, tick: Tick | None = None, seen: Seen | None
                 tick(int(exists[c, s].sum()) * job.runs.draws)
     answers.flops = passes * pass_flops(job.model, job.runs.length) + read.flops(passes)
     return answers
-
-
-def _last(model: Model, x: Tensor) -> Tensor:
-    return model.hooked.forward(x, start_at_layer=0, stop_at_layer=model.n_layers)
 
 
 def _mask(job: Job, c: int, s: int, zero: Tensor) -> Bool[Tensor, "row pos"]:

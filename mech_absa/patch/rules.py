@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model import Model, norm_of
+from ..model import Model
 from ..model.hooks import hooked_at
 from .request import Rule
 
@@ -45,17 +44,17 @@ def points_of(model: Model, rules: Collection[str]) -> list[Point]:
     """Return the hooks that put rules in force."""
     points: list[Point] = []
     if Rule.LN in rules:
-        scales = [m.get_submodule("hook_scale") for m in model.modules if hasattr(m, "hook_scale")]
-        points += [(scale, Tensor.detach) for scale in scales]
-    for block in model.hooked.blocks:
+        points += [(scale, Tensor.detach) for scale in model.scales_of_norms()]
+    for layer in range(model.n_layers):
         if Rule.PATTERN in rules:
-            points.append((block.attn.hook_pattern, Tensor.detach))
-        if {Rule.IDENTITY, Rule.HALF} & set(rules) and hasattr(block.mlp, "hook_pre"):
-            points += _mlp_points(block.mlp, rules)
+            points.append((model.point(layer, "pattern"), Tensor.detach))
+        if {Rule.IDENTITY, Rule.HALF} & set(rules):
+            with contextlib.suppress(KeyError):  # a mixture of experts has no such point
+                points += _mlp_points(model, layer, rules)
     return points
 
 
-def _mlp_points(mlp: Any, rules: Collection[str]) -> list[Point]:
+def _mlp_points(model: Model, layer: int, rules: Collection[str]) -> list[Point]:
     """Return the hooks on an MLP: two remember what comes in, one rebuilds the product."""
     seen: dict[str, Tensor] = {}
 
@@ -64,17 +63,20 @@ def _mlp_points(mlp: Any, rules: Collection[str]) -> list[Point]:
 
     def rebuilt(post: Tensor) -> Tensor:
         pre = seen.pop("pre")
-        acted = mlp.act_fn(pre)
-        if Rule.IDENTITY in rules and mlp.cfg.act_fn != "relu":
+        acted = model.backend.act(layer, pre)
+        if Rule.IDENTITY in rules and model.cfg.act_fn != "relu":
             acted = identity_rule(pre, acted)
         if "linear" in seen:
             acted = acted * seen.pop("linear")
             acted = half_rule(acted) if Rule.HALF in rules else acted
         return same_value(post, acted)
 
-    points: list[Point] = [(mlp.hook_pre, remember("pre")), (mlp.hook_post, rebuilt)]
-    if hasattr(mlp, "hook_pre_linear"):
-        points.append((mlp.hook_pre_linear, remember("linear")))
+    points: list[Point] = [
+        (model.point(layer, "pre"), remember("pre")),
+        (model.point(layer, "post"), rebuilt),
+    ]
+    if model.cfg.gated_mlp:
+        points.append((model.point(layer, "pre_linear"), remember("linear")))
     return points
 
 
@@ -112,11 +114,10 @@ def final_norm(model: Model, rules: Collection[str]) -> Callable[[Tensor], Tenso
     """Return the final norm as `Model.finish` needs it under these rules; None where it stays."""
     if Rule.LN not in rules or model.cfg.normalization_type is None:
         return None
-    norm = model.hooked.ln_final
 
     def frozen(x: Tensor) -> Tensor:
         # The module, whose scale is hooked, gives the gradient; the kernel that `finish` uses
         # otherwise gives the value.
-        return same_value(norm_of(norm, x), norm(x[None])[0])
+        return same_value(model.backend.norm(None, "ln_final", x), model.backend.hooked_norm(x))
 
     return frozen

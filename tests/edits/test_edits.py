@@ -183,15 +183,15 @@ def test_two_edits_of_one_layer_act_in_the_order_of_the_pass(llama):
     both = loud(llama, Part("lora", "L1.W_O"), Part("steering", "L1.head0"))
     lora, steer = both
     hf_like = logits(llama, prompts(llama)[0], both)
-    W, _ = lora.matrix.weight(llama.hooked)
+    W, _ = lora.matrix.weight(llama)
     kept = W.clone()
-    lora.matrix.set_weight(llama.hooked, kept + lora.update().float())
+    lora.matrix.set_weight(llama, kept + lora.update().float())
     alone = Edit(both.parts[1:], both.shape, both.base, both.sha256)
     alone.load_state_dict({"interventions.0.v": steer.v})
     try:
         want = logits(llama, prompts(llama)[0], alone)
     finally:
-        lora.matrix.set_weight(llama.hooked, kept)
+        lora.matrix.set_weight(llama, kept)
     torch.testing.assert_close(hf_like, want, atol=1e-5, rtol=1e-5)
 
 

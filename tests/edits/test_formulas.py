@@ -314,18 +314,16 @@ def test_a_matrix_is_read_and_written_where_it_stands(llama, name):
         return lambda y: seen.__setitem__(key, y.flatten(2) if y.ndim == 4 else y)
 
     with (
-        hooked_at(
-            [(matrix.reads(llama.hooked), keep("x")), (matrix.writes(llama.hooked), keep("y"))]
-        ),
+        hooked_at([(matrix.reads(llama), keep("x")), (matrix.writes(llama), keep("y"))]),
         torch.no_grad(),
     ):
         llama.forward(prompts(llama)[0].ids)
-    W, b = matrix.weight(llama.hooked)
+    W, b = matrix.weight(llama)
     assert W.shape == matrix.size(Shape.of(llama))
     torch.testing.assert_close(
         seen["x"] @ W + (0 if b is None else b), seen["y"], atol=1e-5, rtol=1e-5
     )
     kept = W.clone()
-    matrix.set_weight(llama.hooked, 2 * kept)
-    torch.testing.assert_close(matrix.weight(llama.hooked)[0], 2 * kept, atol=0, rtol=0)
-    matrix.set_weight(llama.hooked, kept)
+    matrix.set_weight(llama, 2 * kept)
+    torch.testing.assert_close(matrix.weight(llama)[0], 2 * kept, atol=0, rtol=0)
+    matrix.set_weight(llama, kept)

@@ -48,7 +48,7 @@ def _after_attention(here: Here, attn_out: Tensor) -> Tensor:
 
 def _with_head(here: Here) -> Tensor:
     """Replace z of one head in the attention's sum: it changes by (z_source - z_base)[h] W_O[h]."""
-    W_O = here.model.hooked.blocks[here.layer].attn.W_O
+    W_O, _ = here.model.backend.output(here.layer)
     z, projected = here.base("z"), here.base("projected")
     delta = torch.empty_like(projected)
     for head in here.head.unique().tolist():

@@ -27,7 +27,7 @@ def refusal(model: Model, components: Sequence[Site]) -> str | None:
     """Return why this engine cannot run a sweep; None where it can."""
     if model.refusal is not None:
         return f"{model.name} has {model.refusal}"
-    if hooks := live_hooks(model.hooked):
+    if hooks := live_hooks(model):
         names = ", ".join(hooks[:3])
         return f"{model.name} carries hooks ({names}), which only the hooked forward pass obeys"
     if kinds := sorted({c.kind for c in components} - FIELD.keys()):

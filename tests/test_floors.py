@@ -193,6 +193,8 @@ def violations(root: Path) -> list[str]:
                 found.append(
                     f"{where} adds a hook by {last}; model/hooks.py is the only place that does"
                 )
+            if last == "hooked" and "." in name and room != "model":
+                found.append(f"{where} reads .hooked; only mech_absa/model knows the backend")
             if name in (
                 "eval",
                 "exec",
@@ -299,6 +301,7 @@ def test_the_page_shows_the_same_table():
             "model.py:1 adds a hook by register_forward_hook",
         ),
         ("patch/loop.py", "model.hooked.add_hook('x', f)", "loop.py:1 adds a hook by add_hook"),
+        ("patch/loop.py", "x = job.model.hooked.blocks", "loop.py:1 reads .hooked; only"),
         ("model.py", "import pickle", "imports pickle"),
         (
             "model.py",

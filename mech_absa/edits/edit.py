@@ -217,7 +217,7 @@ class Edit(nn.Module):
         Raises:
             EditError: it was made for another.
         """
-        if not model.has_weights(self.sha256):
+        if model.sha256 != self.sha256:
             raise EditError(
                 f"this edit was made for {self.base} (weights {self.sha256[:12]}), and {model.name} has other weights "
                 f"({model.sha256[:12]}); load the model it was made for"

@@ -60,7 +60,7 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
         raise EditError(
             f"{model.name} came from memory; give merge(hf_model=...) the Hugging Face model to write"
         )
-    merged, old = edit.merged(model).hooked.state_dict(), model.hooked.state_dict()
+    merged, old = edit.merged(model).state_dict(), model.state_dict()
     changed = {name: value for name, value in merged.items() if not torch.equal(value, old[name])}
     hf = _twin(hf_model if hf_model is not None else _load(model))
     addresses = _addresses(hf, edit.layers, model)
@@ -144,7 +144,7 @@ def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tens
             )
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     state = tl.get_pretrained_state_dict(".", model.cfg, hf_model=ghost, dtype=torch.float64)
-    own = model.hooked.state_dict()
+    own = model.state_dict()
     return {
         name: value.round().long().reshape(own[name].shape)
         for name, value in state.items()

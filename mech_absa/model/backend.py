@@ -1,11 +1,7 @@
 """What the rest of the package needs of a model, whichever TransformerLens runs it.
 
-| backend | module | TransformerLens |
-|---|---|---|
-| `HookedBackend` (`hooked.py`) | `HookedTransformer`: a copy of the weights in its own layout | 3.9 |
-| `BridgeBackend` (`bridge.py`) | `TransformerBridge`: Hugging Face's own modules, wrapped | 4.0 and later |
-
-`Model` holds one of them and asks nothing else. Weights are those of a product of rows, x W + b:
+`Model` holds one backend and asks nothing else; `HookedBackend` (`hooked.py`) is the one of
+`HookedTransformer`. Weights are those of a product of rows, x W + b:
 `[head d_model d_head]` for queries, keys and values (grouped ones once per group),
 `[head d_head d_model]` for the output, `[d_in d_out]` for the rest. A bias that does not exist is
 None. All of them are the tensors that the module computes with, or views of them.
@@ -19,8 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from ..errors import ModelError
 
 
 class Weight(NamedTuple):
@@ -51,7 +45,7 @@ class Backend(ABC):
     """One loaded decoder.
 
     Attributes:
-        name: `hooked` or `bridge`.
+        name: `hooked`.
         root: the module of TransformerLens; it runs the hooked forward pass.
         cfg: sizes and settings, under the names of `HookedTransformerConfig`.
         hook_points: name of a hook point, as in `Site.hook_name` -> the hook point.
@@ -182,34 +176,6 @@ class Backend(ABC):
         ...
 
     @abstractmethod
-    def old_hash(self) -> str | None:
-        """Return the hash of the weights in HookedTransformer's layout; None where unknown.
-
-        Edits of earlier versions name their base by it.
-        """
-        ...
-
-    @abstractmethod
     def twin(self) -> Any:
         """Return a copy of the module whose weights may be overwritten."""
         ...
-
-
-def backend_of(root: Any) -> Backend:
-    """Return the backend of a module of TransformerLens.
-
-    Raises:
-        ModelError: a bridge in compatibility mode.
-    """
-    if hasattr(root, "original_model"):
-        from .bridge import BridgeBackend
-
-        if getattr(root, "compatibility_mode", False):
-            raise ModelError(
-                "the TransformerBridge is in compatibility mode, which folds its weights; "
-                "a bridge as it was booted, with raw weights, is accepted"
-            )
-        return BridgeBackend(root)
-    from .hooked import HookedBackend
-
-    return HookedBackend(root)

@@ -11,7 +11,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .backend import Backend, MLPWeights, Weight
-from .hashes import weights_hash
 from .kernels import ACTIVATIONS
 from .pieces import norm_of
 
@@ -98,7 +97,7 @@ class HookedBackend(Backend):
     # ---- MLP and norms ----------------------------------------------------------------------------
 
     def mlp(self, layer: int) -> MLPWeights | None:
-        mlp = getattr(self.root.blocks[layer], "mlp", None)
+        mlp: Any = getattr(self.root.blocks[layer], "mlp", None)
         kind = type(mlp).__name__
         if kind not in ("MLP", "GatedMLP") or mlp.cfg.act_fn not in ACTIVATIONS:
             return None
@@ -170,9 +169,6 @@ class HookedBackend(Backend):
         if b is not None:
             assert bias is not None, f"L{layer}.{name} has no bias"
             bias.copy_(b.view_as(bias))
-
-    def old_hash(self) -> str | None:
-        return weights_hash(self.root)
 
     def twin(self) -> Any:
         return copy.deepcopy(self.root)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import HookError, SiteError
 from ..sites import Site
-from .backend import backend_of
+from .hooked import HookedBackend
 from .model import Model
 
 Edit = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
 
 def _points(model: Any) -> Mapping[str, Any]:
     """Return the hook points of a `Model`, or of a module of TransformerLens, by name."""
-    backend = model.backend if isinstance(model, Model) else backend_of(model)
+    backend = model.backend if isinstance(model, Model) else HookedBackend(model)
     return backend.hook_points
 
 

@@ -30,8 +30,9 @@ from ..errors import ModelError
 from ..metrics import Need
 from ..prompts import adds_bos
 from ..sites import KINDS, Site
-from .backend import Backend, backend_of
+from .backend import Backend
 from .hashes import weights_hash
+from .hooked import HookedBackend
 from .huggingface import load_hf
 from .kernels import linear
 from .pieces import NO_TAPS, Taps, heads_of, mlp_of, rows_of, tapped
@@ -65,10 +66,8 @@ class Model:
         source: str | None = None,
         bos: bool | None = None,
         n_parameters: int | None = None,
-        base: Callable[[], str] | None = None,
     ):
-        self.backend: Backend = backend_of(hooked.eval().requires_grad_(False))
-        self._base = base
+        self.backend: Backend = HookedBackend(hooked.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
@@ -87,7 +86,7 @@ class Model:
 
     @property
     def hooked(self) -> Any:
-        """TransformerLens's module: a `HookedTransformer` or a `TransformerBridge`."""
+        """TransformerLens's module, a `HookedTransformer`."""
         return self.backend.root
 
     @property
@@ -97,7 +96,7 @@ class Model:
 
     @property
     def cfg(self) -> Any:
-        """Sizes and settings under the names of `HookedTransformerConfig`, with either backend."""
+        """Sizes and settings under the names of `HookedTransformerConfig`."""
         return self.backend.cfg
 
     @property
@@ -168,11 +167,12 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights that Hugging Face holds; with either backend and in any dtype the same.
+        """Hash of names, shapes and bytes of all weights, as they were when it was first asked for."""
+        return weights_hash(self.hooked)
 
-        A model that came from no Hugging Face model has the hash of TransformerLens's weights.
-        """
-        return self._base() if self._base is not None else weights_hash(self.hooked)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights as TransformerLens names them."""
+        return self.hooked.state_dict()  # type: ignore[no-any-return]
 
     def hash_now(self) -> str:
         """Return the hash of the weights as TransformerLens holds them at this moment."""
@@ -182,14 +182,6 @@ class Model:
     def n_bytes(self) -> int:
         """Bytes of all weights as TransformerLens holds them."""
         return sum(p.numel() * p.element_size() for p in self.hooked.parameters())
-
-    @cached_property
-    def _old_sha256(self) -> str | None:
-        return self.backend.old_hash()
-
-    def has_weights(self, sha256: str) -> bool:
-        """Return whether a hash is of this model; those of earlier versions count too."""
-        return sha256 == self.sha256 or sha256 == self._old_sha256
 
     def flops(self, part: str, queries: int = 1) -> int:
         """Floating-point operations (2 a multiply-add) of the matrix products of one token in one block.

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from support import fast
 from support.estimates import (
     LABELS,
     P,
@@ -60,11 +61,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def ends(job: Job) -> Job:
-    """The first layer and the last; one head of each."""
-    layers = (0, job.model.n_layers - 1)
-    kept = [c for c in job.components if c.layer in layers and c.head in (None, 1)]
-    return replace(job, components=kept)
+def some(job: Job, layers: str) -> Job:
+    """Return the job of the first layer and the last, or of all layers; one head of each."""
+    ends = (0, job.model.n_layers - 1)
+    kept = [c for c in job.components if layers == "all" or c.layer in ends]
+    return replace(job, components=[c for c in kept if c.head in (None, 1)])
+
+
+in_layers = pytest.mark.parametrize("layers", fast(("ends", "all"), ("ends",)))
 
 
 @cache
@@ -107,13 +111,14 @@ def test_integrated_gradients_are_complete_at_the_inputs(arch):
     assert gaps[1] < gaps[0] and gaps[2] < gaps[1] / 4 and gaps[2] < 1e-2, gaps
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_atp_is_the_derivative_of_the_exact_effect(arch):
+@in_layers
+@pytest.mark.parametrize("arch", fast(ARCHITECTURES, ["gpt2", "llama", "gemma2", "bloom"]))
+def test_atp_is_the_derivative_of_the_exact_effect(arch, layers):
     """The error of a first-order term falls with the square of the perturbation: halved, it is a quarter."""
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]
     job = make_job(model, *random_ids(model, n=1, length=5), kinds, direction="noise")
-    job = ends(job)
+    job = some(job, layers)
     truths = {size: exact(model, nudged(job, size)) for size in (1e-4, 5e-5)}
     errors = {}
     for method in ("atp", "atpstar"):
@@ -262,7 +267,7 @@ def test_atpstar_is_exact_for_queries_and_keys_where_only_the_softmax_bends(arch
     assert distance(estimated(model, job, "atp"), truth) > 0.05
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "pythia"])
+@pytest.mark.parametrize("arch", fast(["gpt2", "gemma2", "pythia"], ["pythia"]))
 def test_atpstar_ranks_saturated_queries_and_keys_better_than_atp(arch):
     """Queries and keys are what the correction is exact about. States of the stream pass through further attentions, which stay linear, so
     there a better ranking is no theorem (on a random GPT-2 with sharp attention AtP ranked them better)."""
@@ -319,11 +324,12 @@ def test_every_metric_is_differentiated_in_both_directions(metric, direction):
     assert distance(estimated(model, near), exact(model, near)) < 0.01
 
 
+@in_layers
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch):
+def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch, layers):
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]
-    job = ends(make_job(model, *random_ids(model), kinds, metric="prob", by=role_spans))
+    job = some(make_job(model, *random_ids(model), kinds, metric="prob", by=role_spans), layers)
     answers = loop.sweep(job)
     for method in METHODS:
         found = gradients.sweep(job, how=Estimator(method, 2))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import fast
 from support.jobs import (
     BLOCK,
     EXAMPLES,
@@ -30,7 +31,7 @@ from mech_absa.prompts import Continuation, Tokenised
 from mech_absa.sites import ROLES, Site
 
 ENGINES = (loop, wave)
-models = pytest.mark.parametrize("arch", ["gpt2", "pythia", "gemma2"])
+models = pytest.mark.parametrize("arch", fast(["gpt2", "pythia", "gemma2"], ["pythia"]))
 
 
 def cells(job: Job, kind: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support import fast
 from support.jobs import (
     BLOCK,
     EXAMPLES,
@@ -34,7 +35,9 @@ from mech_absa.patch.pairs import (
 ENGINES = (loop, wave)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "pythia", "gemma2", "qwen2"])
+@pytest.mark.parametrize(
+    "arch", fast(["gpt2", "llama", "pythia", "gemma2", "qwen2"], ["llama", "pythia"])
+)
 def test_transformer_lens_patching_cell_by_cell(arch):
     model = tiny32(arch)
     pairs = pairs_of(model, Counterfactual(), examples=EXAMPLES[:2])
@@ -89,16 +92,22 @@ def tolerance(arch: str) -> float:
     )  # TransformerLens writes Bloom's sqrt(2/pi) with eight digits
 
 
+@pytest.mark.parametrize("n", fast((1, 2), (1,)))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_numpy_do_gives_every_cell_of_a_counterfactual(arch):
+def test_numpy_do_gives_every_cell_of_a_counterfactual(arch, n):
     """All kinds, also the cells that no engine computes because their effect is zero for certain."""
     model = tiny(arch)
-    job = the_job(model, pairs_of(model, Counterfactual(), examples=EXAMPLES[:2]), (*BLOCK, "head"))
+    job = the_job(model, pairs_of(model, Counterfactual(), examples=EXAMPLES[:n]), (*BLOCK, "head"))
     assert max(errors(model, job)) < tolerance(arch)
 
 
 @pytest.mark.parametrize(
-    ("arch", "direction"), [("gpt2", "noise"), ("gptj", "denoise"), ("gemma2", "noise")]
+    ("arch", "direction"),
+    [
+        ("gptj", "denoise"),
+        pytest.param("gpt2", "noise", marks=pytest.mark.slow),
+        pytest.param("gemma2", "noise", marks=pytest.mark.slow),
+    ],
 )
 def test_numpy_do_gives_noise_in_windows_with_long_labels(arch, direction):
     model = tiny(arch)
@@ -142,7 +151,7 @@ def check_ablation(model, pairs, kinds, source):
         assert max(errors(model, job, sources)) < 1e-10
 
 
-@pytest.mark.parametrize("by", ["role", "site"])
+@pytest.mark.parametrize("by", fast(["role", "site"], ["role"]))
 def test_mean_ablation_from_numpy(by):
     """Means over all tokens of all four clean prompts, those of other lengths included."""
     model = tiny("gpt2")
@@ -157,11 +166,12 @@ def test_mean_ablation_from_numpy(by):
     check_ablation(model, pairs, ("resid_mid", "mlp_out", "head"), source)
 
 
-def test_zero_ablation_from_numpy():
+@pytest.mark.parametrize("n", fast((2, 4), (2,)))
+def test_zero_ablation_from_numpy(n):
     model = tiny("gemma2")
     check_ablation(
         model,
-        pairs_of(model, ZeroAblation()),
+        pairs_of(model, ZeroAblation(), examples=EXAMPLES[:n]),
         ("resid_pre", "attn_out", "head"),
         lambda acts, roles, key: 0 * acts[key],
     )

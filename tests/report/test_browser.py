@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
+from support import fast
 from support.made_runs import NASTY
 
 BROWSER = next(
@@ -86,7 +87,10 @@ def test_the_watch_sees_what_a_bad_page_does(tmp_path):
     assert any("nothing is not defined" in line for line in opened.console)
 
 
-@pytest.mark.parametrize("kind", ("trace", "train", "evaluate", "matrix", "comparison"))
+@pytest.mark.parametrize(
+    "kind",
+    fast(("trace", "train", "evaluate", "matrix", "comparison"), ("trace", "comparison")),
+)
 def test_a_page_opens_cleanly(pages, kind, tmp_path):
     opened = open_page(pages[kind], tmp_path, "?theme=dark&all")
     assert " data-ready" in opened.dom, "its script came to its end"
@@ -227,7 +231,7 @@ def test_downloads_hold_what_is_shown(pages, runs, tmp_path):
     assert got["formula"] == '\'=1+1,-2,\'-x,"a""b,c"\n'
 
 
-@pytest.mark.parametrize("theme", ("light", "dark"))
+@pytest.mark.parametrize("theme", fast(("light", "dark"), ("dark",)))
 def test_the_legend_has_the_colours_of_the_cells(pages, tmp_path, theme):
     """A cell of 0.29 and the legend at 0.29 of its half are one colour, on the screen."""
     from PIL import Image
@@ -264,7 +268,7 @@ def test_the_legend_has_the_colours_of_the_cells(pages, tmp_path, theme):
         )
 
 
-@pytest.mark.parametrize("kind", ("trace", "evaluate", "matrix", "comparison"))
+@pytest.mark.parametrize("kind", fast(("trace", "evaluate", "matrix", "comparison"), ("evaluate",)))
 def test_nothing_sticks_out_of_a_narrow_page(pages, kind, tmp_path):
     # A window of a browser is never narrower than 500 px, a frame is.
     frame = tmp_path / "frame.html"

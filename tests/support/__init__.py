@@ -14,3 +14,8 @@ import pytest
 
 # Their asserts show both sides only if they are rewritten before the first import.
 pytest.register_assert_rewrite("support.jobs", "support.edit_cases", "support.small_cases")
+
+
+def fast(cases, chosen):
+    """Return the cases as parameters of a test, all but the chosen ones marked slow."""
+    return [c if c in chosen else pytest.param(c, marks=pytest.mark.slow) for c in cases]

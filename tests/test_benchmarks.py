@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import fast
 
 from mech_absa.errors import ConfigError
 
@@ -25,7 +26,7 @@ spec.loader.exec_module(bench)
 TINY = ("tiny", "tiny-gqa", "tiny-parallel", "tiny-rome")
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", fast(TINY, ["tiny-gqa", "tiny-parallel"]))
 def test_the_floor_is_approached_and_never_undercut(name):
     """Ours within a tenth of the floor on each architecture, over every cell of the peer."""
     shape = bench.SHAPES[name]
@@ -37,7 +38,7 @@ def test_the_floor_is_approached_and_never_undercut(name):
     assert result.seconds is None
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-gqa", "tiny-parallel"])
+@pytest.mark.parametrize("name", fast(["tiny", "tiny-gqa", "tiny-parallel"], ["tiny-gqa"]))
 def test_no_product_of_the_peer_escapes_the_counter(name):
     """Its FLOPs are a forward pass by hand, once a cell."""
     shape = bench.SHAPES[name]
@@ -54,7 +55,7 @@ def test_no_product_of_the_peer_escapes_the_counter(name):
     assert run.spent == run.of * by_hand
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-gqa", "tiny-parallel"])
+@pytest.mark.parametrize("name", fast(["tiny", "tiny-gqa", "tiny-parallel"], ["tiny-gqa"]))
 def test_the_second_baseline_computes_the_same_cells(name):
     """All positions of a layer in one batch: the effects are ours, and the products the first peer's."""
     shape = bench.SHAPES[name]

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from support import fast
 
 import mech_absa
 
@@ -102,7 +103,10 @@ def same_but_rounding(said: str, printed: str) -> bool:
 RUN = [p for p in PAGES if any(mark == "run" for mark, _, _ in blocks(p))]
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
+LONG = {"reports.md", "editing.md"}
+
+
+@pytest.mark.parametrize("page", fast(RUN, [p for p in RUN if p.name not in LONG]), ids=name)
 def test_code_runs_and_prints_what_stands_there(page, tmp_path):
     for said, printed in run_page(page, tmp_path):
         assert same_but_rounding(said, printed), (

@@ -8,6 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from support import fast
 from support.tiny_models import tiny_folder
 from transformer_lens import patching as theirs
 
@@ -25,7 +26,9 @@ FAST = (
 )
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "pythia", "gemma2"])
+@pytest.fixture(
+    scope="module", params=fast(["gpt2", "llama", "pythia", "gemma2"], ["llama", "pythia"])
+)
 def hooked(request):
     return ma.load_model(str(tiny_folder(request.param))).hooked
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from support import fast
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
@@ -88,7 +89,7 @@ def test_scores_are_hugging_faces(folder, model, prompts):
     assert (found < 0).all()
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 32])
+@pytest.mark.parametrize("batch_size", fast([2, 3, 32], [3]))
 def test_a_batch_is_its_rows(model, prompts, batch_size):
     continuations = LABELS.continuations(model.tokenizer, TEMPLATE)
     one_by_one = torch.cat([label_scores(model, [p], continuations) for p in prompts])

@@ -122,7 +122,7 @@ def check_whatever_is_asked(
         assert furthest(loop.sweep(job), wave.sweep(job, memory=memory)) < 1e-10
 
 
-@drawn(max_examples=4)
+@drawn(max_examples=2)
 @asked
 def test_the_wave_is_the_loop_whatever_is_asked(**question):
     check_whatever_is_asked(EXAMPLES[:2], **question)

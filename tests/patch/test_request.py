@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 import pytest
+from support import fast
 from support.jobs import BLOCK, LONG, ONE_TOKEN, pairs_of, tiny
 
 from mech_absa.errors import ConfigError, MechAbsaError, SiteError
@@ -102,7 +103,7 @@ def test_sites_that_the_model_lacks_are_refused():
 
 @pytest.mark.parametrize("labels", [ONE_TOKEN, LONG], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("direction", ["denoise", "both"])
-@pytest.mark.parametrize("engine", ["wavefront", "loop"])
+@pytest.mark.parametrize("engine", fast(["wavefront", "loop"], ["wavefront"]))
 def test_progress_ends_at_the_number_of_cells(labels, direction, engine):
     """Labels of several tokens are several passes, and pairs lack roles: neither counts twice."""
     model = tiny("llama")

@@ -172,6 +172,7 @@ def test_a_cell_opens_its_examples_and_the_address_keeps_them(pages, runs, tmp_p
     assert answer(back) == [got["sorted"], True]
 
 
+@pytest.mark.slow
 def test_fixed_and_broken_rows_are_those_of_the_table(pages, runs, tmp_path):
     script = """
       const holder = document.querySelector('[data-predictions]'), show = holder.querySelector('select[aria-label="which rows"]');
@@ -192,6 +193,7 @@ def test_fixed_and_broken_rows_are_those_of_the_table(pages, runs, tmp_path):
     assert "run0.show=onlywrong" in got["hash"]
 
 
+@pytest.mark.slow
 def test_the_difference_map_subtracts_the_averages_of_two_runs(pages, runs, tmp_path):
     script = """
       const map = [...document.querySelectorAll('[data-compare] .map')].pop(), td = map.querySelector('td[data-at="0,2"]');

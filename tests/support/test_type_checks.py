@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
@@ -44,7 +43,7 @@ def test_plain_types_of_functions_and_of_dataclasses_are_checked():
         count: int
 
     for call in (lambda: double("2"), lambda: double(2), lambda: Row("2")):
-        with pytest.raises(BeartypeCallHintViolation):
+        with pytest.raises(TypeError, match="violates type hint"):
             call()
     assert Row(2).count == 2
 
@@ -60,7 +59,7 @@ def test_the_package_is_checked():
     one = torch.zeros(3, dtype=torch.long)
     with pytest.raises(TypeCheckError):
         METRICS["logit_diff"](torch.zeros(2, 3), one, one)  # two rows of scores, three labels
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         mech_absa.class_counts(3)
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         Example(3, "a", Polarity.POSITIVE, None)

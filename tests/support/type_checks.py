@@ -20,10 +20,11 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray, jaxtyped
 
 PACKAGE = "mech_absa"
+CHECK = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping raises
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -56,11 +57,11 @@ def checked(thing: Any) -> Any:
     annotations = thing.__annotations__
     hints = hints_of(thing)
     if any(map(names_a_shape, hints.values())):
-        return jaxtyped(thing, typechecker=beartype)
+        return jaxtyped(thing, typechecker=CHECK)
     if not hints:
         return thing
     thing.__annotations__ = hints
-    made = beartype(thing)
+    made = CHECK(thing)
     thing.__annotations__ = made.__annotations__ = annotations
     return made
 
@@ -71,6 +72,17 @@ class _Decorated(ast.NodeTransformer):
     @staticmethod
     def mark(node: ast.AST) -> ast.expr:
         return ast.copy_location(ast.Name("__checked__", ast.Load()), node)
+
+    def visit_Module(self, node: ast.Module) -> ast.Module:
+        self.generic_visit(node)
+        after = [  # the docstring, and what has to come first
+            isinstance(n, ast.Expr) or (isinstance(n, ast.ImportFrom) and n.module == "__future__")
+            for n in node.body
+        ]
+        at = after.index(False) if False in after else len(after)
+        checks = ast.alias("checked", "__checked__")
+        node.body.insert(at, ast.ImportFrom("support.type_checks", [checks], 0))
+        return ast.fix_missing_locations(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         node.decorator_list.append(self.mark(node))
@@ -87,10 +99,6 @@ class _Loader(SourceFileLoader):
         path = self.get_filename(fullname)
         tree = _Decorated().visit(ast.parse(self.get_data(path), path))
         return compile(tree, path, "exec", dont_inherit=True)
-
-    def exec_module(self, module: ModuleType) -> None:
-        vars(module)["__checked__"] = checked
-        super().exec_module(module)
 
 
 class _Finder(MetaPathFinder):

@@ -15,7 +15,7 @@ to `figures/results/<study>/`, which is kept with the code, so that `make figure
     example/                                                   effects of one pair of a trace: the one whose total effect is the median
     matrix.csv                                                 of trainings, a row for method, seed, training and test domain
     summary.csv                                                the same, a row a method
-    agreement.csv                                              of estimates, beside the exact map, a row a cell
+    agreement.csv, summary.csv                                 of estimates beside the exact map, a row a cell; and a row a method
     faithfulness.csv, pruning.csv                              curves
 
 and `figures/results/times.csv` says what each command took.
@@ -42,6 +42,7 @@ import pandas as pd
 from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, MechAbsaError, choices
 from mech_absa.patch.effects import Effects
+from mech_absa.patch.gradients import agreement
 from mech_absa.records import atomic, write_json
 from mech_absa.sites import Site
 from mech_absa.train.matrix import summary
@@ -57,7 +58,7 @@ TRACED = "trace_counterfactual"
 REAL_DOMAINS = ("device", "laptop", "rest", "service")
 N_LAYERS = 8
 """Of the bundled model."""
-ESTIMATES = ("atp", "atpstar", "ig")
+ESTIMATES = ("atp", "atpstar", "relp", "ig")
 METRICS = ("logit_diff", "prob")
 POSITIONS = {
     "query.last": "aspect in the question", "aspect.last": "aspect in the sentence", "answer": "last word", "after": "words after the aspect",
@@ -312,7 +313,7 @@ def studies(sizes: Sizes, me_absc: Path | None = None) -> list[Study]:
         ),
         Study(
             "estimates",
-            "How far are estimates from gradients (AtP, AtP*, integrated gradients) from the exact map of the same pairs?",
+            "How far are estimates from gradients (AtP, AtP*, RelP, integrated gradients) from the exact map of the same pairs?",
             tuple(
                 _trace(
                     f"{metric}_{method}", data=f"{one[0]}/test", corruption="counterfactual", limit=s.estimates, method=method, metric=metric,
@@ -418,7 +419,7 @@ def keep_matrix(study: Study, work: Path, results: Path) -> None:
 
 
 def keep_estimates(study: Study, work: Path, results: Path) -> None:
-    """Exact and estimated maps side by side, a row a metric and cell."""
+    """Keep exact and estimated maps side by side, one row per cell, and how well they agree."""
     parts = []
     for metric in METRICS:
         keys = ["kind", "layer", "head", "role"]
@@ -429,7 +430,24 @@ def keep_estimates(study: Study, work: Path, results: Path) -> None:
         parts.append(pd.DataFrame(maps).reset_index().assign(metric=metric))
         about = json.loads((work / f"{metric}_exact" / "about.json").read_text(encoding="utf-8"))
         write_json(results / f"about_{metric}.json", about)
-    _table(pd.concat(parts, ignore_index=True), results / "agreement.csv")
+    table = pd.concat(parts, ignore_index=True)
+    _table(table, results / "agreement.csv")
+    _table(agreements(table), results / "summary.csv")
+
+
+def agreements(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how well each estimate stands for the exact map, one row per metric and method.
+
+    Cells whose exact effect is 0 are left out, since most of them are 0 for certain. The overlap is
+    that of the largest twentieth of the cells.
+    """
+    rows = []
+    for metric, cells in table[table["exact"] != 0].groupby("metric", sort=False):
+        largest = max(1, len(cells) // 20)
+        for method in ESTIMATES:
+            row = agreement(cells["exact"], cells[method], largest)
+            rows.append({"metric": metric, "method": method, **row})
+    return pd.DataFrame(rows)
 
 
 def keep_directions(study: Study, work: Path, results: Path) -> None:

@@ -1,21 +1,27 @@
-"""Is the paper's edit good because of where it acts? The edit at several ranks, and controls that take away one thing each.
+"""Train the paper's edit at several ranks, and controls that each take one thing away.
 
-    python analyses/edit_controls.py                      the bundled model, layers 3 and 4: writes analyses/results/edit_controls.{csv,md}
+    python analyses/edit_controls.py          # bundled model, layers 3 and 4; writes results/
     python analyses/edit_controls.py --seeds 1 2 3 --layers 2-5 --out runs/controls
 
-Every row is an edit of the *base* model (no adaptation is in force), trained on the built-in restaurant and laptop train files and asked the
-task's question on the built-in test files: in-domain is restaurant and laptop, out-of-domain device and service. What is varied:
+The question is whether the edit is good because of where it acts. Every row edits the *base* model,
+without the shipped adaptation. It is trained on the built-in restaurant and laptop train files and
+scored on the built-in test files with the task's question. Restaurant and laptop are in domain,
+device and service out of domain. The rows vary:
 
-- **the edit** (`both`: W_O low-rank, and LoReFT at the last sub-token of the aspect in the question), at several ranks;
-- **its halves**: W_O alone, LoReFT alone. W_O acts on every token, so a position can only matter to the other half;
-- **its position**: LoReFT elsewhere, alone and with W_O: at all words of the sentence before or after the aspect, which is more tokens than
-  the edit has; or at one, as the edit mostly has: the ninth of the prompt, some word of the sentence, or the third, which is always the same;
-- **its layers**: the first and the last two of the model instead of those a trace selects, and random windows that share no layer with
-  the traced or the last ones (rates are the same everywhere; `figures/places.py` tunes those of each place);
-- **its labels**: the training labels in random order, at the right place and in the right layers. A third of them stay right by chance.
+- **the edit**: `both` (low-rank W_O, and LoReFT at the last token of the aspect in the question), at
+  several ranks;
+- **its halves**: W_O alone and LoReFT alone. W_O acts on every token, so a position matters to the
+  other half only;
+- **its position**: LoReFT at other tokens, alone and with W_O. All words of the sentence before or
+  after the aspect are more tokens than the edit uses. The ninth token of the prompt (some word of
+  the sentence) and the third (always the same word) are one token each;
+- **its layers**: the first two, the last two, and random windows that share no layer with the traced
+  or the last ones. All use the same rates; `figures/places.py` tunes a rate for each place;
+- **its labels**: the training labels in random order. A third of them stay right by chance.
 
-Settings are the preset's but for the epochs, the same in every row; no setting was chosen by a score on these test files. Intervals resample sentences; they
-hold for one trained edit, and the spread between seeds is another matter (give several).
+All settings are the preset's, except the number of epochs, which is the same in every row. No setting
+was chosen by a score on these test files. Intervals resample sentences and hold for one trained edit.
+To see the spread between seeds, give several.
 """
 
 from __future__ import annotations
@@ -54,19 +60,19 @@ class Config:
     layers: str = "3-4"
     """Where to edit: the layers that a trace of the adapted model selects."""
     ranks: tuple[int, ...] = (1, 2, 4, 8)
-    """Of the edit."""
+    """Ranks of the edit."""
     control_rank: int = 4
-    """Of the controls, and of the row they are compared with; must be among the ranks."""
+    """Rank of the controls and of the row they are compared with; one of the ranks."""
     windows: int = 3
-    """Random windows of layers, at most."""
+    """Largest number of random windows of layers."""
     epochs: int = 2
     """Passes over the training examples."""
     seeds: tuple[int, ...] = (1,)
-    """Of the parameters, the order, the validation split, and the shuffled labels."""
+    """Seeds of the parameters, the order, the validation split and the shuffled labels."""
     limit: int | None = None
-    """At most so many examples of each file."""
+    """Use at most this many examples of each file."""
     model: str = "bundled"
-    """bundled, a local Hugging Face folder, or a hub name."""
+    """`bundled`, a local Hugging Face folder, or a hub name."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     draws: int = 2000

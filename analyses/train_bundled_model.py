@@ -1,38 +1,46 @@
-"""The recipe of the bundled model: from the built-in world and open review text to a small Llama that has read reviews.
+"""Train the bundled model: a small Llama that reads reviews, from text to weights.
 
-The model must *bind*: know which opinion belongs to which aspect, wherever both stand. Plain language modelling on mixed reviews does not
-teach that in the time a small machine has. What does:
+The model must *bind*: it must know which opinion belongs to which aspect, wherever the two stand.
+Plain language modelling on mixed reviews does not teach this in the time of a small machine. These
+measures do:
 
-- **Many independent questions after each review.** A review is followed by several sentences that depend on one aspect's sentiment ("my
-  view of the service is negative ."). Each attends to the review and to itself only, and its positions continue from the review's end,
-  so no answer can be copied from another question and one reading of the review is supervised many times.
-- **A weighted loss.** The word that depends on the sentiment counts ten times; the words of the review, which the grammar draws at
-  random, half.
-- **A curriculum.** Bare lists of one-word aspects ("great pasta , the wine was awful , ..."), in which nothing but the aspect can decide,
-  asked in the plainest words; then any aspects, reviews of one or two, all questions; then distractors and real pros and cons; then up to
-  three aspects; last, words in commas behind an aspect, and the task's own question. A stage ends when its answers are right. A model
-  that learns reviews of one aspect first goes on judging the sentence.
-- **Heads that begin with looking a word up.** Two layers start as a previous-token layer and a matching layer (`plant`), which training is
-  free to change; from random weights the same step took many times as long.
-- **Many small steps.** The step from judging the sentence to judging the aspect takes a number of updates, not of tokens.
-- **Aspects of any words.** Half of the reviews speak of aspects made of arbitrary words and nonsense syllables, so that finding the
-  aspect again cannot be learned by heart.
-- **Rough frames.** In most reviews a few words that judge nothing are replaced, or put in, at random: what a frame says beside aspect and
-  opinion must not matter, or frames never seen are misread.
-- **Real text.** Chunks of reviews as plain language modelling, and short pros and cons joined into one sentence and asked about one by
-  one.
+- **Many independent questions after each review.** A review is followed by several sentences that
+  depend on the sentiment of one aspect ("my view of the service is negative ."). Each attends to the
+  review and to itself only, and its positions continue from the end of the review. So no answer can
+  be copied from another question, and one reading of the review is supervised many times.
+- **A weighted loss.** The word that depends on the sentiment counts ten times. The words of the
+  review, which the grammar draws at random, count half.
+- **A curriculum.** It begins with bare lists of one-word aspects ("great pasta , the wine was awful ,
+  ..."), in which only the aspect can decide, and with the plainest questions. Then come any aspects,
+  reviews of one or two aspects, and all questions; then distractors, and real pros and cons; then up
+  to three aspects; last, words in commas behind an aspect, and the task's own question. A stage ends
+  when its answers are right. A model that learns reviews with one aspect first keeps judging the
+  whole sentence.
+- **Planted layers.** Two layers start as a previous-token layer and a matching layer (`plant`).
+  Training is free to change them. From random weights, the same step took many times as long.
+- **Many small steps.** The change from judging the sentence to judging the aspect needs a number of
+  updates, not of tokens.
+- **Aspects of arbitrary words.** Half of the reviews use aspects of arbitrary words and nonsense
+  syllables, so that the model cannot learn the aspects by heart.
+- **Noisy frames.** In most reviews, a few words that judge nothing are replaced or inserted at
+  random. Otherwise the model misreads sentence frames that it has not seen.
+- **Real text.** Chunks of reviews serve as plain language modelling. Short pros and cons are joined
+  into one sentence and asked about one by one.
 
-The question of the task itself ("Given the sentence: ...") occurs in a small share of documents, answered mostly for the sentence
-as a whole (`absc_share`, `absc_noise`): the base model knows the form, judges the sentence, and must be adapted to answer for the aspect.
+The task's own question ("Given the sentence: ...") occurs in a small share of the documents, and is
+mostly answered for the sentence as a whole (`absc_share`, `absc_noise`). So the base model knows the
+form, but judges the sentence, and must be adapted to answer for the aspect.
 
-Text sources: the grammar of `mech_absa.world` (train frames only; sentences of the shipped test files are left out), and the NLTK
-corpora movie_reviews, sentence_polarity, pros_cons, product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
+Text sources: the grammar of `mech_absa.world` (train frames only, without the sentences of the
+shipped test files), and the NLTK corpora movie_reviews, sentence_polarity, pros_cons,
+product_reviews_1 and product_reviews_2 (CC BY 4.0), given by `--text`.
 
     python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 9000000
     python analyses/train_bundled_model.py --text nltk_reviews.jsonl --work runs/bundled --tokens 9000000 --export mech_absa/assets/model
 
-The second line finds the finished checkpoint and writes the model folder. A run that was stopped goes on from its last checkpoint; as the
-learning rate is constant until the last part, `--tokens` may be changed on the way.
+The second command finds the finished checkpoint and writes the model folder. A stopped run goes on
+from its last checkpoint. The learning rate is constant until the last part, so you may change
+`--tokens` between runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good a system is, and what an edit does besides.
+"""Measure how good a system is and what an edit changes besides.
 
 | module | question |
 |---|---|
@@ -32,7 +32,9 @@ __all__ = [
 
 
 class _Callable(ModuleType):
-    """`ma.evaluate(model, test, edit)` is the function, `python -m mech_absa.evaluate` the command, and both have one name."""
+    """Make a module callable: `ma.evaluate(...)` is the function, `python -m mech_absa.evaluate`
+    the command.
+    """
 
     def __call__(self, *args: Any, **options: Any) -> Scores:
         return evaluate(*args, **options)

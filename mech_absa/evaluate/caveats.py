@@ -1,4 +1,6 @@
-"""What one should know about the data before trusting a score: sentences with counts, for the screen, the run record and the report."""
+"""List what to know about the data before trusting a score, for the screen, the run record and the
+report.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from ..examples import Example, Examples, Polarity, class_counts, leakage
 def caveats(
     train: Sequence[Example] | None, others: Sequence[Examples], name: str = ""
 ) -> list[str]:
-    """Classes that are missing, and rows that were trained on.
+    """Return sentences about missing classes and about test rows that were trained on.
 
     Args:
         train: what was trained on; None where that is not known.

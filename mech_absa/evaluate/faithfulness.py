@@ -1,6 +1,8 @@
-"""Is a ranking of sites right? Run the model on its first k alone, and see how much of the answer is left.
+"""Test a ranking of sites: run the model on the first k alone and see how much of the answer is
+left.
 
-`faithfulness` runs pairs of a clean and a corrupted prompt with the first k sites of the ranking, in one of three modes:
+`faithfulness` runs pairs of a clean and a corrupted prompt with the first k sites of the ranking,
+in one of three modes:
 
 | mode | the run | at k = 0 | at k = all |
 |---|---|---|---|
@@ -8,13 +10,14 @@
 | `restore` | corrupted; the first k sites have their clean value | the corrupted run | all restored |
 | `ablate` | clean; the first k sites have their corrupted value | the clean run | all ablated |
 
-With m the metric's mean over pairs, f(k) = (m(k) - m(empty)) / (m(full) - m(empty)), where full is the clean run. The two summaries
-are those of the mechanistic interpretability benchmark MIB (Mueller et al. 2025, arXiv 2504.13151), over the share x of sites:
+With m the metric's mean over pairs, f(k) = (m(k) - m(empty)) / (m(full) - m(empty)), where full is
+the clean run. The two summaries are those of the mechanistic interpretability benchmark MIB
+(Mueller et al. 2025, arXiv 2504.13151), over the share x of sites:
 
-    CPR = area under f(x)            large where few sites carry the answer; may pass 1 where others work against it
-    CMD = area under |1 - f(x)|      small where few sites give just what the model gives
+    CPR = area under f(x)         large if few sites carry the answer; may pass 1 if others oppose it
+    CMD = area under |1 - f(x)|   small if few sites give just what the model gives
 
-both by trapezoids over the shares that were run. Two protocols compute them:
+Both use trapezoids over the shares that were run. Two protocols compute them:
 
 | | `ours` | `mib` |
 |---|---|---|
@@ -24,8 +27,9 @@ both by trapezoids over the shares that were run. Two protocols compute them:
 | empty | k = 0 of `keep`; the corrupted run for the other modes | the corrupted run |
 | mode | any | `keep` |
 
-`mib` follows the benchmark's evaluation of its circuit track, whose graphs keep the input node: the embeddings stay clean.
-A restored site carries what all sites before it did, so `restore` says little about sets; `keep` is the default.
+`mib` follows the evaluation of the benchmark's circuit track. Its graphs keep the input node: the
+embeddings stay clean. A restored site carries what all sites before it did, so `restore` says
+little about sets of sites; `keep` is the default.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
 
 
 class Mode(Choice):
-    """Which run the first k sites of a ranking are tried in."""
+    """Name the run in which the first k sites of a ranking are tried."""
 
     KEEP = "keep", "Clean run; ranked sites outside the first k get their corrupted value."
     RESTORE = "restore", "Corrupted run; the first k sites get their clean value."
@@ -68,7 +72,7 @@ class Mode(Choice):
 
 
 class Protocol(Choice):
-    """How CPR and CMD are computed."""
+    """Name how CPR and CMD are computed."""
 
     OURS = "ours", "Every k of few sites, shares k / n, empty is k = 0 of the mode."
     MIB = (
@@ -85,14 +89,18 @@ FEW = 32
 
 
 def default_counts(n: int) -> tuple[int, ...]:
-    """Return which k of `n` sites the protocol `ours` tries: all where they are few, the benchmark's shares where they are many."""
+    """Return the k that the protocol `ours` tries: all if there are few sites, else the benchmark's
+    shares.
+    """
     return (
         tuple(range(n + 1)) if n <= FEW else tuple(sorted({0, *(math.ceil(s * n) for s in SHARES)}))
     )
 
 
 def mib_counts(n: int) -> tuple[int, ...]:
-    """Return the number of sites at each of MIB's shares: int(share n), which may be 0 and may repeat."""
+    """Return the number of sites at each of MIB's shares: int(share n), which may be 0 or
+    repeat.
+    """
     return tuple(int(share * n) for share in SHARES)
 
 
@@ -107,7 +115,7 @@ def areas(
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve:
-    """f(k) of one ranking, and of random orders of its sites.
+    """Hold f(k) of one ranking and of random orders of its sites.
 
     Attributes:
         protocol, mode, metric: as asked.
@@ -117,7 +125,8 @@ class FaithfulnessCurve:
         metric_mean: mean metric at each k.
         full, empty: mean metric of the two runs that f is measured between.
         faithfulness: f at each k, with its bootstrap interval over sentences.
-        by_magnitude: f at each k in the order of |score|, where `cmd` is computed on that order (protocol `mib`); else None.
+        by_magnitude: f at each k in the order of |score|, where `cmd` is computed on that order
+            (protocol `mib`); else None.
         cpr, cmd: the two areas, with their intervals.
         random: f of random orders, `[order count]`.
         random_cpr, random_cmd: the two areas of each random order.
@@ -145,7 +154,8 @@ class FaithfulnessCurve:
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per count, for the ranking and for the mean of the random orders.
 
-        Columns: `method, k, share, added, metric, faithfulness, faithfulness_low, faithfulness_high`.
+        Columns: `method, k, share, added, metric, faithfulness, faithfulness_low,
+        faithfulness_high`.
         """
         import pandas as pd
 
@@ -206,7 +216,8 @@ def faithfulness(
 
     Args:
         pairs: with a corrupted run (noise or counterfactual).
-        ranking: (site, score); a site with a role or a position stands for its tokens, one without for all tokens.
+        ranking: (site, score); a site with a role or a position stands for its tokens, one without
+            for all tokens.
         metric: any that needs labels only; see `metrics`.
         mode, protocol: see the module.
         counts: which k; `default_counts` where None. Only for the protocol `ours`.
@@ -215,8 +226,8 @@ def faithfulness(
         batch_size: rows (pairs times noise draws) per forward pass, at least one pair.
 
     Raises:
-        ConfigError: an unknown mode, protocol or metric; counts beyond the sites; pairs without a corrupted run; full and empty runs
-            alike; options that the protocol `mib` fixes.
+        ConfigError: an unknown mode, protocol or metric; counts beyond the sites; pairs without a
+            corrupted run; full and empty runs alike; options that the protocol `mib` fixes.
         SiteError: the model lacks a site.
     """
     measure = _checked(model, pairs, metric)
@@ -246,7 +257,7 @@ def faithfulness(
 
 
 def _checked(model: Model, pairs: Pairs, metric: str) -> Metric:
-    """Return the metric, after refusing everything that cannot be measured."""
+    """Return the metric, after rejecting everything that cannot be measured."""
     expect(model, Model, "faithfulness(model=...)", "a model of load_model")
     expect(pairs, Pairs, "faithfulness(pairs=...)", "pairs of make_pairs")
     measure = get_metric(metric)
@@ -264,12 +275,13 @@ def _checked(model: Model, pairs: Pairs, metric: str) -> Metric:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Which runs are made.
+    """Hold which runs are made.
 
     Attributes:
         sites: in the order of the ranking.
         counts, shares: k and x of every point of the curve.
-        orders: indices of `sites`: the ranking itself, its order by |score| (protocol `mib`), then random orders.
+        orders: indices of `sites`: the ranking itself, its order by |score| (protocol `mib`), then
+            random orders.
         cmd_order: index of the order that CMD is computed on.
     """
 
@@ -302,7 +314,9 @@ def _mib_plan(sites: list[Site], by_magnitude: list[Site], chance: list[np.ndarr
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The metric of every run: `[pair order count]`, and of the full and the empty run, `[pair]`."""
+    """Hold the metric of every run, `[pair order count]`, and of the full and the empty run,
+    `[pair]`.
+    """
 
     metric: Float[np.ndarray, "pair order count"]
     full: Float[np.ndarray, " pair"]
@@ -374,7 +388,7 @@ def _curve(
 
 
 class _Bench:
-    """Pairs of one length, ready to run with any set of their sites replaced."""
+    """Hold pairs of one length, ready to run with any set of their sites replaced."""
 
     def __init__(
         self,
@@ -395,7 +409,9 @@ class _Bench:
 
     @torch.inference_mode()
     def _states(self, runs: Runs) -> tuple[Tensor, Tensor, Tensor, dict[tuple[int, str], Tensor]]:
-        """Return the clean input of each row, the corrupted one, the mask [site row pos], and the values put in."""
+        """Return the clean input of each row, the corrupted one, the mask [site row pos], and the
+        values put in.
+        """
         clean = runs.clean.repeat_interleave(runs.draws, 0)
         points = {(s.layer, s.kind): s for s in self.sites}
         with capture(self.model, points.values()) as seen:
@@ -450,7 +466,9 @@ def replacing(
     masks: Tensor,
     values: dict[tuple[int, str], Tensor],
 ) -> list[tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]:
-    """Return one hook per hook point, which puts `values` in at the masked tokens of the chosen sites."""
+    """Return one hook per hook point, which puts `values` in at the masked tokens of the chosen
+    sites.
+    """
     together: dict[tuple[int, str], list[int]] = defaultdict(list)
     for i in chosen:
         together[sites[i].layer, sites[i].kind].append(i)

@@ -1,18 +1,21 @@
-"""What a system answered, row by row: a model with an edit or without, or anything else that leaves a file.
+"""Collect the answers of a system, one per example.
 
-Every score starts from `Predictions`: one answer an example, in the order of the examples, with the log-probability of every label
-where the system gives it. Three ways lead there:
+A system is a model, with an edit or without, or any other program that leaves a file of answers.
+Every score starts from `Predictions`: answers in the order of the examples, with the
+log-probability of every label if the system gives it. There are three ways to get them:
 
-    predict(model, examples, edit)                       greedy label scoring: the label string of the largest log-probability
-    predict(model, examples, edit, decode="generate")    greedy decoding of free text, then exact match with the label strings
-    read_predictions("gpt.csv", examples)                what another system said: an API model, a fine-tuned encoder
+    predict(model, examples, edit)                     # score the label strings, take the best
+    predict(model, examples, edit, decode="generate")  # write greedily, then match label strings
+    read_predictions("gpt.csv", examples)              # read what another system answered
 
-Label scoring always answers. Free text may be no label at all; such a row has the answer None and counts as wrong. The authors of the
-paper sample their answers, so that the same model has another accuracy every time; neither way here has any randomness.
+Label scoring always gives an answer. Generated text may be no label at all; such a row has the
+answer None and counts as wrong. The paper's authors sample answers, so the same model has another
+accuracy each time. Nothing here is random.
 
-A predictions file is a table with a header (CSV, TSV), JSON lines, or the `predictions.parquet` of an earlier run. It names its examples
-by `id`, or by `sentence` and `aspect`, and gives the answer as `predicted`, `prediction`, `pred`, `answer`, `label` or `polarity`, the
-first of these that is there. It must answer every example exactly once, and nothing else.
+A predictions file is a table with a header (CSV, TSV), JSON lines, or the `predictions.parquet` of
+an earlier run. It names its examples by `id`, or by `sentence` and `aspect`. It gives the answer as
+`predicted`, `prediction`, `pred`, `answer`, `label` or `polarity`; the first of these that is there
+counts. It must answer every example exactly once, and nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ DECODES = ("label", "generate")
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What one system answered.
+    """Hold the answers of one system.
 
     Attributes:
         examples: what was asked, in order.
@@ -55,7 +58,8 @@ class Predictions:
         name: of the system, for tables.
         data: where the examples came from.
         labels: the classes that could be answered: the columns of `scores`.
-        scores: log-probability of each label string after the prompt, in nats; None where only the answers are known.
+        scores: log-probability of each label string after the prompt, in nats; None where only the
+            answers are known.
         texts: what was generated; None where labels were scored.
     """
 
@@ -82,24 +86,24 @@ class Predictions:
 
     @cached_property
     def correct(self) -> Bool[np.ndarray, " example"]:
-        """Which answers are right."""
+        """Return which answers are right."""
         return np.array([e.polarity is a for e, a in zip(self.examples, self.answers, strict=True)])
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """The sentence of each row: what intervals resample by."""
+        """Return the sentence of each row. Intervals resample by sentence."""
         return np.array([e.cluster for e in self.examples])
 
     @cached_property
     def probabilities(self) -> Float[np.ndarray, "example label"] | None:
-        """Of each label among the labels; None where no scores are known."""
+        """Return the probability of each label among the labels; None if there are no scores."""
         if self.scores is None:
             return None
         p = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
         return p / p.sum(axis=1, keepdims=True)
 
     def take(self, rows: Sequence[int]) -> Predictions:
-        """Some of the rows."""
+        """Return the answers of some rows."""
         rows = list(rows)
         return replace(
             self,
@@ -110,7 +114,9 @@ class Predictions:
         )
 
     def to_pandas(self):
-        """One row an example: `system, data, id, sentence, aspect, gold, predicted, correct`, `logprob_<label>` and `text` where known."""
+        """Return one row per example: `system, data, id, sentence, aspect, gold, predicted,
+        correct`, and `logprob_<label>` and `text` if known.
+        """
         import pandas as pd
 
         columns: dict[str, Any] = {
@@ -135,7 +141,7 @@ class Predictions:
 
 
 def joined(parts: Sequence[Predictions], data: str) -> Predictions:
-    """What one system answered to several sets of examples, as one."""
+    """Join the answers of one system to several sets of examples."""
     first = parts[0]
     scores = (
         None
@@ -156,7 +162,7 @@ def joined(parts: Sequence[Predictions], data: str) -> Predictions:
 
 
 def asked_with(edit: Applicable | None) -> tuple[PromptTemplate, Verbalizer]:
-    """The question and the labels that an edit was trained with; the paper's where it names none."""
+    """Return the question and the labels that an edit was trained with, or the paper's."""
     from ..edits.record import Trained
 
     if not isinstance(edit, Trained):
@@ -174,7 +180,7 @@ def system_name(edit: Applicable | None) -> str:
 
 
 def check_call(function: str, model: object, examples: object, edit: object) -> None:
-    """Refuse arguments of the wrong type, and no examples.
+    """Reject arguments of the wrong type and empty examples.
 
     Raises:
         ConfigError: with one sentence that names the argument.
@@ -213,19 +219,21 @@ def predict(
     batch_size: int = 32,
     name: str | None = None,
 ) -> Predictions:
-    """What `model` answers to `examples`, with `edit` in force.
+    """Return the answers of `model` to `examples`, with `edit` applied.
 
     Args:
-        edit: None for the model as it is.
-        template: the question; the one that the edit was trained with, or else the paper's, by default.
-        verbalizer: the label strings; likewise.
-        decode: `label` scores the label strings; `generate` writes greedily and compares what was written.
-        batch_size: prompts a forward pass. The answers do not depend on it.
-        name: of the system; `base`, or the edit's own name, by default.
+        edit: None for the unedited model.
+        template: the question; by default the one that the edit was trained with, or the paper's.
+        verbalizer: the label strings; by default those that the edit was trained with, or the
+            paper's.
+        decode: `label` scores the label strings; `generate` writes greedily and matches the text.
+        batch_size: prompts per forward pass. The answers do not depend on it.
+        name: of the system; by default `base`, or the edit's own name.
 
     Raises:
         ConfigError: no examples, or an unknown way to decode.
-        PromptError: a prompt longer than the model's context; labels that cannot be told apart; an example whose class has no label.
+        PromptError: a prompt longer than the model's context; labels that cannot be told apart; an
+            example whose class has no label.
         EditError: a score is not a number.
 
     Example:
@@ -265,7 +273,9 @@ def predict(
 
 
 def match_label(text: str, verbalizer: Verbalizer) -> Polarity | None:
-    """The class whose label string the text begins with, blanks aside and as a whole word; the longest, where several do."""
+    """Return the class whose label string begins the text as a whole word, or None. If several do,
+    the longest label wins.
+    """
     text = text.strip()
     found = [
         (len(w.strip()), p)
@@ -283,7 +293,9 @@ def _continue(
     edit: Applicable | None,
     batch_size: int,
 ) -> list[str]:
-    """What the model writes after each prompt: one token more than its longest label, up to the end-of-sequence token."""
+    """Generate after each prompt: one token more than the longest label has, up to the
+    end-of-sequence token.
+    """
     steps = max(map(len, verbalizer.label_ids(model.tokenizer, template))) + 1
     end = model.tokenizer.eos_token_id
     texts = []
@@ -304,9 +316,10 @@ def greedy(
     edit: Applicable | None = None,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """The `steps` most probable next tokens of each prompt, one after the other.
+    """Return the `steps` tokens that greedy decoding writes after each prompt.
 
-    The tokens that are written carry no role, so that an edit of prompt positions acts on the prompt alone.
+    The tokens that are written carry no role, so that an edit of prompt positions acts on the
+    prompt alone.
 
     Raises:
         PromptError: a prompt and its answer are longer than the model's context.
@@ -330,7 +343,7 @@ def greedy(
 
 
 def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
-    """Every row one token longer."""
+    """Append one token to every row."""
     ids = torch.nn.functional.pad(tokens.ids, (0, 1))
     roles = torch.nn.functional.pad(tokens.roles, (0, 1), value=-1)
     rows = torch.arange(len(tokens))
@@ -341,16 +354,16 @@ def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
 # ---- reading what others answered -----------------------------------------------------------------
 
 ANSWERS = ("predicted", "prediction", "pred", "answer", "label", "polarity")
-"""Columns that may hold the answer; the first that is there does."""
+"""Columns that may hold the answer. The first that is there counts."""
 
 NO_ANSWER = ("", "none", "null", "nan")
-"""What stands for an answer that was no label."""
+"""Values that stand for an answer that was no label."""
 
 
 def read_predictions(
     path: str | os.PathLike[str], examples: Sequence[Example], name: str | None = None
 ) -> Predictions:
-    """Read what another system answered to `examples`.
+    """Read the answers of another system to `examples`.
 
     Args:
         path: CSV, TSV, JSON lines or parquet; see the module.
@@ -358,8 +371,8 @@ def read_predictions(
         name: of the system; the file's name by default.
 
     Raises:
-        DataError: the file cannot be read; a row names no example, or one that was answered before; an answer is no label; an example
-            has no answer.
+        DataError: the file cannot be read; a row names no example, or one that was answered before;
+            an answer is no label; an example has no answer.
 
     Example:
         >>> import mech_absa as ma
@@ -402,7 +415,7 @@ def read_predictions(
 
 
 class _Asked:
-    """Finds the example that a row answers, by its id or by its sentence and aspect."""
+    """Find the example that a row answers, by its id or by its sentence and aspect."""
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
@@ -483,7 +496,7 @@ def _answer(row: dict[str, Any], source: str, line: int) -> Polarity | None:
 
 
 def _records(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Give every row of a predictions file, its field names in lower case, with the line it begins on."""
+    """Yield every row of a predictions file, with field names in lower case, and its line."""
     if path.suffix.lower() == ".parquet":
         yield from _parquet(path, data)
         return

@@ -1,6 +1,7 @@
-"""How much of the task is left when the least important sites are removed for good?
+"""Measure how much of the task is left when the least important sites are removed for good.
 
-`prune` replaces sites by their mean over the data (or by zero), the least important first, and scores the answers.
+`prune` replaces sites by their mean over the data (or by zero), the least important first, and
+scores the answers.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ if TYPE_CHECKING:
 
 
 class StandIn(Choice):
-    """What stands in for a removed site."""
+    """Name what replaces a removed site."""
 
     MEAN = "mean", "The site's mean over the tokens of the reference examples."
     ZERO = "zero", "Zero, which is a strange value to most models."
 
 
 class Ablation:
-    """Sites that give a fixed value, whatever they read: an `Applicable`, as an edit is.
+    """Replace sites by a fixed value, whatever they read. It is applied in the same way as an edit.
 
     Args:
         sites: what is ablated; a site without a token at all tokens.
-        values: (layer, kind) -> `[d_model]`, or `[head d_head]` for kinds of heads; zero where None.
+        values: (layer, kind) -> `[d_model]`, or `[head d_head]` for kinds of heads; zero where
+            None.
         edit: in force at the same time, below the ablation.
     """
 
@@ -82,7 +84,9 @@ def mean_activations(
     edit: Applicable | None = None,
     batch_size: int = 32,
 ) -> dict[tuple[int, str], Tensor]:
-    """Return mean activations over all tokens of the prompts: (layer, kind) -> `[d_model]`, or `[head d_head]` for kinds of heads."""
+    """Return mean activations over all tokens of the prompts, by (layer, kind): `[d_model]`, or
+    `[head d_head]` for kinds of heads.
+    """
     points = {(s.layer, s.kind): s for s in sites}
     sums: dict[tuple[int, str], Tensor] = {}
     order = sorted(prompts, key=lambda t: t.lengths[0])
@@ -104,7 +108,7 @@ def mean_activations(
 
 @dataclass(frozen=True, eq=False)
 class PruningCurve:
-    """What is left of the task as the least important sites are removed.
+    """Hold what is left of the task as the least important sites are removed.
 
     Attributes:
         how: `mean` or `zero`: what stands in for a removed site.
@@ -124,8 +128,10 @@ class PruningCurve:
     majority: float
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a count, for the ranking and for the mean of the random orders: `method, count, removed` (the share of the sites),
-        `accuracy, macro_f1` with their ends, `majority`."""
+        """Return one row per count, for the ranking and for the mean of the random orders: `method,
+        count, removed` (the share of the sites), `accuracy, macro_f1` with their intervals,
+        `majority`.
+        """
         import pandas as pd
 
         steps: dict[str, Any] = {
@@ -173,7 +179,8 @@ def prune(
     Args:
         ranking: usually all heads and all `mlp_out`.
         edit: in force throughout.
-        how: `mean` puts in each site's mean over the tokens of `reference`; `zero` puts in zero, which is a strange value to most models.
+        how: `mean` puts in each site's mean over the tokens of `reference`; `zero` puts in zero,
+            which is a strange value to most models.
         reference: examples the means are taken over; the examples themselves where None.
         counts: how many are removed; eleven steps from none to all where None.
         randoms: random orders, for comparison.

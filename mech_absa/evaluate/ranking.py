@@ -1,6 +1,7 @@
-"""Rankings of sites: lists of (site, score), from tracing, from gradients, or made up.
+"""Order sites by score: lists of (site, score) from tracing, from gradients, or made by hand.
 
-`faithfulness` and `pruning` take such a list and nothing else, so that all rankings are measured alike.
+`faithfulness` and `pruning` take such a list and nothing else, so that all rankings are measured
+alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..sites import Site
 Ranking = Sequence[tuple[Site, float]]
 
 RANDOM = "random order"
-"""The method's name of the control, in tables."""
+"""Name of the control in tables."""
 
 
 def in_order(ranking: Ranking, model: Model, magnitude: bool = False) -> list[Site]:

@@ -1,16 +1,18 @@
-"""How good the answers are, with everything that keeps a number honest.
+"""Score answers, with what is needed to trust the numbers.
 
-Published scores of this task differ by more than the methods do: accuracy beside macro-F1, duplicates kept or dropped, the test file
-partly in the train file, no interval on one accuracy. So a `Scores` always holds the same things, computed one way:
+Published scores of this task differ more between evaluation protocols than between methods:
+accuracy or macro-F1, duplicates kept or dropped, test rows that stand in the training file, no
+interval. So a `Scores` always holds the same numbers, computed in one way:
 
-- accuracy and macro-F1, each with a bootstrap interval that resamples sentences, since the aspects of one sentence are not independent;
+- accuracy and macro-F1, each with a bootstrap interval that resamples sentences, because the
+  aspects of one sentence are not independent;
 - precision, recall, F1 and support of every class, and the confusion matrix;
-- the majority baseline: what answering the most frequent class of these rows would score;
-- the same without the test rows that stand in the training data, where that is given;
-- the same for the sentences that carry several polarities, where only the aspect can decide;
-- the same with every question counted once, where some are asked twice;
-- calibration: the mean probability of the gold label, the cross-entropy over the labels, and how much of the probability the labels
-  have at all.
+- the majority baseline: the score of always answering the most frequent class of these rows;
+- the same without test rows that stand in the training data, if that is given;
+- the same for sentences with several polarities, where only the aspect can decide;
+- the same with every question counted once, if some are asked twice;
+- calibration: the mean probability of the gold label, the cross-entropy over the labels, and the
+  share of the probability that the labels have.
 
 | name | formula |
 |---|---|
@@ -19,9 +21,9 @@ partly in the train file, no interval on one accuracy. So a `Scores` always hold
 | cross-entropy (`nll`) | mean over rows of -log of the same, in nats; log 3 = 1.099 is a uniform guess |
 | label mass | mean over rows of the sum over the labels of P(label), over the whole vocabulary |
 
-`compare` sets two systems side by side on the same rows: McNemar's test, and the paired bootstrap by sentence, which is the one to read
-where sentences carry several rows. `aggregate` puts several seeds together; the spread between seeds and the sampling error of
-the test file are two different things, and both are given.
+`compare` compares two systems on the same rows by McNemar's test and by a paired bootstrap over
+sentences. Use the bootstrap if sentences have several rows. `aggregate` joins several seeds. The
+spread between seeds and the sampling error of the test file are different things, so it gives both.
 """
 
 from __future__ import annotations
@@ -56,14 +58,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NONE = "none"
-"""How an answer that is no label is written."""
+"""How tables write an answer that is no label."""
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: how often it was meant, how often it was answered, and how well. Precision is 0 where it was never answered."""
+    """Hold the score of one class. Precision is 0 if the class was never answered."""
 
     label: str
     precision: float
@@ -75,7 +77,7 @@ class ClassScore:
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """How good the answers to some rows are.
+    """Hold how good the answers to some rows are.
 
     Attributes:
         n: rows.
@@ -84,7 +86,8 @@ class Quality:
         majority: share of the most frequent gold class.
         majority_class: that class.
         classes: every class that has a label.
-        confusion: rows are gold classes in the order of `classes`; columns are answers in that order, then `none`.
+        confusion: rows are gold classes in the order of `classes`; columns are answers in that
+            order, then `none`.
         unanswered: answers that were no label.
         gold_probability, nll, label_mass: calibration; NaN where no scores are known.
     """
@@ -103,7 +106,7 @@ class Quality:
     label_mass: float = NAN
 
     def row(self) -> dict[str, Any]:
-        """Its numbers as one flat row."""
+        """Return all numbers as one flat row."""
         row: dict[str, Any] = {
             "n": self.n, "sentences": self.sentences,
             "accuracy": self.accuracy.value, "accuracy_low": self.accuracy.low, "accuracy_high": self.accuracy.high,
@@ -119,7 +122,7 @@ class Quality:
         return row
 
     def confusion_table(self) -> pd.DataFrame:
-        """The confusion matrix with its names."""
+        """Return the confusion matrix with its names."""
         import pandas as pd
 
         names = [c.label for c in self.classes]
@@ -129,16 +132,18 @@ class Quality:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How good one system is on one data set.
+    """Hold how good one system is on one data set.
 
     Attributes:
         name: of the system.
         data: of the data set.
         all: every row.
-        unseen: without the rows whose question stands in the training data; None where that was not given, or leaves no row.
+        unseen: without the rows whose question stands in the training data; None where that was not
+            given, or leaves no row.
         leaked: how many such rows there are; None where the training data was not given.
         mixed: the rows of sentences that carry several polarities; None where there are none.
-        distinct: every question (sentence and aspect) once, the first time it is asked; None where none is asked twice.
+        distinct: every question (sentence and aspect) once, the first time it is asked; None where
+            none is asked twice.
         predictions: the answers scored.
 
     Example:
@@ -168,7 +173,7 @@ class Scores:
 
     @property
     def subsets(self) -> dict[str, Quality]:
-        """Name -> the scores of these rows, those that exist."""
+        """Return the scores of each set of rows that exists, by name."""
         found = {
             "all": self.all,
             "unseen": self.unseen,
@@ -180,7 +185,7 @@ class Scores:
     def compare(
         self, other: Scores | Predictions, *, level: float = 0.95, draws: int = 9999, seed: int = 0
     ) -> Comparison:
-        """Compare this system with another on the same rows; a positive difference favours this one.
+        """Compare two systems on the same rows; a positive difference favours the first.
 
         Raises:
             ConfigError: they answered different examples.
@@ -192,7 +197,9 @@ class Scores:
         return compare(self.predictions, answers, level=level, draws=draws, seed=seed)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a subset (`all`, `unseen`, `mixed`, `distinct`), every number a column."""
+        """Return one row per subset (`all`, `unseen`, `mixed`, `distinct`), one column per
+        number.
+        """
         import pandas as pd
 
         head = {"system": self.name, "data": self.data}
@@ -201,7 +208,7 @@ class Scores:
         )
 
     def summary(self) -> pd.DataFrame:
-        """A short table for reading: percentages with their intervals."""
+        """Return a short table for reading: percentages with their intervals."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -227,7 +234,7 @@ class Scores:
 
 
 def summary_row(q: Quality) -> dict[str, str]:
-    """The numbers of a `Quality` that a table has room for, as text."""
+    """Return the numbers of a `Quality` that fit into a table, as text."""
     return {
         "n": str(q.n),
         "accuracy %": percent(q.accuracy),
@@ -240,7 +247,7 @@ def summary_row(q: Quality) -> dict[str, str]:
 
 
 def percent(e: Estimate) -> str:
-    """`88.1 [86.0, 90.2]`."""
+    """Return an estimate as text in percent, such as `88.1 [86.0, 90.2]`."""
     return (
         f"{100 * e.value:.1f}"
         if np.isnan(e.low)
@@ -266,7 +273,7 @@ def evaluate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """Return the scores of `model` on `examples`, with `edit` in force: `predict`, then `score`.
+    """Return the scores of `model` on `examples`, with `edit` applied: `predict`, then `score`.
 
     Raises:
         ConfigError: an argument of the wrong type, or no examples.
@@ -301,7 +308,7 @@ def score(
     draws: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """The scores of some answers.
+    """Return the scores of some answers.
 
     Args:
         train: what the system was trained on, to tell which test rows it has seen.
@@ -333,7 +340,7 @@ def score(
 
 
 def quality(p: Predictions, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Quality:
-    """Everything that is counted over one set of rows."""
+    """Count everything over one set of rows."""
     classes = [c.value for c in p.labels]
     gold = [e.polarity.value for e in p.examples]
     if strange := sorted(set(gold) - set(classes)):
@@ -381,7 +388,7 @@ def quality(p: Predictions, *, level: float = 0.95, draws: int = 1000, seed: int
 
 
 def _macro_f1(p: Predictions) -> Callable[[np.ndarray], float]:
-    """Row indices -> macro-F1 of these rows, without the overhead of a library call a draw."""
+    """Return a function from row indices to macro-F1. It is faster than a library call per draw."""
     order: dict[Polarity | None, int] = {c: i for i, c in enumerate(p.labels)}
     k = len(order)
     order[None] = k
@@ -409,13 +416,14 @@ def _macro_f1(p: Predictions) -> Callable[[np.ndarray], float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on the same rows.
+    """Hold the comparison of two systems on the same rows.
 
     Attributes:
         first, second: their names.
         n: rows.
         accuracy_first, accuracy_second: shares of right answers.
-        difference: accuracy of the first minus that of the second, with its interval and sign-flip p, by sentence.
+        difference: accuracy of the first minus that of the second, with its interval and sign-flip
+            p, by sentence.
         macro_f1: the same for macro-F1 (no p).
         mcnemar: b counts rows where only the first is right, c where only the second is.
         agreement: share of rows with the same answer.
@@ -433,7 +441,7 @@ class Comparison:
     agreement: float
 
     def row(self) -> dict[str, Any]:
-        """Its numbers as one flat row."""
+        """Return all numbers as one flat row."""
         return {
             "first": self.first, "second": self.second, "data": self.data, "n": self.n,
             "accuracy_first": self.accuracy_first, "accuracy_second": self.accuracy_second,
@@ -500,7 +508,7 @@ def compare(
 
 
 def same_rows(first: Predictions, second: Predictions) -> None:
-    """Refuse answers to different questions.
+    """Reject answers to different questions.
 
     Raises:
         ConfigError: they answered different examples.
@@ -521,7 +529,9 @@ def same_rows(first: Predictions, second: Predictions) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over several seeds: mean, standard deviation (n - 1), and Student's interval of the mean; NaN for a single seed."""
+    """Hold mean, standard deviation (n - 1) and Student's interval of the mean over seeds; NaN for
+    one seed.
+    """
 
     mean: float
     sd: float
@@ -531,14 +541,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Several seeds of one method on one data set.
+    """Hold several seeds of one method on one data set.
 
     Attributes:
         name: of the method.
         data: of the data set.
-        seeds: how many.
+        seeds: number of seeds.
         accuracy, macro_f1: over the seeds.
-        sampling: mean accuracy of the seeds with its bootstrap interval over sentences: what another test file of this kind could give.
+        sampling: mean accuracy of the seeds with its bootstrap interval over sentences, that is,
+            what other test sentences could give.
     """
 
     name: str
@@ -549,7 +560,7 @@ class Aggregate:
     sampling: Estimate
 
     def row(self) -> dict[str, Any]:
-        """Its numbers as one flat row."""
+        """Return all numbers as one flat row."""
         row: dict[str, Any] = {"system": self.name, "data": self.data, "seeds": self.seeds}
         for what in ("accuracy", "macro_f1"):
             spread = getattr(self, what)
@@ -571,7 +582,7 @@ class Aggregate:
 
 
 def spread(values: Sequence[float], level: float = 0.95) -> Spread:
-    """Mean, standard deviation and Student's interval of the mean of a few runs."""
+    """Return mean, standard deviation and Student's interval of the mean of a few runs."""
     x = np.asarray(values, dtype=float)
     if not x.size:
         raise ConfigError("no runs to put together; at least one is needed")
@@ -590,7 +601,7 @@ def aggregate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Aggregate:
-    """Several seeds of one method, scored on the same rows.
+    """Join the scores of several seeds of one method on the same rows.
 
     Raises:
         ConfigError: no runs, or runs on different rows.

@@ -1,15 +1,19 @@
-"""What an edit does besides: the four questions of model editing, asked of every edit.
+"""Measure what an edit changes besides its task: the four questions of model editing.
 
 After Yao et al. 2023 (arXiv 2305.13172):
 
-- **reliability**: does it do its task? Accuracy against the base on the same rows, and how many answers it put right and put wrong.
-- **generality**: does it still, when the question is worded otherwise? Accuracy and agreement under paraphrased templates.
-- **locality**: what does it move that it should not? The next-token distribution on unrelated text; on other questions about the
-  same aspect and sentence; and the answers on the *other* aspects of sentences in which it changed one.
-- **portability**: does it carry over to other domains?
+- **reliability**: is the task done? Accuracy against the base on the same rows, and the number of
+  answers that became right and wrong.
+- **generality**: is it done when the question is worded otherwise? Accuracy and agreement under
+  paraphrased templates.
+- **locality**: what changes that should not? The next-token distribution on unrelated text; on
+  other questions about the same aspect and sentence; and the answers on the *other* aspects of
+  sentences in which an answer changed.
+- **portability**: does the edit carry over to other domains?
 
-Beside these stands the prompt consistency of Yang et al. 2025 (arXiv 2501.11041) and its predecessors: the chance that two wordings of the
-question, drawn at random, get the same answer. A model that always answers `positive` has consistency 1; read it beside the accuracy.
+The prompt consistency of Yang et al. 2025 (arXiv 2501.11041) and its predecessors stands beside
+them: the chance that two wordings of the question, drawn at random, get the same answer. A model
+that always answers `positive` has consistency 1, so read it beside the accuracy.
 
 | measure | formula | nothing changed |
 |---|---|---|
@@ -18,8 +22,9 @@ question, drawn at random, get the same answer. A model that always answers `pos
 | consistency | mean over examples of the share of pairs of templates with the same answer | the base's |
 | one label | share of mixed-polarity sentences all of whose aspects get one answer (never right) | the base's |
 
-An edit bound to the roles of an aspect cannot act on text without one: its KL there is 0 by construction and no merit. `near` asks it where
-it does act: the same prompt up to the end of the sentence and the aspect, another question. Weight edits act on every token of both.
+An edit at the roles of an aspect cannot act on text without an aspect. Its KL there is 0 by
+construction, which is no merit. `near` measures it where it acts: the same prompt up to the end of
+the sentence and the aspect, with another question. Weight edits act on every token of both.
 """
 
 from __future__ import annotations
@@ -79,11 +84,13 @@ PASSAGES = (
     "In spring the birds come back from the south and build their nests in the reeds. The eggs hatch after about three weeks. The young "
     "ones learn to fly in June, and by the end of September most of the birds have left again.",
 )
-"""Text about no product and no opinion, written for this purpose."""
+"""Text without products or opinions, written for this purpose."""
 
 
 class Locality(Choice):
-    """What a number of locality was measured on; protocols of this name in the literature differ."""
+    """Name what a number of locality was measured on. Protocols of this name differ in the
+    literature.
+    """
 
     TEXT = (
         "every token of unrelated text",
@@ -102,7 +109,7 @@ class Locality(Choice):
 
 @dataclass(frozen=True)
 class Drift:
-    """How far an edit moves the next token.
+    """Hold how far an edit moves the next token.
 
     Attributes:
         protocol: where it was measured.
@@ -121,7 +128,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Paraphrase:
-    """One other wording of the question.
+    """Hold the results under one other wording of the question.
 
     Attributes:
         base, edited: accuracy without the edit and with it.
@@ -136,14 +143,15 @@ class Paraphrase:
 
 @dataclass(frozen=True)
 class OtherAspects:
-    """Rows beside which, in the same sentence, the edit changed an answer.
+    """Hold the answers on rows beside which, in the same sentence, the edit changed an answer.
 
     Attributes:
         n: such rows; the shares are NaN where there are none.
         agreement: share of them that are answered as before.
         kl: mean KL(base || edited) over the labels, nats.
         fixed, broken: rows that became right, that became wrong.
-        one_label_base, one_label_edited: share of the sentences with several polarities whose aspects all get one answer.
+        one_label_base, one_label_edited: share of the sentences with several polarities whose
+            aspects all get one answer.
     """
 
     n: int
@@ -158,13 +166,15 @@ class OtherAspects:
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What one edit does.
+    """Hold everything that was measured about one edit.
 
     Attributes:
         name: of the edit.
-        reliability: the edited model against the base on the edit's own task; `mcnemar.b` answers were put right, `mcnemar.c` put wrong.
+        reliability: the edited model against the base on the edit's own task; `mcnemar.b` answers
+            were put right, `mcnemar.c` put wrong.
         generality: under each paraphrase.
-        consistency_base, consistency_edited: prompt consistency over the main template and all paraphrases.
+        consistency_base, consistency_edited: prompt consistency over the main template and all
+            paraphrases.
         text: drift on unrelated text.
         near: drift at the answer to other questions.
         other_aspects: in the same sentences.
@@ -189,7 +199,7 @@ class SideEffects:
         return self.weights_before == self.weights_after
 
     def record(self) -> dict[str, Any]:
-        """Everything in JSON's types."""
+        """Return everything in the types of JSON."""
         return plain(asdict(self)) | {"weights_unchanged": self.weights_unchanged}
 
     def summary(self) -> pd.DataFrame:
@@ -211,7 +221,7 @@ class SideEffects:
         return pd.DataFrame(rows)
 
     def _locality(self) -> list[dict[str, str]]:
-        """Return the rows of what should not move."""
+        """Return the rows of the table for what should not change."""
         o, text, near = self.other_aspects, self.text, self.near
         rows = [
             _edited(
@@ -241,13 +251,13 @@ class SideEffects:
 
 
 def _both(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:
-    """Return a row of two shares."""
+    """Return a row with two shares."""
     shares = {"base": f"{100 * base:.1f} %", "edited": f"{100 * edited:.1f} %"}
     return {"measure": what, **shares, "": note}
 
 
 def _edited(what: str, edited: str, note: str = "") -> dict[str, str]:
-    """Return a row of something that only an edit has."""
+    """Return a row for something that only an edit has."""
     return {"measure": what, "base": "-", "edited": edited, "": note}
 
 
@@ -273,7 +283,7 @@ def side_effects(
     draws: int = 1000,
     seed: int = 0,
 ) -> SideEffects:
-    """Measure what `edit` does to `model`.
+    """Measure what `edit` changes in `model`.
 
     Args:
         examples: of the task that the edit is for.
@@ -317,13 +327,13 @@ def side_effects(
 
 
 _Answers = tuple[Predictions, Predictions]
-"""Without the edit, and with it."""
+"""The answers without the edit and with it."""
 
 
 def _generality(
     edited: Predictions, texts: Sequence[str], worded: Sequence[_Answers]
 ) -> tuple[Paraphrase, ...]:
-    """Return what each paraphrase gives, from the answers without the edit and with it."""
+    """Return the results of each paraphrase, from the answers without the edit and with it."""
     return tuple(
         Paraphrase(text, float(b.correct.mean()), float(e.correct.mean()), agreement([edited, e]))
         for text, (b, e) in zip(texts, worded, strict=True)
@@ -331,7 +341,9 @@ def _generality(
 
 
 def agreement(runs: Sequence[Predictions]) -> float:
-    """The chance that two different runs, drawn at random, answer an example alike; 1 for a single run."""
+    """Return the chance that two different runs, drawn at random, give the same answer; 1 for a
+    single run.
+    """
     pairs = [
         np.mean([a is b for a, b in zip(p.answers, q.answers, strict=True)])
         for p, q in combinations(runs, 2)
@@ -340,7 +352,7 @@ def agreement(runs: Sequence[Predictions]) -> float:
 
 
 def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
-    """How the answers move on the aspects beside those that the edit changed."""
+    """Measure how the answers move on the aspects beside those that the edit changed."""
     moved = np.array([a is not b for a, b in zip(base.answers, edited.answers, strict=True)])
     in_sentence = Counter(c for c, m in zip(base.clusters, moved, strict=True) if m)
     rows = np.array(
@@ -377,7 +389,9 @@ def drift(
     last: bool = False,
     batch_size: int = 32,
 ) -> Drift:
-    """How far `edit` moves the next token after every token of the prompts, or after the last alone."""
+    """Measure how far `edit` moves the next token after every token of the prompts, or after the
+    last only.
+    """
     divergences, same = [], []
     for rows in by_length(prompts, batch_size):
         tokens = Tokens.stack([prompts[i] for i in rows])
@@ -396,7 +410,7 @@ def drift(
 
 
 def text_tokens(model: Model, text: str) -> list[Tokens]:
-    """A text in pieces that the model's context holds, every token of the role `template`."""
+    """Return a text in pieces that fit the model's context. Every token has the role `template`."""
     ids = model.tokenizer(text, add_special_tokens=False).input_ids
     first = [model.tokenizer.bos_token_id] if model.bos else []
     step = model.n_ctx - len(first)
@@ -408,7 +422,7 @@ def text_tokens(model: Model, text: str) -> list[Tokens]:
 
 
 def read_texts(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The passages of a text file, separated by blank lines.
+    """Read the passages of a text file, which are separated by blank lines.
 
     Raises:
         DataError: there is no such file, it is not UTF-8, or it is empty.

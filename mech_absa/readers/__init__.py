@@ -19,9 +19,9 @@
 | `hf`        | Hugging Face `datasets`                                                       | `hub`       |
 
 A file is read and checked whole before anything is returned. The first bad record raises an error
-with file and line. With `skip_bad` bad records are left out, and their messages are kept and counted.
-Text is UTF-8, with or without a byte-order mark, with any line ends. Offsets count characters, not
-bytes.
+with file and line. With `skip_bad` bad records are left out, and their messages are kept and
+counted. Text is UTF-8, with or without a byte-order mark, with any line ends. Offsets count
+characters, not bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FORMATS: dict[str, Callable[[bytes, Reading], None]] = {
     "jsonl": jsonl.read, "semeval": semeval.read, "seg": seg.read, "table": table.read, "tsa": tsa.read,
     "triplets": triplets.read, "tags": tags.read, "sentihood": sentihood.read,
 }  # fmt: skip
-"""Format of a file -> its reader. `hf` is the one format that is no single file."""
+"""Format of a file -> its reader. `hf` is the only format that is not a single file."""
 
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".xml": "semeval", ".seg": "seg", ".csv": "table", ".tsv": "table",
@@ -73,30 +73,34 @@ def load_examples(
     """Load the examples of one source.
 
     Args:
-        source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all where none is named;
+        source: a file; `builtin:DOMAINS/SPLIT` (domains joined by `+`, all if none is named;
             `builtin:v2/DOMAINS/SPLIT` is the harder version); or a Hugging Face data set, as
-            `hf:OWNER/NAME` or `hf:FOLDER` with `:SPLIT` behind it where it has several splits.
-        format: a key of `FORMATS`, or `hf`; told from the source where None.
-        skip_bad: keep the messages of bad records in `Examples.problems` and go on, instead of raising the first.
-        null_targets: what becomes of SemEval opinions whose target is NULL: `drop` leaves them out and counts them, `category` asks
-            about them by the words of their category, with no span.
-        columns: for JSON lines, tables and data sets: field (`sentence`, `aspect`, `polarity`, `from`, `to`, `domain`, `id`) -> its name
-            there, where it would not be recognised.
-        labels: label as it stands in the source -> the polarity it means. Needed where labels are numbers other than -1, 0, 1.
-        split: split of a Hugging Face data set; needed where it has several.
+            `hf:OWNER/NAME` or `hf:FOLDER`, followed by `:SPLIT` if it has several splits.
+        format: a key of `FORMATS`, or `hf`; None recognises it from the source.
+        skip_bad: leave bad records out and keep their messages in `Examples.problems`, instead of
+            raising the first.
+        null_targets: how to treat SemEval opinions whose target is NULL: `drop` leaves them out and
+            counts them, `category` asks about the words of their category, without a span.
+        columns: for JSON lines, tables and data sets: field (`sentence`, `aspect`, `polarity`,
+            `from`, `to`, `domain`, `id`) -> its name in the source, if it would not be recognised.
+        labels: label in the source -> the polarity it means. Needed if labels are numbers other
+            than -1, 0, 1.
+        split: split of a Hugging Face data set; needed if it has several.
         subset: configuration of a Hugging Face data set.
         ignore_case: accept an aspect that differs in case from its words in the sentence, and ask
             about it as the sentence writes it.
-        limit: keep at most so many examples, drawn without replacement over everything that was
+        limit: keep at most this many examples, drawn without replacement from everything that was
             read, in its order.
         seed: of this draw.
         head: keep the first `limit` examples instead.
 
     Returns:
-        Examples in the order of the source, each with span, polarity, line and a unique id, and the account of those left out.
+        Examples in the order of the source, each with span, polarity, line and a unique id, and the
+        account of what was left out.
 
     Raises:
-        DataError: the source, or a record of it, cannot be read; says where and what is accepted.
+        DataError: the source, or a record of it, cannot be read; the message says where and what is
+            accepted.
         ConfigError: an argument is outside what is accepted.
 
     Examples:
@@ -171,12 +175,12 @@ def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:
 
 
 def _is_blank(data: bytes) -> bool:
-    """Return whether a file holds nothing but blanks, those beyond ASCII included."""
+    """Return whether a file holds only blanks, including those beyond ASCII."""
     return len(data) < 1_000_000 and not data.decode("utf-8-sig", "replace").strip()
 
 
 def _format_of(path: Path, data: bytes, reading: Reading) -> str:
-    """Told by the suffix where that says it, by the content where it does not."""
+    """Return the format that the suffix names, or else the one that the content shows."""
     suffix = path.suffix.lower()
     if suffix != ".tsv" and (format := _SUFFIXES.get(suffix)):
         return format
@@ -212,7 +216,9 @@ def _format_of(path: Path, data: bytes, reading: Reading) -> str:
 
 
 def _json_format(text: str) -> str:
-    """Tell TSA and SentiHood by the lists in their records; everything else are flat records."""
+    """Recognise TSA and SentiHood by the lists in their records; all other JSON holds flat
+    records.
+    """
     try:
         _, parse = next(json_records(text, Reading("", "")))
         record = parse()
@@ -257,7 +263,7 @@ def _read_hub(
 
 
 def _builtin(source: str) -> list[tuple[str, Path]]:
-    """Return the shipped files that `builtin:...` means, each with the name that means it alone."""
+    """Return the shipped files that `builtin:...` means, each with the name of that file alone."""
     from ..world import DOMAINS, SPLITS, builtin_path
 
     name = source.removeprefix("builtin:")
@@ -280,7 +286,7 @@ def _builtin(source: str) -> list[tuple[str, Path]]:
 
 
 def _join(source: str, parts: Sequence[Examples]) -> Examples:
-    """Several readings as one; ids that two of them share get the part's name before them."""
+    """Join several readings. Ids that two of them share get the name of their part in front."""
     if len(parts) == 1:
         return replace(parts[0], source=source)
     shared = {id for id, n in Counter(e.id for part in parts for e in part).items() if n > 1}
@@ -300,7 +306,7 @@ def _join(source: str, parts: Sequence[Examples]) -> Examples:
 
 
 def _near(path: Path) -> str:
-    """What is there instead of a `path` that is not."""
+    """Return what exists near a `path` that does not exist, for a message."""
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder} either"

@@ -1,12 +1,16 @@
-"""Hugging Face `datasets`: from the hub, a folder of `save_to_disk`, or a folder of data files.
+"""Read Hugging Face `datasets`: from the hub, a folder of `save_to_disk`, or a folder of data
+files.
 
-A split is written behind the name, also behind that of a folder: `hf:owner/name:test`, `hf:folder:test`.
+A split is written after the name, also after the name of a folder: `hf:owner/name:test`,
+`hf:folder:test`.
 
-Rows are either flat (one aspect a row, columns named as in `rows.FIELDS`) or hold a list of aspects beside the text, as the SemEval sets
-on the hub do (`aspectTerms: [{term, polarity, from, to}]`, also in the form of a dict of lists). Labels that are stored as class numbers
-are taken by the names the data set gives them. The line of an example is its row, counted from 1.
+Rows are either flat (one aspect per row, columns named as in `rows.FIELDS`) or have a list of
+aspects beside the text, as the SemEval sets on the hub do (`aspectTerms: [{term, polarity, from,
+to}]`, also as a dict of lists). Labels that are stored as class numbers get the names that the data
+set gives them. The line of an example is its row, counted from 1.
 
-Nothing from the hub is executed: data sets that need a loading script are refused, by this module and by `datasets` itself.
+Code from the hub is never executed: data sets that need a loading script are rejected, by this
+module and by `datasets` itself.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def read(name: str, reading: Reading, split: str | None = None, subset: str | None = None) -> None:
-    """Add the rows of one split of the data set `name`: a folder if there is such a folder, else an id on the hub.
+    """Add the rows of one split of the data set `name`: a local folder if there is one, else an id
+    on the hub.
 
     Raises:
         DataError: it cannot be loaded, or it has several splits and none was named.
@@ -48,7 +53,7 @@ def read(name: str, reading: Reading, split: str | None = None, subset: str | No
 
 
 def _load(name: str, source: str, split: str | None, subset: str | None) -> Dataset:
-    """One split, in memory-mapped form."""
+    """Return one split, memory-mapped."""
     import datasets  # seconds to import: only those who need it wait
 
     folder = Path(name)
@@ -85,7 +90,7 @@ def _load(name: str, source: str, split: str | None, subset: str | None) -> Data
 
 
 def _nested_column(dataset: Dataset, reading: Reading) -> str | None:
-    """The column that holds a list of aspects a row, where there is no column with one aspect a row."""
+    """Return the column with a list of aspects per row, if no column has one aspect per row."""
     flat = [c for c in dataset.column_names if c not in (lists := _list_columns(dataset))]
     if "aspect" in reading.columns or any(_known(c, "aspect") for c in flat):
         return None
@@ -103,7 +108,9 @@ def _nested_column(dataset: Dataset, reading: Reading) -> str | None:
 
 
 def _list_columns(dataset: Dataset) -> dict[str, list[str]]:
-    """Columns that hold a list of records (or a record of lists) -> the names inside."""
+    """Return the columns that hold a list of records (or a record of lists), each with the names
+    inside.
+    """
     import pyarrow as pa
 
     found: dict[str, list[str]] = {}
@@ -126,7 +133,9 @@ def _known(name: str, as_field: str) -> bool:
 
 
 def _named(feature: Any, value: Any) -> Any:
-    """`value` with class numbers as their names, at any depth; -1 is how `datasets` writes that there is none."""
+    """Replace class numbers in `value` by their names, at any depth; `datasets` writes -1 for
+    none.
+    """
     if isinstance(value, int) and (names := getattr(feature, "names", None)):
         return names[value] if value >= 0 else None
     if isinstance(value, dict):

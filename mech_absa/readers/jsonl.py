@@ -1,22 +1,23 @@
-"""JSON lines: one record a line; the paper's own format and this project's.
+"""Read JSON lines, one record per line: the paper's format and this project's.
 
-The paper's files (hunter-lee1/ME-ABSC) give no offsets:
+The paper's files (hunter-lee1/ME-ABSC) have no offsets:
 
     {"aspect": "screen", "label": "Neg", "sentence": "the screen is easily scratched ."}
 
-This project's do, and may know the opinion, the domain and minimal edits too:
+This project's files do. They may also hold the opinion, the domain and minimal edits (all on one
+line):
 
-    {"id": "d7", "domain": "device", "text": "the screen is bright", "aspect": "screen", "from": 4, "to": 10, "polarity": "positive",
-     "opinion": [14, 20],
-     "counterfactuals": [{"text": "the screen is dim", "from": 4, "to": 10, "polarity": "negative", "opinion": [14, 17]}]}
+    {"id": "d7", "domain": "device", "text": "the screen is bright", "aspect": "screen", "from": 4,
+     "to": 10, "polarity": "positive", "opinion": [14, 20],
+     "counterfactuals": [{"text": "the screen is dim", "from": 4, "to": 10,
+                          "polarity": "negative", "opinion": [14, 17]}]}
 
-(on one line). Offsets count characters, `[from, to)`. A `from` and `to` of null say that no words of the
-sentence stand for the aspect. One file may hold both kinds.
+Offsets count characters, `[from, to)`. If `from` and `to` are null, the aspect has no words in the
+sentence. One file may hold both kinds.
 
-An array of such records is read as well, and an object of records, `{id: record, ...}`, as ARTS and
-BERT-for-ABSA keep them; the key becomes the id of a record that has none. Both may be on one line or
-indented. `write_jsonl` writes the second kind of record, and what it writes reads back as the same
-examples.
+An array of such records is read as well, and so is an object of records, `{id: record, ...}`, as in
+ARTS and BERT-for-ABSA; the key becomes the id of a record that has none. Both may be on one line or
+indented. `write_jsonl` writes the second kind of record, and reading them gives the same examples.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def read(data: bytes, reading: Reading) -> None:
 
 
 def json_records(text: str, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """Yield each record of a JSON file: its line, and a call that returns a dict or raises `DataError`.
+    """Yield each record of a JSON file: its line, and a call that returns a dict or raises
+    `DataError`.
 
     The file may hold one record per line, an array of records, an object of records, or one record.
     """
@@ -69,7 +71,9 @@ def json_records(text: str, reading: Reading) -> Iterator[tuple[int, Any]]:
 
 
 def _holds_records(text: str, start: int) -> bool:
-    """Return whether the object that begins at `start` maps ids to records and is the whole file."""
+    """Return whether the object that begins at `start` maps ids to records and is the whole
+    file.
+    """
     head = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{').match(text, start)
     if head is None:
         return False
@@ -83,7 +87,7 @@ def _holds_records(text: str, start: int) -> bool:
 
 
 def _single(text: str, start: int) -> dict[str, Any] | None:
-    """Return the one record that a file holds over several lines; None where that is not so."""
+    """Return the one record that a file holds over several lines, or None."""
     if text.find("\n", start) < 0:
         return None
     try:
@@ -94,7 +98,9 @@ def _single(text: str, start: int) -> dict[str, Any] | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; refuse a name that comes twice, of which JSON would silently keep the last."""
+    """Build an object; reject a name that comes twice, of which JSON would silently keep the
+    last.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -109,8 +115,8 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique)
 def _members(text: str, start: int, reading: Reading) -> Iterator[tuple[int, Any]]:
     """Yield the records of the array or of the object of records that begins at `start`.
 
-    They are decoded one by one, so that each knows its line. A break in the syntax ends the reading:
-    nothing behind it can be trusted.
+    They are decoded one by one, so that each knows its line. A syntax error ends the reading,
+    because nothing after it can be trusted.
     """
     line_of = _Lines(text)
     keyed = text[start] == "{"
@@ -156,7 +162,7 @@ def _members(text: str, start: int, reading: Reading) -> Iterator[tuple[int, Any
 
 
 class _Lines:
-    """The line of a place in a text, for places that are asked for in their order."""
+    """Find the lines of places in a text, which are asked for in increasing order."""
 
     def __init__(self, text: str):
         self.text, self.seen, self.line = text, 0, 1
@@ -216,7 +222,7 @@ def _pair(value: Any, name: str) -> Span | None:
 
 
 def _counterfactual(row: Any, reading: Reading, line: int) -> Example:
-    """An edited sentence: its aspect is what its own offsets give."""
+    """Return an edited sentence. Its aspect is the text at its own offsets."""
     names = reading.resolve(tuple(_object(row)), required=("sentence", "polarity", "from", "to"))
     text = string(row[names["sentence"]], names["sentence"])
     start, end = (whole(row[names[f]], names[f]) for f in ("from", "to"))
@@ -236,7 +242,7 @@ def _counterfactual(row: Any, reading: Reading, line: int) -> Example:
 
 
 def write_jsonl(examples: Iterable[Example], path: str | os.PathLike[str]) -> Path:
-    """Write `examples` as JSON lines with offsets. The file appears whole or not at all.
+    """Write `examples` as JSON lines with offsets. The file appears complete or not at all.
 
     Raises:
         DataError: a counterfactual has no span, and so no aspect of its own.

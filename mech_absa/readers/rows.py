@@ -1,16 +1,21 @@
-"""What every reader shares: the account of one reading, and the step from a flat record to an `Example`.
+"""Provide what all readers share: the account of one reading, and examples from flat records.
 
-A reader turns bytes into records and says on which line each of them stands; `Reading` does the rest: it finds the aspect in the
-sentence, parses the label, counts what is left out, keeps ids unique, and turns every complaint into one sentence with file and line.
+A reader turns bytes into records and says on which line each of them stands. `Reading` does the
+rest: it finds the aspect in the sentence, parses the label, counts what is left out, keeps ids
+unique, and turns every complaint into one sentence with file and line.
 
-Three rules that are easy to get wrong live here and nowhere else.
+Three rules live here and nowhere else:
 
-* **Rows without offsets.** The n-th row that asks the same aspect of the same sentence takes the n-th place where the aspect stands as
-  a whole term (no letter, mark or digit beside it); where it never does, the n-th place where its characters stand. A row past the last
-  place takes the last. A row is *ambiguous* if the aspect's characters stand in the sentence more than once, as a whole term or not.
-* **Labels that are bare numbers.** -1, 0, 1 mean negative, neutral, positive, but other files write 0, 1, 2 for the same. Numbers are
-  therefore believed only where a -1 is among them; else the caller must say what they mean (`labels={"0": "negative", ...}`).
-* **Bad records.** They raise at once, before anything is returned; with `skip_bad` their messages are kept and counted instead.
+* **Rows without offsets.** The n-th row about the same aspect of the same sentence takes the n-th
+  place where the aspect stands as a whole term (no letter, mark or digit beside it). If there is no
+  such place, it takes the n-th place of its characters. A row after the last place takes the last
+  place. A row is *ambiguous* if the aspect's characters occur more than once in the sentence, as a
+  whole term or not.
+* **Labels that are bare numbers.** -1, 0, 1 mean negative, neutral, positive, but other files write
+  0, 1, 2 for the same. So numbers are accepted only if a -1 is among them; otherwise the caller
+  must say what they mean (`labels={"0": "negative", ...}`).
+* **Bad records.** They raise at once, before anything is returned. With `skip_bad` their messages
+  are kept and counted instead.
 """
 
 from __future__ import annotations
@@ -35,10 +40,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "to": ("to", "end"),
     "domain": ("domain",),
 }
-"""Field of a flat record -> the names it is known by (case, outer blanks and blank or underscore aside)."""
+"""Field of a flat record -> the names it may have. Case, outer blanks, and blank or underscore do
+not matter.
+"""
 
 NULL = "NULL"
-"""What SemEval 2015/16 writes for the target of an opinion that no words of the sentence stand for."""
+"""The target that SemEval 2015/16 gives an opinion without words in the sentence."""
 
 REQUIRED = ("sentence", "aspect", "polarity")
 
@@ -46,7 +53,7 @@ CATEGORY_ONLY = ("no aspect term", "aspect category", "opinion on a whole text")
 """Reasons of `left_out` for opinions that can be asked about by their category."""
 
 LONGEST = 600
-"""Characters of the longest message about a record, whatever the record holds."""
+"""Characters of the longest message about a record."""
 
 _DOMAINS = {
     "rest": "restaurant", "restaurant": "restaurant", "restaurants": "restaurant", "mams": "restaurant",
@@ -56,7 +63,7 @@ _DOMAINS = {
 
 
 def guess_domain(path: Path) -> str:
-    """The domain that a file's name, or else its folder's, speaks of; empty where neither does."""
+    """Return the domain named by the file, or else by its folder; empty if neither names one."""
     for name in (path.stem, path.parent.name):
         words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
         if found := [_DOMAINS[w] for w in words if w in _DOMAINS]:
@@ -66,19 +73,20 @@ def guess_domain(path: Path) -> str:
 
 @dataclass
 class Reading:
-    """One source being read: the examples so far and the account of everything else.
+    """Hold one source while it is read: the examples so far and the account of everything else.
 
     Attributes:
         source: the source as the user wrote it; stands in every message.
-        stem: what generated ids begin with.
+        stem: the beginning of generated ids.
         domain: the domain of examples that do not name their own.
         skip_bad: keep the messages of bad records and go on, instead of raising the first.
-        null_targets: `drop` leaves out aspects that no words stand for; `category` asks about them by their category's words.
-        columns: field (a key of `FIELDS`, or `id`) -> the name it has in this source, where the guess would be wrong.
-        labels: label as it stands in the source -> the polarity it means, where the usual spellings do not say.
+        null_targets: `drop` leaves out aspects without words; `category` asks about their category.
+        columns: field (a key of `FIELDS`, or `id`) -> its name in this source, if the guess would
+            be wrong.
+        labels: label in the source -> the polarity it means, if the usual spellings do not say.
         signed: the format itself says that its numbers are -1, 0 and 1.
-        ignore_case: an aspect may differ in case from its words in the sentence; it is then asked
-            about as the sentence writes it.
+        ignore_case: accept an aspect that differs in case from its words in the sentence, and ask
+            about it as the sentence writes it.
     """
 
     source: str
@@ -111,7 +119,9 @@ class Reading:
 
     @contextmanager
     def at(self, line: int) -> Iterator[None]:
-        """Give complaints raised inside this source and `line`; with `skip_bad`, keep them and go on."""
+        """Add source and `line` to complaints raised inside; with `skip_bad`, keep them and go
+        on.
+        """
         try:
             yield
         except (DataError, RecursionError) as e:
@@ -124,7 +134,7 @@ class Reading:
             self.left_out["bad line"] += 1
 
     def text(self, data: bytes) -> str:
-        """The text that `data` is in UTF-8, with or without a byte-order mark.
+        """Decode `data` as UTF-8, with or without a byte-order mark.
 
         Raises:
             DataError: it is not UTF-8; names the line.
@@ -140,7 +150,7 @@ class Reading:
     def resolve(
         self, names: Collection[str], required: Collection[str] = REQUIRED
     ) -> dict[str, str]:
-        """Field -> the name under which it came, for the fields that did.
+        """Return the fields that came, each with the name under which it came.
 
         Raises:
             DataError: a required field is missing, or two names could be the same field.
@@ -184,7 +194,8 @@ class Reading:
         return found
 
     def add_row(self, row: Mapping[str, Any], line: int, id: str = "", **more: Any) -> None:
-        """Add the example that a flat record gives, or count why it gives none; `more` goes to `Example` as it is.
+        """Add the example of a flat record, or count why there is none; `more` goes to `Example`
+        unchanged.
 
         Raises:
             DataError: the record is not a question with an answer.
@@ -236,7 +247,8 @@ class Reading:
         opinion: Span | None = None,
         counterfactuals: tuple[Example, ...] = (),
     ) -> None:
-        """Add one example, its parts already told apart; leaves out and counts those whose label is no single polarity.
+        """Add one example from its parts; leave out and count it if its label is no single
+        polarity.
 
         Counterfactuals take their ids and their domain from the example.
         """
@@ -286,10 +298,11 @@ class Reading:
         id: str = "",
         reason: str = "no aspect term",
     ) -> None:
-        """Add or count an opinion that no words of the sentence stand for.
+        """Add or count an opinion without words in the sentence.
 
-        With `null_targets="category"` it is asked about by the words of its category
-        (`FOOD#STYLE_OPTIONS`: "food style options"); else it is counted under `reason`.
+        With `null_targets="category"` the question names the words of its category
+        (`FOOD#STYLE_OPTIONS`: "food style options"). Otherwise the opinion is counted under
+        `reason`.
         """
         words = category.lower().replace("_", " ").split("#")
         aspect = " ".join(w for w in words if w != "general" or len(words) == 1)
@@ -300,7 +313,7 @@ class Reading:
             self.left_out[reason] += 1
 
     def polarity(self, label: object) -> Polarity | None:
-        """The polarity that `label` means here; None for `conflict` and `mixed`."""
+        """Return the polarity that `label` means here; None for `conflict` and `mixed`."""
         text = label.strip() if isinstance(label, str) else shown(label)
         if text in self.labels:
             return Polarity.parse(self.labels[text])
@@ -349,7 +362,7 @@ class Reading:
     # The end ---------------------------------------------------------------------------------------------------------------
 
     def examples(self, sha256: str) -> Examples:
-        """All that was read, with its account.
+        """Return everything that was read, with its account.
 
         Raises:
             DataError: there is not one example, or the labels are numbers that could mean anything.
@@ -394,7 +407,7 @@ def occurrences(sentence: str, aspect: str, ignore_case: bool = False) -> list[S
 
 
 def is_whole_term(sentence: str, span: Span) -> bool:
-    """Whether no word runs on over either end of `span`."""
+    """Return whether no word continues over either end of `span`."""
     start, end = span
     return not (start > 0 and _in_word(sentence[start - 1])) and not (
         end < len(sentence) and _in_word(sentence[end])
@@ -407,7 +420,7 @@ def _in_word(c: str) -> bool:
 
 
 def string(value: object, name: str) -> str:
-    """`value`, if it is text that can be written down."""
+    """Return `value` if it is text that can be written."""
     if not isinstance(value, str):
         raise DataError(f"the field {name!r} holds {shown(value)}; a string is accepted")
     if any("\ud800" <= c <= "\udfff" for c in value):
@@ -418,7 +431,7 @@ def string(value: object, name: str) -> str:
 
 
 def whole(value: object, name: str) -> int:
-    """`value` as a whole number, written as one or as its digits."""
+    """Return `value` as a whole number, given as a number or as digits."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and len(value) < 20 and re.fullmatch(r"\s*-?[0-9]+\s*", value):
@@ -437,5 +450,5 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str, width: int = 80) -> str:
-    """`text`, cut to at most `width` characters: messages stay one readable sentence."""
+    """Return `text` cut to at most `width` characters, so that messages stay readable."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,12 +1,14 @@
-"""Three lines an example: the sentence with `$T$` where the aspect stands, the aspect, and -1, 0 or 1.
+"""Read seg files: three lines per example, namely the sentence with `$T$` for the aspect, the
+aspect, and -1, 0 or 1.
 
     $T$ is super fast , around anywhere from 35 seconds to 1 minute .
     boot time
     1
 
-The form in which much ABSA code keeps SemEval and Twitter data. Where `$T$` stands more than once, every one of them becomes the aspect,
-the first one is its span, and the row counts as ambiguous. Blank lines are passed over. An example begins where `$T$` is, so that after a
-record of the wrong length reading goes on at the next one.
+Much ABSA code keeps SemEval and Twitter data in this form. If `$T$` occurs more than once, each of
+them becomes the aspect, the first one is its span, and the row counts as ambiguous. Blank lines are
+skipped. An example begins at a line with `$T$`, so after a record of the wrong length reading goes
+on at the next one.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
-"""SemEval XML, both families.
+"""Read SemEval XML, both families.
 
 2014, and MAMS, whose files have the same shape:
 
-    <sentences><sentence id="81"><text>...</text><aspectTerms><aspectTerm term="food" polarity="positive" from="4" to="8"/>...
+    <sentences><sentence id="81"><text>...</text>
+        <aspectTerms><aspectTerm term="food" polarity="positive" from="4" to="8"/>...
 
 2015 and 2016 (subtask 1, slots 1 to 3):
 
     <Reviews><Review><sentences><sentence id="1:0"><text>...</text><Opinions>
         <Opinion target="pizza" category="FOOD#QUALITY" polarity="positive" from="11" to="16"/>...
 
-An opinion whose target is NULL, or that names only a category, has no words of the sentence: it is left out and counted as
-`no aspect term`, or, with `null_targets="category"`, asked about by its category's words (`SERVICE#GENERAL` as "service",
-`FOOD#STYLE_OPTIONS` as "food style options") with no span. Every opinion is one example: where two categories of one target differ
-in polarity, `examples.duplicates` finds them.
+An opinion whose target is NULL, or that names only a category, has no words in the sentence. It is
+left out and counted as `no aspect term`. With `null_targets="category"` the question names the
+words of its category instead (`SERVICE#GENERAL` as "service", `FOOD#STYLE_OPTIONS` as "food style
+options"), without a span. Every opinion is one example. If two categories of one target differ in
+polarity, `examples.duplicates` finds them.
 
 The aspect categories of 2014 (`<aspectCategory category="food" .../>`) and the opinions on whole
-reviews of 2016 (subtask 2: `<Opinions>` beside `<sentences>`) are treated likewise and counted as
-`aspect category` and `opinion on a whole text`. The text of the latter is the whole review.
+reviews of 2016 (subtask 2: `<Opinions>` beside `<sentences>`) are treated in the same way and
+counted as `aspect category` and `opinion on a whole text`. The text of the latter is the whole
+review.
 
-Files are read with defusedxml: one that declares entities is refused, never expanded. Lines are those of the elements in the file.
+Files are read with defusedxml: a file that declares entities is rejected, and entities are never
+expanded. Line numbers are those of the elements in the file.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ from .rows import NULL, Reading, shortened, whole
 
 
 def read(data: bytes, reading: Reading) -> None:
-    """Add the aspect terms, or the opinion targets, of every sentence; their ids are `stem:sentence.term`, both counted from 1."""
+    """Add the aspect terms, or the opinion targets, of every sentence; ids are
+    `stem:sentence.term`, both counted from 1.
+    """
     tree = _Tree()
     try:
         defusedxml.sax.parseString(data, tree)
@@ -117,13 +123,15 @@ def _attribute(element: Element, name: str) -> str:
 
 
 def _as_in(text: str, span: Span, term: str) -> str:
-    """`term` with the blanks it has in the text: XML turns line ends and tabs in an attribute into spaces, but not those in a text."""
+    """Return `term` with the blanks of the text. XML turns line ends and tabs into spaces in
+    attributes, but not in texts.
+    """
     found = text[slice(*span)] if 0 <= span[0] <= span[1] else ""
     return found if found.split() == term.split() and len(found) == len(term) else term
 
 
 class _Tree(xml.sax.handler.ContentHandler):
-    """Elements as ElementTree builds them, and the line on which each begins.
+    """Build elements as ElementTree does, and keep the line on which each begins.
 
     Attributes:
         lines: element -> its line.

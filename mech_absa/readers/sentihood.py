@@ -1,11 +1,11 @@
-"""SentiHood: texts about one or two locations, with opinions on their aspects.
+"""Read SentiHood: texts about one or two locations, with opinions on their aspects.
 
     [{"id": 1, "text": "LOCATION1 is cheap but not safe", "opinions": [
         {"target_entity": "LOCATION1", "aspect": "price", "sentiment": "Positive"},
         {"target_entity": "LOCATION1", "aspect": "safety", "sentiment": "Negative"}]}]
 
-What is asked about is the aspect of the location, "price of LOCATION1", which has no span, because no
-words of the text need stand for it. The aspect `general` is the location itself, with its span.
+The question is about the aspect of the location, "price of LOCATION1". It has no span, because the
+text need not contain such words. The aspect `general` is the location itself, with its span.
 """
 
 from __future__ import annotations

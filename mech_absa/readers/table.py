@@ -1,9 +1,11 @@
-"""CSV and TSV with a header: columns by name, guessed or given.
+"""Read CSV and TSV with a header: columns by name, recognised or given.
 
-The names in `rows.FIELDS` are recognised, case aside; others are given as `columns={"aspect": "Term", ...}`. Offsets (`from`, `to`) are
-used where both columns are there; a row whose offsets are empty falls back on finding its aspect, as rows without offsets do. The
-delimiter is the one of comma, semicolon, tab and bar that the header holds most of. Quotes are those of CSV; a tab-separated file in which
-they do not add up is read once more with quotes as plain characters, for many such files were never quoted.
+The names in `rows.FIELDS` are recognised in any case. Others are given as `columns={"aspect":
+"Term", ...}`. Offsets (`from`, `to`) are used if both columns are there. If a row's offsets are
+empty, its aspect is searched, as for rows without offsets. The delimiter is the one among comma,
+semicolon, tab and bar that occurs most often in the header. Quotes are those of CSV. If they do not
+add up in a tab-separated file, it is read once more with quotes as plain characters, because many
+such files were never quoted.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .rows import Reading
 
 
 def read(data: bytes, reading: Reading) -> None:
-    """Add every row; its line is the one on which the row begins."""
+    """Add every row; its line is the one on which it begins."""
     text = reading.text(data)
     delimiter = delimiter_of(text.lstrip().partition("\n")[0])
     try:
@@ -53,14 +55,14 @@ def read(data: bytes, reading: Reading) -> None:
 
 
 def delimiter_of(header: str) -> str:
-    """The one of comma, semicolon, tab and bar that `header` holds most of."""
+    """Return the one among comma, semicolon, tab and bar that occurs most often in `header`."""
     return max(",;\t|", key=header.count)
 
 
 def _rows(
     text: str, reading: Reading, delimiter: str, quoting: Literal[0, 3]
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that hold anything, with their first lines: a quoted cell may span several."""
+    """Yield the non-empty rows with their first lines; a quoted cell may span several lines."""
     rows = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True
     )

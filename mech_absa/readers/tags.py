@@ -1,6 +1,6 @@
-"""Words with tags: E2E-TBSA lines, and CoNLL files with one word per line.
+"""Read words with tags: E2E-TBSA lines, and CoNLL files with one word per line.
 
-E2E-TBSA has one sentence per line, its words with their tags behind `####`:
+E2E-TBSA has one sentence per line, its words with their tags after `####`:
 
     the pasta was good .####the=O pasta=T-POS was=O good=O .=O
 
@@ -10,9 +10,9 @@ CoNLL has one word per line, a blank line after each sentence, and the tag in th
     pasta B-POS               pasta B-ASP Positive
     was O                     was O -999
 
-A tag is `O`; or `B-`, `I-`, `E-`, `S-` or `T-` and a polarity; or, with a column more, `B-ASP` and
-`I-ASP`, whose polarity stands in the last column. Words of the same `T-` tag side by side are one
-aspect. Words are joined by blanks, and spans are those of the joined sentence.
+A tag is `O`; or `B-`, `I-`, `E-`, `S-` or `T-` and a polarity; or, with one more column, `B-ASP`
+and `I-ASP`, whose polarity stands in the last column. Neighbouring words with the same `T-` tag are
+one aspect. Words are joined by blanks, and spans are those of the joined sentence.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""Triplets and quads: aspect, opinion and polarity of a sentence, one sentence per line.
+"""Read triplets and quads: aspect, opinion and polarity of a sentence, one sentence per line.
 
-ASTE (ASTE-Data) and DMASTE give words by their index, -1 where no word stands for it; a list of a
+ASTE (ASTE-Data) and DMASTE give words by their index, or -1 if there are no words. The list of a
 phrase holds all its indices, or its first and last:
 
     the pasta was good####[([1], [3], 'POS')]
     good for the price####[([-1], [0], 'POS')]####Home
 
-ASQP and ACOS quads also have a category. ASQP gives the words themselves, NULL where there are none;
-ACOS gives word ranges without the end, `-1,-1` where there are none, and 0, 1, 2 for negative,
+ASQP and ACOS quads also have a category. ASQP gives the words themselves, or NULL if there are
+none. ACOS gives word ranges without the end, `-1,-1` if there are none, and 0, 1, 2 for negative,
 neutral, positive, in columns split by tabs:
 
     the pasta was good####[['pasta', 'food quality', 'positive', 'good']]
     the pasta was good<TAB>1,2 FOOD#QUALITY 2 3,4
 
-The opinion words become the span `Example.opinion`. An aspect that several opinions judge alike is
-asked about once, with the first opinion that words stand for; the others are counted as `further
-opinion on an aspect`. Aspects that no words stand for are counted as `no aspect term`, or asked about
-by their category with `null_targets="category"`, where there is a category.
+The opinion words become the span `Example.opinion`. If several opinions give an aspect the same
+polarity, it is asked about once, with the first opinion that has words; the others are counted as
+`further opinion on an aspect`. Aspects without words are counted as `no aspect term`. With
+`null_targets="category"` the question names their category, if there is one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ACOS_POLARITY = {"0": "negative", "1": "neutral", "2": "positive"}
 
 @dataclass(frozen=True)
 class Judgement:
-    """One triplet or quad: spans are None where no words stand for it."""
+    """Hold one triplet or quad. Spans are None if there are no words."""
 
     aspect: Span | None
     opinion: Span | None
@@ -68,7 +68,7 @@ def is_line(line: str) -> bool:
 
 
 def parse(line: str) -> tuple[str, list[Judgement]]:
-    """Return the sentence of a line and what it says of the aspects.
+    """Return the sentence of a line and its opinions on aspects.
 
     Raises:
         DataError: the line has none of the forms.

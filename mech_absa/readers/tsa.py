@@ -1,8 +1,9 @@
-"""TSA JSON (IBM/yaso-tsa): texts with located targets.
+"""Read TSA JSON (IBM/yaso-tsa): texts with located targets.
 
-    [{"text": "...", "targets": [{"text": "Italian food", "location": {"begin": 10, "end": 22}, "sentiment": "negative"}, ...]}, ...]
+    [{"text": "...", "targets": [{"text": "Italian food", "location": {"begin": 10, "end": 22},
+                                  "sentiment": "negative"}, ...]}, ...]
 
-The same records one a line are read as well. A text with no target asks nothing, and is counted.
+The same records are also read one per line. A text without a target is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from .rows import Reading, shortened, shown, string, whole
 
 
 def read(data: bytes, reading: Reading) -> None:
-    """Add the targets of every text; ids are `stem:text.target`, both counted from 1; the line is that of the text's record."""
+    """Add the targets of every text; ids are `stem:text.target`, both counted from 1; the line is
+    that of the record.
+    """
     for n, (line, parse) in enumerate(json_records(reading.text(data), reading), 1):
         targets: list[Any] = []
         with reading.at(line):

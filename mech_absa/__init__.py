@@ -1,4 +1,5 @@
-"""mech_absa: find where a language model carries the sentiment of an aspect, and train low-rank edits there.
+"""mech_absa: find where a language model carries the sentiment of an aspect, and train low-rank
+edits there.
 
     import mech_absa as ma
     model    = ma.load_model()

@@ -1,7 +1,8 @@
-"""One hierarchy of errors, written for the person who reads them.
+"""Define one hierarchy of errors, written for the person who reads them.
 
-Every message is one sentence that says what came in, where it came from (`file:line`, a flag, a site) and what would be
-accepted. The commands print the sentence alone and exit with code 2; a library user can catch `MechAbsaError` and get all of it.
+Every message is one sentence that says what came, where it came from (`file:line`, a flag, a site)
+and what is accepted. The commands print the sentence alone and exit with code 2. In Python, catch
+`MechAbsaError` to get all of them.
 """
 
 from __future__ import annotations
@@ -82,6 +83,6 @@ class SelfCheckError(MechAbsaError):
 
 
 def choices(options) -> str:
-    """The accepted values, spelled for a message: `a, b or c`."""
+    """Return the accepted values, spelled for a message: `a, b or c`."""
     *most, last = [str(o) for o in options]
     return f"{', '.join(most)} or {last}" if most else last

@@ -1,11 +1,12 @@
-"""What is asked about: one aspect of one sentence, and the polarity it has there.
+"""Hold examples: one aspect of one sentence each, with its polarity.
 
-An `Example` is the unit of everything that follows: a sentence, the characters of it that name the aspect, and the gold polarity.
-`Examples` is a list of them together with what was left out on the way and why, so that a run can say how many it really saw.
-The rest of the module answers the questions one should ask of a data set before trusting a score on it: how many of each class,
-how many duplicates, how much of the test file stands in the train file, and how to split without a sentence on both sides.
+An `Example` is the unit of everything else: a sentence, the characters of it that name the aspect,
+and the gold polarity. `Examples` is a list of them, together with what was left out while reading
+and why, so that a run can say how many it really saw. The other functions answer what to ask of a
+data set before trusting a score on it: how many examples of each class, how many duplicates, how
+much of the test file stands in the train file, and how to split without a sentence on both sides.
 
-No torch below this line: data can be read, checked and split on a machine that will never load a model.
+This module needs no torch: data can be read, checked and split on a machine without a model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .errors import ConfigError, DataError, choices
 
 
 class Polarity(str, Enum):
-    """The three classes of the task. Written and compared as its lower-case word.
+    """Name one of the three classes. Written and compared as its lower-case word.
 
     Example:
         >>> import mech_absa as ma
@@ -38,7 +39,8 @@ class Polarity(str, Enum):
 
     @classmethod
     def parse(cls, text: str) -> Polarity | None:
-        """The polarity a data set means by `text`; None for `conflict` and `mixed`, which no single label answers.
+        """Return the polarity that a data set means by `text`; None for `conflict` and `mixed`,
+        which no single label answers.
 
         Raises:
             DataError: `text` is none of the spellings in use.
@@ -65,20 +67,21 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Example:
-    """One aspect of one sentence.
+    """Hold one aspect of one sentence.
 
     Attributes:
         sentence: the text, as the data set gives it.
-        aspect: the aspect term as it is asked about.
+        aspect: the aspect term as the question names it.
         polarity: the gold class.
-        span: characters of `sentence` that are the aspect; None where the data names an aspect that no words stand for
-            (SemEval's NULL targets).
-        opinion: characters of the opinion expression, where known.
-        domain: restaurant, laptop, ...; free text, empty where unknown.
+        span: characters of `sentence` that are the aspect; None if the aspect has no words in the
+            sentence (SemEval's NULL targets).
+        opinion: characters of the opinion expression, if known.
+        domain: restaurant, laptop, ...; free text, empty if unknown.
         source: the file, or the name, it was read from.
-        line: 1-based line in `source`; 0 where there is none.
-        id: unique within its source and stable from run to run.
-        counterfactuals: the same sentence minimally edited so that this aspect has another polarity.
+        line: 1-based line in `source`; 0 if there is none.
+        id: unique within its source and the same in every run.
+        counterfactuals: the same sentence, minimally edited so that this aspect has another
+            polarity.
 
     Example:
         >>> import mech_absa as ma
@@ -122,12 +125,16 @@ class Example:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes two examples the same question: sentence and aspect, case and outer blanks aside."""
+        """Return what makes two examples the same question: sentence and aspect, without case and
+        outer blanks.
+        """
         return (normal(self.sentence), normal(self.aspect))
 
     @property
     def cluster(self) -> str:
-        """Examples of one sentence are not independent; intervals and splits go by this."""
+        """Return the sentence, in the form that is compared. Examples of one sentence are not
+        independent, so intervals and splits group by it.
+        """
         return normal(self.sentence)
 
     def _repr_html_(self) -> str:
@@ -137,7 +144,9 @@ class Example:
 
 
 def marked(example: Example) -> str:
-    """An example as a line of HTML: its sentence with the aspect underlined, what is asked about, and the polarity."""
+    """Return an example as a line of HTML: its sentence with the aspect underlined, the aspect, and
+    the polarity.
+    """
     from html import escape
 
     s = example.sentence
@@ -149,13 +158,13 @@ def marked(example: Example) -> str:
 
 
 def normal(text: str) -> str:
-    """Lower-cased, blanks collapsed: the form in which texts are compared."""
+    """Return the text in lower case with single blanks, the form in which texts are compared."""
     return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """Examples as read from one source, with the account of what was left out.
+    """Hold examples as read from one source, with the account of what was left out.
 
     Attributes:
         items: the examples, in file order.
@@ -197,29 +206,29 @@ class Examples(Sequence[Example]):
         return iter(self.items)
 
     def only(self, keep: Callable[[Example], bool]) -> Examples:
-        """Those that `keep` says yes to."""
+        """Return the examples for which `keep` returns true."""
         return replace(self, items=tuple(e for e in self.items if keep(e)))
 
     def sample(self, n: int, seed: int = 0) -> Examples:
-        """`n` of them drawn without replacement, in file order; all where there are fewer."""
+        """Draw `n` examples without replacement, in file order; all if there are fewer."""
         if n >= len(self.items):
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self.items)), n))
         return replace(self, items=tuple(self.items[i] for i in chosen))
 
     def counts(self) -> dict[str, int]:
-        """Examples of each class, the three classes always named."""
+        """Return the number of examples of each class; all three classes are named."""
         return class_counts(self.items)
 
     def account(self) -> dict[str, object]:
-        """For `run.json`: what was read, and what was left out on the way."""
+        """Return what was read and what was left out, for `run.json`."""
         return {
             "source": self.source, "sha256": self.sha256, "examples": len(self), "classes": self.counts(),
             "left_out": self.left_out, "ambiguous": self.ambiguous, "problems": list(self.problems),
         }  # fmt: skip
 
     def to_pandas(self):
-        """One row an example."""
+        """Return one row per example."""
         import pandas as pd
 
         columns = [
@@ -250,7 +259,7 @@ class Examples(Sequence[Example]):
 
 
 def content_hash(items: Iterable[Example]) -> str:
-    """A hash of what is asked and what is right, for examples that came from no file."""
+    """Return a hash of questions and answers, for examples that came from no file."""
     h = hashlib.sha256()
     for e in items:
         h.update(repr((e.sentence, e.aspect, e.span, e.polarity.value)).encode())
@@ -258,7 +267,7 @@ def content_hash(items: Iterable[Example]) -> str:
 
 
 def class_counts(items: Iterable[Example]) -> dict[str, int]:
-    """Examples of each class, in the order positive, negative, neutral.
+    """Return the number of examples of each class, in the order positive, negative, neutral.
 
     Example:
         >>> import mech_absa as ma
@@ -273,7 +282,7 @@ def class_counts(items: Iterable[Example]) -> dict[str, int]:
 
 
 def duplicates(items: Sequence[Example]) -> dict[tuple[str, str], int]:
-    """Questions (sentence, aspect) asked more than once -> how often.
+    """Return the questions (sentence, aspect) that are asked more than once, with their counts.
 
     Example:
         >>> import mech_absa as ma
@@ -288,7 +297,7 @@ def duplicates(items: Sequence[Example]) -> dict[tuple[str, str], int]:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Test rows whose (sentence, aspect) stands in train.
+    """Hold the test rows whose (sentence, aspect) stands in train.
 
     Attributes:
         rows: indices into the test items.
@@ -306,7 +315,8 @@ class Leakage:
 
 
 def leakage(train: Sequence[Example], test: Sequence[Example]) -> Leakage:
-    """Which test rows were seen in training: the same sentence and the same aspect, case and outer blanks aside.
+    """Find the test rows that were seen in training: the same sentence and aspect, without case and
+    outer blanks.
 
     Example:
         >>> import mech_absa as ma
@@ -325,7 +335,8 @@ def leakage(train: Sequence[Example], test: Sequence[Example]) -> Leakage:
 
 
 def mixed_polarity(items: Sequence[Example]) -> tuple[int, ...]:
-    """Indices of examples whose sentence also carries another polarity: there only the aspect can decide.
+    """Return the indices of examples whose sentence also has another polarity, so that only the
+    aspect can decide.
 
     Example:
         >>> import mech_absa as ma
@@ -344,7 +355,8 @@ def mixed_polarity(items: Sequence[Example]) -> tuple[int, ...]:
 def split_by_sentence(
     items: Sequence[Example], share: float, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
-    """Two lists, the second with about `share` of the sentences; no sentence is on both sides.
+    """Split into two lists, the second with about `share` of the sentences; no sentence is on both
+    sides.
 
     Raises:
         ConfigError: `share` is not between 0 and 1.

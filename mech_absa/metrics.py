@@ -1,8 +1,8 @@
-"""Scores of the labels -> one number a row.
+"""Turn scores of the labels into one number per row.
 
-The engines read, for every row, a score of each label string: its log-probability (summed over the label's tokens), or its bare logit
-where no metric needs the normaliser. A `Metric` turns these into the number that effects are differences of. Always float32 or wider,
-whatever the model computes in.
+The engines read a score of each label string for every row: its log-probability (summed over the
+label's tokens), or its bare logit if no metric needs the normaliser. A `Metric` turns these into
+the number that effects are differences of, in float32 or wider, whatever the model computes in.
 
 | name | formula | needs |
 |---|---|---|
@@ -12,8 +12,9 @@ whatever the model computes in.
 | `logit_diff` | score(gold) - score(foil); without a foil, minus the mean of the other labels | labels |
 | `kl` | -KL(clean ‖ this run) over the vocabulary at the answer; 0 is the clean run | vocabulary |
 
-`prob` saturates: a restored state that moves a confident model further shows little. `logit_diff` is linear in the residual stream and
-splits into parts, but reads changes that no sampled answer would show. Report both where they disagree.
+`prob` saturates: a restored state that moves a confident model further shows little. `logit_diff`
+is linear in the residual stream and splits into parts, but also shows changes that no answer would
+show. If the two disagree, report both.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ Need = Literal["labels", "normaliser", "vocabulary"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number a row, and what it must be given.
+    """Turn label scores into one number per row, and say what it needs.
 
     Attributes:
         name: as in the table above.
         unit: for axes and tables.
-        need: `labels` (bare label scores will do), `normaliser` (log-probabilities), `vocabulary` (the whole answer row).
+        need: `labels` (bare label scores will do), `normaliser` (log-probabilities), `vocabulary`
+            (the whole answer row).
         fn: (scores [row label], gold [row], foil [row]) -> [row]; for `vocabulary`, see `kl`.
     """
 
@@ -53,19 +55,20 @@ class Metric:
         gold: Int[Tensor, " row"],
         foil: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, " row"]:
-        """Scores -> the metric, one number a row.
+        """Return the metric of some scores, one number per row.
 
         Args:
             scores: of every label.
             gold: index of the right label.
-            foil: index of the label to compare with, from `foil_indices`; None compares with the mean
-                of all other labels.
+            foil: index of the label to compare with, from `foil_indices`; None compares with the
+                mean of all other labels.
         """
         return self.fn(_wide(scores), gold, foil)
 
 
 def foil_indices(foils: Iterable[int | None]) -> Int[Tensor, " row"]:
-    """Return the foils of some rows as a tensor; a row without a foil is compared with the mean of the others.
+    """Return the foils of some rows as a tensor; a row without a foil is compared with the mean of
+    the others.
 
     Example:
         >>> foil_indices([1, None])
@@ -105,7 +108,9 @@ def _logit_diff(scores: Tensor, gold: Tensor, foil: Tensor | None) -> Tensor:
 def kl(
     logits: Float[Tensor, "row d_vocab"], clean: Float[Tensor, "row d_vocab"]
 ) -> Float[Tensor, " row"]:
-    """-KL(P_clean || P) of the next token, in nats; 0 when the run answers as the clean run does."""
+    """Return -KL(P_clean || P) of the next token, in nats; 0 if the run answers as the clean run
+    does.
+    """
     log_p, log_q = _wide(clean).log_softmax(-1), _wide(logits).log_softmax(-1)
     return -(log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -125,7 +130,7 @@ METRICS: dict[str, Metric] = {
 
 
 def get_metric(metric: str | Metric) -> Metric:
-    """The metric of that name.
+    """Return the metric of that name.
 
     Raises:
         ConfigError: there is none.

@@ -1,6 +1,7 @@
-"""A progress bar with an estimate of what is left, on the terminal's error stream.
+"""Draw a progress bar with an estimate of the time left, on the error stream.
 
-Nothing is drawn where the error stream is no terminal (a log file gets a line now and then instead), so that output can be piped.
+If the error stream is no terminal, nothing is drawn, so output can be piped; a log file gets a line
+now and then instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bar(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A function to be told how much was done.
+    """Return a function that takes how much was done.
 
     Args:
         what: the work, in a word or two.
@@ -50,7 +51,7 @@ def bar(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], 
 
 
 def _lines(what: str, total: int, every: float = 15.0) -> Callable[[int], None]:
-    """A line every so many seconds."""
+    """Print a line at most every so many seconds."""
     started = last = time.monotonic()
     done = 0
 

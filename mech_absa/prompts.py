@@ -1,15 +1,18 @@
-"""Example -> prompt text -> tokens with roles; and the label strings that answer it.
+"""Turn an example into a prompt, the prompt into tokens with roles, and polarities into label
+strings.
 
-The paper asks `Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?` and expects `positive`, `negative` or
-`neutral`. The aspect stands twice in that text: inside the sentence and in the question. In a causal model only the second one can have
-read the whole sentence, so the two are never mixed up here: their tokens have the roles `aspect.*` and `query.*`.
+The paper asks `Given the sentence: '{S}', what is the sentiment polarity of the aspect term {A} ?`
+and expects `positive`, `negative` or `neutral`. The aspect stands in that text twice: in the
+sentence and in the question. In a causal model only the second one can have read the whole
+sentence. So the two are kept apart: their tokens have the roles `aspect.*` and `query.*`.
 
-Roles come from character offsets, not from counting tokens, so that they hold for byte-level BPE and sentencepiece alike, with a BOS
-token or without, for aspects of many sub-tokens and for aspects that the sentence repeats. A token belongs to the span that its visible
-characters (blanks aside) overlap; a token that glues the aspect to a comma belongs to the aspect.
+Roles come from character offsets, not from counting tokens. So they hold for byte-level BPE and
+sentencepiece, with a BOS token or without, for aspects of many sub-tokens and for aspects that the
+sentence repeats. A token belongs to the span that its visible characters (without blanks) overlap.
+A token that glues the aspect to a comma belongs to the aspect.
 
-Labels are strings. Their score is the summed log-probability of their tokens given the prompt, so labels of several tokens, of different
-length, or with a common first token are compared as what they are.
+Labels are strings. The score of a label is the summed log-probability of its tokens after the
+prompt. So labels may have several tokens, different lengths, or a common first token.
 """
 
 from __future__ import annotations
@@ -32,15 +35,15 @@ ROLE = {name: i for i, name in enumerate(ROLES)}
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text asked, with the characters of every part of it.
+    """Hold the text of a question, with the characters of every part of it.
 
     Attributes:
         text: the whole prompt.
         sentence: span of the sentence.
-        aspect: span of the aspect inside the sentence; None where no words stand for it.
-        opinion: span of the opinion expression, where known.
+        aspect: span of the aspect inside the sentence; None if it has no words there.
+        opinion: span of the opinion expression, if known.
         queries: spans of the aspect outside the sentence, in reading order.
-        example: what it asks about.
+        example: the example that is asked about.
 
     Example:
         >>> import mech_absa as ma
@@ -60,7 +63,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A text with one `{sentence}` and at least one `{aspect}`.
+    """Make prompts from a text with one `{sentence}` and at least one `{aspect}`.
 
     Raises:
         PromptError: a field is missing or unknown.
@@ -98,7 +101,7 @@ class PromptTemplate:
             )
 
     def __call__(self, example: Example) -> Prompt:
-        """The prompt that asks about `example`."""
+        """Return the prompt that asks about `example`."""
         text, queries, offset = "", [], 0
         for literal, name, _, _ in string.Formatter().parse(self.text):
             text += literal
@@ -120,10 +123,10 @@ class PromptTemplate:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A batch of token sequences, padded on the right.
+    """Hold a batch of token sequences, padded on the right.
 
-    In a causal model padding on the right cannot reach the tokens before it, so no attention mask is needed and a batch gives what its
-    rows give one by one.
+    In a causal model padding on the right cannot reach the tokens before it, so no attention mask
+    is needed and a batch gives what its rows give one by one.
 
     Attributes:
         ids: token ids.
@@ -162,7 +165,9 @@ class Tokens:
         )
 
     def positions(self, at: str | int | None, row: int = 0) -> list[int]:
-        """Positions of a role, of a role group, of one absolute position (negative from the end), or all (None)."""
+        """Return the positions of a role, of a role group, of one absolute position (negative from
+        the end), or all (None).
+        """
         n = self.lengths[row]
         if at is None:
             return list(range(n))
@@ -174,7 +179,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Tokenised(Tokens):
-    """One prompt: a batch of one row without padding, which can be run as it is or stacked.
+    """Hold one prompt: a batch of one row without padding, which can be run or stacked.
 
     Example:
         >>> t = Tokenised.of([5, 6, 7], ["template", "query.last", "answer"])
@@ -211,15 +216,15 @@ class Tokenised(Tokens):
 
 
 def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised:
-    """Return the tokens of one prompt and what each is for.
+    """Return the tokens of one prompt and the role of each.
 
     Args:
         prompt: the text and its parts.
         tokenizer: a fast Hugging Face tokenizer (character offsets are needed).
-        bos: put the beginning-of-sequence token first; None does what the tokenizer does by itself.
+        bos: put the beginning-of-sequence token first; None follows the tokenizer.
 
     Raises:
-        PromptError: the tokenizer has no offsets, or no BOS token where one was asked for.
+        PromptError: the tokenizer has no offsets, or no BOS token although one is wanted.
     """
     ids, offsets = _ids_and_offsets(tokenizer, prompt.text)
     roles = _roles(prompt, offsets)
@@ -236,7 +241,7 @@ def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS token first when left alone."""
+    """Return whether the tokenizer puts its BOS token first by default."""
     if tokenizer.bos_token_id is None:
         return False
     ids = tokenizer("a").input_ids
@@ -253,7 +258,7 @@ def _ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
 
 
 def _roles(prompt: Prompt, offsets: list[Span]) -> list[int]:
-    """The role of every token, by the span its visible characters overlap."""
+    """Return the role of every token, by the span that its visible characters overlap."""
     visible = [_visible(prompt.text, span) for span in offsets]
 
     def inside(span: Span | None) -> list[int]:
@@ -279,9 +284,10 @@ def _roles(prompt: Prompt, offsets: list[Span]) -> list[int]:
 
 
 def _visible(text: str, span: Span) -> Span:
-    """The span without outer blanks; unchanged where it is all blank.
+    """Return the span without outer blanks; unchanged if it is all blank.
 
-    Tokenizers disagree on whether a word's leading blank belongs to it; its visible characters are what it says.
+    Tokenizers disagree on whether a word's leading blank belongs to it; its visible characters are
+    what it says.
     """
     start, end = span
     inner = text[start:end].strip()
@@ -293,10 +299,10 @@ def _visible(text: str, span: Span) -> Span:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Label strings that can be scored by one run of `prompt + tokens`.
+    """Hold label strings that one run of `prompt + tokens` can score.
 
-    A label of k tokens is read at the last position of the prompt and the k-1 positions after it. Labels of one token share the empty
-    continuation, so the usual three labels cost a single run.
+    A label of k tokens is read at the last position of the prompt and the k-1 positions after it.
+    Labels of one token share the empty continuation, so the usual three labels cost a single run.
 
     Attributes:
         tokens: appended to the prompt (the label without its last token).
@@ -308,17 +314,18 @@ class Continuation:
 
     @property
     def reads(self) -> int:
-        """How many of the last positions are read."""
+        """Return how many of the last positions are read."""
         return len(self.tokens) + 1
 
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Polarity -> the string that names it.
+    """Name each polarity by a label string.
 
     Attributes:
         words: polarity -> label string.
-        separator: between prompt and label. The authors glue the label on without one; a blank makes the ordinary word of most tokenizers.
+        separator: between prompt and label. The authors use none; with a blank, most tokenizers see
+            an ordinary word.
 
     Example:
         >>> import mech_absa as ma
@@ -340,7 +347,8 @@ class Verbalizer:
 
     @classmethod
     def of(cls, words: dict[str, str] | Iterable[str], separator: str = " ") -> Verbalizer:
-        """From `{"positive": "good", ...}`, or from words in the order positive, negative, neutral.
+        """Make a verbalizer from `{"positive": "good", ...}`, or from words in the order positive,
+        negative, neutral.
 
         Raises:
             PromptError: a polarity is unknown.
@@ -358,7 +366,7 @@ class Verbalizer:
         return tuple(p for p, _ in self.words)
 
     def index(self, polarity: Polarity) -> int:
-        """Which label names this polarity.
+        """Return the index of the label of this polarity.
 
         Raises:
             PromptError: none does.
@@ -373,10 +381,11 @@ class Verbalizer:
     def label_ids(
         self, tokenizer: Any, template: PromptTemplate | None = None
     ) -> list[tuple[int, ...]]:
-        """Token ids of each label, as they follow a prompt.
+        """Return the token ids of each label, as they follow a prompt.
 
         Raises:
-            PromptError: two labels tokenise alike, one begins the other, or a label melts into the prompt's last token.
+            PromptError: two labels tokenise alike, one begins the other, or a label melts into the
+                prompt's last token.
         """
         probe = (template or PromptTemplate())(
             Example("it was fine .", "it", Polarity.NEUTRAL, (0, 2))
@@ -408,7 +417,7 @@ class Verbalizer:
     def continuations(
         self, tokenizer: Any, template: PromptTemplate | None = None
     ) -> tuple[Continuation, ...]:
-        """The runs that score all labels; one where every label is a single token."""
+        """Return the runs that score all labels; a single run if every label is one token."""
         groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
         for index, ids in enumerate(self.label_ids(tokenizer, template)):
             groups.setdefault(ids[:-1], []).append((index, ids))

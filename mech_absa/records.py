@@ -1,13 +1,15 @@
-"""Files of a run: how they are written, read and guarded.
+"""Write, read and guard the files of a run.
 
-Every file is written to a temporary name beside its place and moved there whole, so that a killed run leaves complete files or none.
-JSON is strict: a number that is NaN or infinite becomes `null`, since JSON has no other word for it, and a value of an unknown type is an
-error and never its `str`. Files are checked against `mech_absa.schemas` when they are read.
+Every file is written to a temporary name beside its place and then moved there, so a killed run
+leaves complete files or none. JSON is strict: a number that is NaN or infinite becomes `null`,
+because JSON has no other word for it, and a value of an unknown type raises an error instead of
+becoming its `str`. Files are checked against `mech_absa.schemas` when they are read.
 
-`RunFolder` guards an output folder. It refuses a folder that holds something else, gives it to one process at a time, keeps the parts of
-a sweep while it runs, and lets a run with the same configuration, data and model take up where a killed one stopped. `run.json` is
-everything needed to make the result again. The folder `.run` stands in it until the last file is written: a folder with `.run` is a run
-that has not ended.
+`RunFolder` guards an output folder. It rejects a folder that holds something else, gives the folder
+to one process at a time, and keeps the parts of a sweep while it runs. A run with the same
+configuration, data and model can continue where a killed one stopped. `run.json` holds everything
+that is needed to make the result again. The folder `.run` exists until the last file is written, so
+a folder with `.run` is a run that has not ended.
 """
 
 from __future__ import annotations
@@ -34,14 +36,20 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 SCHEMA = 2
-"""Version of the files of a run folder. 2 added `inputs` and `files` to run.json; 1 is still read."""
+"""Version of the files of a run folder. 2 added `inputs` and `files` to run.json; 1 is still
+read.
+"""
 TEMPORARY = ".tmp-"
-"""Prefix of files and folders that a killed process may leave; whoever owns the folder next removes them."""
+"""Prefix of files and folders that a killed process may leave; the next owner of the folder removes
+them.
+"""
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write to; move it onto `path` when the block ends, remove it when the block fails."""
+    """Give a temporary path to write to; move it onto `path` when the block ends, remove it when
+    the block fails.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: writers such as matplotlib choose their format by it.
@@ -64,7 +72,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, completely or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -72,10 +80,12 @@ def write_text(path: str | Path, text: str) -> None:
 def plain(value: Any) -> Any:
     """Return `value` in JSON's types, floats as they are.
 
-    Dataclasses become objects, enums their values, paths text, tuples and sets lists, numpy scalars numbers.
+    Dataclasses become objects, enums their values, paths text, tuples and sets lists, numpy scalars
+    numbers.
 
     Raises:
-        TypeError: a value, or a key of a mapping, has no such form. An array has none: `tolist()` says that a list is meant.
+        TypeError: a value, or a key of a mapping, has no such form. An array has none: `tolist()`
+            says that a list is meant.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -119,7 +129,8 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as strict JSON, keys in the order given, whole or not at all; NaN and infinity become `null`.
+    """Write `value` as strict JSON, keys in the order given, completely or not at all; NaN and
+    infinity become `null`.
 
     Raises:
         TypeError: it holds a value that `plain` does not know.
@@ -144,7 +155,8 @@ def read_json(
         its value. `NaN` and `Infinity`, which versions before 0.2 wrote, are read as None.
 
     Raises:
-        MechAbsaError: it cannot be read, is no JSON, names a key twice, or does not look like `schema`.
+        MechAbsaError: it cannot be read, is no JSON, names a key twice, or does not look like
+            `schema`.
     """
     from .schemas import problem
 
@@ -168,7 +180,7 @@ def read_json(
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, refusing a key that is there twice."""
+    """Return a JSON object; reject a key that is there twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [k for k, _ in pairs]
@@ -220,9 +232,11 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """An output folder that belongs to one configuration, on one set of inputs, and to one process at a time.
+    """Guard an output folder that belongs to one configuration, on one set of inputs, and to one
+    process at a time.
 
-    Nothing is created before `open()`: a command checks its flags, its data and its model first, so that bad input leaves no trace.
+    Nothing is created before `open()`: a command checks its flags, its data and its model first, so
+    that bad input leaves no trace.
 
     Args:
         path: the folder.
@@ -231,7 +245,8 @@ class RunFolder:
         free: keys of the configuration that do not change the result (device, report, ...).
 
     Raises:
-        RunFolderError: the folder is not empty and `resume` is off, it holds another run, or another process is writing to it.
+        RunFolderError: the folder is not empty and `resume` is off, it holds another run, or
+            another process is writing to it.
     """
 
     STATE = ".run"
@@ -256,7 +271,7 @@ class RunFolder:
 
     @property
     def state(self) -> Path:
-        """The folder of parts, which stands while the run goes on."""
+        """Return the folder of parts, which exists while the run goes on."""
         return self.path / self.STATE
 
     @property
@@ -265,7 +280,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the folder already holds the whole result of this configuration.
+        """Return whether the folder already holds the whole result of this configuration.
 
         Raises:
             RunFolderError: it did, and a file of it is gone.
@@ -282,7 +297,9 @@ class RunFolder:
         return True
 
     def _empty(self) -> bool:
-        """Whether nothing is in the folder but what a process that was killed at once leaves."""
+        """Return whether the folder holds nothing but what a process leaves that was killed at
+        once.
+        """
         inside = [p for p in self.path.iterdir() if not p.name.startswith(TEMPORARY)]
         return all(p.name == self.STATE for p in inside) and not self._config_file.exists()
 
@@ -310,7 +327,7 @@ class RunFolder:
         self._check_inputs(held)
 
     def _held(self) -> dict[str, Any]:
-        """What the folder says of the run it holds."""
+        """Return what the folder says of the run that it holds."""
         from .schemas import STATE
 
         record = self.path / "run.json"
@@ -331,7 +348,8 @@ class RunFolder:
             )
 
     def bind(self, inputs: Mapping[str, Any]) -> RunFolder:
-        """Name what the run reads, by its hashes: a killed run is taken up on the same data and model only.
+        """Name what the run reads, by its hashes. A killed run continues only with the same data
+        and model.
 
         Raises:
             RunFolderError: the folder holds a run on others.
@@ -345,7 +363,8 @@ class RunFolder:
         return self
 
     def open(self) -> RunFolder:
-        """Create the folder, take hold of it, and note the configuration in it; do nothing where that was done.
+        """Create the folder, lock it, and write the configuration into it; do nothing if that is
+        done.
 
         Raises:
             RunFolderError: another process has the folder.
@@ -451,7 +470,7 @@ class RunFolder:
             _OPEN.remove(self)
 
     def close(self) -> None:
-        """Let go of a run that did not end; a folder to which nothing was written is removed."""
+        """Release a run that did not end; a folder to which nothing was written is removed."""
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
@@ -466,6 +485,6 @@ _OPEN: list[RunFolder] = []
 
 
 def close_all() -> None:
-    """Let go of every folder whose run did not end; the commands call it when they fail."""
+    """Release every folder whose run did not end. The commands call it when they fail."""
     for folder in list(_OPEN):
         folder.close()

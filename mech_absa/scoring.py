@@ -1,19 +1,19 @@
-"""Prompts -> scores of the label strings, in batches, with an edit or without.
+"""Score label strings after prompts, in batches, with an edit or without.
 
-A label's score is the summed log-probability of its tokens after the prompt. Everything that scores
-labels goes through four functions:
+The score of a label is the summed log-probability of its tokens after the prompt. Everything that
+scores labels goes through four functions:
 
     label_scores(stream, prompts, continuations)   any number of prompts, sorted by length
     batch_scores(stream, batch, continuations)     one batch; differentiable
     read_labels(model, rows, continuation)         rows of the residual stream -> scores
     by_label(parts, continuations)                 scores by continuation -> one column per label
 
-`stream` says where the residual stream after the last block comes from: `Stream(model, edit)`, or
-one that keeps the streams below an edit (`train.prefix`). A model alone stands for `Stream(model)`.
+`stream` says where the residual stream after the last block comes from: `Stream(model, edit)`, or a
+stream that keeps the part below an edit (`train.prefix`). A model alone stands for `Stream(model)`.
 
-Prompts are padded on the right and read at their own last positions, so that a batch gives what its
-rows give one by one. The last block, the final norm and the unembedding see only the rows that are
-read. Scores that are not numbers raise an error here, once for all commands.
+Prompts are padded on the right and read at their own last positions, so a batch gives the same as
+its rows one by one. The last block, the final norm and the unembedding compute only the rows that
+are read. Scores that are not numbers raise an error here, for all commands.
 """
 
 from __future__ import annotations
@@ -37,20 +37,24 @@ from .prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
 
 @runtime_checkable
 class Applicable(Protocol):
-    """What can be in force during forward passes over a batch of known tokens: a trained edit, a planned intervention."""
+    """Describe what can be applied during forward passes over a batch of known tokens: a trained
+    edit, or a planned intervention.
+    """
 
     def applied(self, model: Model, tokens: Tokens) -> AbstractContextManager[Any]: ...
 
 
 @runtime_checkable
 class Pointed(Protocol):
-    """What can also say, before a pass, which functions act where in it: a trained edit."""
+    """Describe what can also say, before a pass, which functions act where in it: a trained
+    edit.
+    """
 
     def points(self, model: Model, tokens: Tokens) -> list[Point]: ...
 
 
 class Stream:
-    """A model's residual stream after the last block, with an edit in force or without.
+    """Give a model's residual stream after the last block, with an edit or without.
 
     Args:
         model: what runs.
@@ -110,7 +114,9 @@ def by_length(prompts: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]
 
 
 def extend(tokens: Tokens, continuation: Continuation, pad_id: int = 0) -> Tokens:
-    """Prompts followed by a continuation; its tokens carry no role (-1), so that edits of prompt positions leave them alone."""
+    """Append a continuation to prompts. Its tokens carry no role (-1), so edits at prompt positions
+    leave them alone.
+    """
     if not continuation.tokens:
         return tokens
     extra = len(continuation.tokens)
@@ -127,7 +133,7 @@ def last_residual(
     edit: Applicable | None = None,
     reads: Int[Tensor, "batch read"] | None = None,
 ) -> Resid | Float[Tensor, "batch read d_model"]:
-    """The residual stream after the last block, hooks and edit in force.
+    """Return the residual stream after the last block, with hooks and edit applied.
 
     Args:
         reads: the positions wanted of each row; all where None.
@@ -146,7 +152,9 @@ def last_residual(
 
 
 def positions_read(lengths: Sequence[int], continuation: Continuation) -> Int[Tensor, "batch read"]:
-    """Where prompts + continuation, this long, predict the last tokens of its labels."""
+    """Return the positions at which prompts + continuation of this length predict the last tokens
+    of its labels.
+    """
     k = continuation.reads
     return torch.tensor(lengths)[:, None] - k + torch.arange(k)
 
@@ -157,12 +165,13 @@ def read_labels(
     continuation: Continuation,
     need: Need = "normaliser",
 ) -> Float[Tensor, "batch label"]:
-    """Scores of the labels that this continuation reads.
+    """Return the scores of the labels that this continuation reads.
 
     Args:
         rows: the last residual stream at `positions_read`.
         continuation: which labels.
-        need: `labels` gives bare logits, and only for labels of one token; longer ones always need the normaliser.
+        need: `labels` gives bare logits, and only for labels of one token; longer ones always need
+            the normaliser.
     """
     ids = torch.tensor([ids for _, ids in continuation.labels], device=rows.device)  # [label read]
     if continuation.reads > 1:
@@ -257,5 +266,5 @@ def label_scores(
 
 
 def gold_indices(examples: Sequence[Example], verbalizer: Verbalizer) -> Tensor:
-    """Index of the right label of each example."""
+    """Return the index of the right label of each example."""
     return torch.tensor([verbalizer.index(e.polarity) for e in examples], dtype=torch.long)

@@ -1,14 +1,16 @@
-"""Where in the model: a layer, a component, and optionally a token.
+"""Name places in a model: a layer, a component, and optionally a token.
 
-A `Site` prints and parses as one short word, and tables, files, figures and flags all use that one spelling:
+A `Site` prints and parses as one short word. Tables, files, figures and flags all use this
+spelling:
 
-    L5.resid_post      the residual stream after block 5
-    L5.attn_out        what the attention of block 5 adds to it
-    L5.head3           z of query head 3 (before the output projection)
+    L5.resid_post               the residual stream after block 5
+    L5.attn_out                 what the attention of block 5 adds to it
+    L5.head3                    z of query head 3 (before the output projection)
     L5.attn_out@query.last      the same, at the last sub-token of the aspect in the question
     L5.resid_post@-1            ... at the last token
 
-What a token is for is its role; `ROLES` lists them in reading order. Layers and heads count from 0.
+The role of a token says what the token is for; `ROLES` lists the roles in reading order. Layers and
+heads count from 0.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ ROLES = (
     "template", "before", "aspect.first", "aspect.middle", "aspect.last", "opinion", "after",
     "query.first", "query.middle", "query.last", "answer",
 )  # fmt: skip
-"""Every token has exactly one. `aspect.*` is the aspect inside the sentence, `query.*` the aspect in the question; a one-token aspect is
-`last`. `opinion` is the opinion expression where it is known, `before` and `after` the rest of the sentence around the aspect, `answer`
-the last token of the prompt, `template` everything else."""
+"""Roles; every token has exactly one.
+
+`aspect.*` is the aspect in the sentence, `query.*` the aspect in the question; a one-token aspect
+is `last`. `opinion` is the opinion expression, if it is known. `before` and `after` are the rest of
+the sentence around the aspect, `answer` is the last token of the prompt, and `template` is
+everything else.
+"""
 
 ROLE_GROUPS = {
     "aspect": ("aspect.first", "aspect.middle", "aspect.last"),
@@ -53,20 +59,21 @@ HOOKS = {
 
 KINDS = tuple(HOOKS)
 HEAD_KINDS = ("head", "q", "k", "v")
-"""Kinds of which a layer has one for every head (key/value heads for k and v)."""
+"""Kinds of which a layer has one per head (per key/value head for k and v)."""
 
 _PATTERN = re.compile(r"L(?P<layer>\d+)\.(?P<kind>[a-z_]+?)(?P<head>\d+)?(?:@(?P<at>[-\w.]+))?")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One place in a model.
+    """Name one place in a model.
 
     Attributes:
         layer: block index from 0.
         kind: one of `KINDS`.
         head: head index for `HEAD_KINDS`, None otherwise.
-        at: a role, a role group, a position (negative counts from the end of the prompt), or None for the place as a whole.
+        at: a role, a role group, a position (negative counts from the end of the prompt), or None
+            for the place as a whole.
 
     Example:
         >>> import mech_absa as ma
@@ -102,7 +109,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The site that `text` spells.
+        """Return the site that `text` spells.
 
         Raises:
             SiteError: `text` is no site.
@@ -123,12 +130,12 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """Its TransformerLens hook point."""
+        """Return its TransformerLens hook point."""
         return f"blocks.{self.layer}.{HOOKS[self.kind]}"
 
     @property
     def everywhere(self) -> Site:
-        """The same place without the token."""
+        """Return the same place without the token."""
         return replace(self, at=None)
 
     def check(
@@ -139,7 +146,7 @@ class Site:
         kinds: Iterable[str] = KINDS,
         model: str = "the model",
     ) -> Site:
-        """Itself, when a model of this shape has it.
+        """Return the site itself if a model of this shape has it.
 
         Raises:
             SiteError: the model has no such layer, head or kind.
@@ -159,12 +166,13 @@ class Site:
 
 
 def role_indices(at: str) -> tuple[int, ...]:
-    """Indices into `ROLES` of a role or a role group."""
+    """Return the indices into `ROLES` of a role or a role group."""
     return tuple(ROLES.index(r) for r in ROLE_GROUPS.get(at, (at,)))
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
-    """Layers from `3`, `2-5` (both ends count), `0,2-4`, `all`, `first`, `middle` or `last` (thirds of the depth).
+    """Return the layers that `3`, `2-5` (both ends count), `0,2-4`, `all`, `first`, `middle` or
+    `last` (thirds of the depth) name.
 
     Raises:
         SiteError: `text` is no list of layers, or the model has fewer.
@@ -196,7 +204,7 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
 
 @runtime_checkable
 class TracedModel(Protocol):
-    """What a sites.json records of a model, and checks against it."""
+    """Hold what a sites.json records of a model, and check a model against it."""
 
     @property
     def name(self) -> str: ...
@@ -275,9 +283,9 @@ def traced_sites(
 ) -> tuple[list[Site], list[str]]:
     """Return the sites of a sites.json for a model: the one they were traced in, or its base.
 
-    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and either
-    is accepted. Weights of another dtype have another hash; there, a model of the same name and sizes is
-    taken for the same, with a note.
+    The paper traces the *adapted* model and edits the *base*, so both hashes stand in the file and
+    either is accepted. Weights of another dtype have another hash; there, a model of the same name
+    and sizes is taken for the same, with a note.
 
     Args:
         path: of the file or its run's folder.

@@ -1,15 +1,17 @@
-"""Pictures of tokens for notebooks, by CircuitsVis, without a network.
+"""Show pictures of tokens in notebooks, by CircuitsVis, without a network.
 
-    prompt_effects(effects, id)         one prompt of a trace, its tokens coloured by effect, with title and scale
-    coloured_tokens(tokens, values)     a prompt whose tokens carry numbers
-    attention(model, example)           the attention patterns of every head of a layer
-    patterns(model, example, layer)     the same as numbers
+    prompt_effects(effects, id)       one prompt of a trace, its tokens coloured by effect
+    coloured_tokens(tokens, values)   a prompt whose tokens carry numbers
+    attention(model, example)         the attention patterns of every head of a layer
+    patterns(model, example, layer)   the same as numbers
 
-CircuitsVis 1.43 loads its script from a content network if it finds one, and else uses a copy inside the package. Here the
-copy is always used, so that a notebook shows the same picture offline and in ten years.
+CircuitsVis 1.43 loads its script from a content network if it finds one, and otherwise uses a copy
+inside the package. Here the copy is always used, so a notebook shows the same picture offline and
+in ten years.
 
-The copy weighs 1.3 MB and goes into every output that a notebook keeps, and readers on the web run no scripts. So a still
-picture stands where the script will draw: it shows until then, and it is all that is left after `without_script`.
+The copy weighs 1.3 MB and goes into every output that a notebook keeps, and web readers run no
+scripts. So a still picture stands where the script will draw. It shows until the script runs, and
+it is all that is left after `without_script`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ NEGATIVE, POSITIVE = "#2f79b5", "#c94741"
 
 @dataclass(frozen=True)
 class Widget:
-    """A piece of HTML that a notebook shows; `html` holds all of it, script included."""
+    """Hold a piece of HTML that a notebook shows; `html` is all of it, script included."""
 
     html: str
 
@@ -129,10 +131,11 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float | int] | np.nd
 
 
 def prompt_effects(effects: Effects, example_id: str, kind: str | None = None) -> Widget:
-    """Return the prompt of one pair, its tokens coloured by their largest effect over layers, with title, scale and caption.
+    """Return the prompt of one pair, its tokens coloured by their largest effect over layers, with
+    title, scale and caption.
 
-    Effects that were traced by role belong to all tokens of the role together: then a table below gives one number per
-    role, and the caption says that its tokens share it.
+    Effects that were traced by role belong to all tokens of the role together: then a table below
+    gives one number per role, and the caption says that its tokens share it.
 
     Args:
         effects: from a trace.
@@ -204,7 +207,8 @@ def _tint(share: float) -> str:
 def patterns(
     model: Model, example: Example, layer: int | None = None, template: PromptTemplate | None = None
 ) -> tuple[list[str], Float[np.ndarray, "head query key"]]:
-    """Return the tokens of an example's prompt, and how much every head of a layer lets each of them read from each.
+    """Return the tokens of an example's prompt, and how much every head of a layer lets each of
+    them read from each.
 
     Args:
         model: from `load_model`.

@@ -1,4 +1,5 @@
-"""Closed sets of words: settings that accept one of a few values, each with a sentence that explains it.
+"""Define closed sets of words: settings with a few accepted values, each with a sentence that
+explains it.
 
 A `Choice` is also a string, so that it compares with, prints as and is written to JSON as its word.
 """
@@ -70,7 +71,8 @@ class Choice(str, Enum):
 
 
 def shown(value: object) -> str:
-    """Return a short representation of any value, for messages: its type where the value says little.
+    """Return a short representation of any value, for messages: its type where the value says
+    little.
 
     Example:
         >>> shown("banana")
@@ -87,7 +89,7 @@ def shown(value: object) -> str:
 
 
 def expect(value: object, types: type | tuple[type, ...], where: str, accepted: str) -> None:
-    """Refuse an argument of the wrong type with one sentence.
+    """Reject an argument of the wrong type with one sentence.
 
     Args:
         value: the argument.

@@ -54,7 +54,7 @@ _BUDGET = 8_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """Means with their intervals, cell by cell; NaN where there is nothing to say."""
+    """Hold means with their intervals, cell by cell; NaN if there is no value."""
 
     mean: Float[np.ndarray, "*cell"]
     low: Float[np.ndarray, "*cell"]
@@ -63,7 +63,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number with its interval, and the p-value of "it is zero" where that was tested (else NaN)."""
+    """Hold one number with its interval, and the p-value of "it is zero" if that was tested (else
+    NaN).
+    """
 
     value: float
     low: float
@@ -73,7 +75,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's test on the rows where exactly one of two systems is right.
+    """Hold McNemar's test on the rows where exactly one of two systems is right.
 
     Attributes:
         b: rows where only the first is right.
@@ -102,11 +104,12 @@ def cluster_bootstrap(
     seed: int = 0,
     method: str = "auto",
 ) -> Interval:
-    """Return the mean and an interval of every cell, resampling clusters with replacement.
+    """Return the mean and an interval of every cell, by resampling clusters.
 
-    A draw takes as many clusters as there are, with replacement, and averages all rows of the drawn clusters (a ratio of sums, so
-    long clusters weigh more, as they do in the mean itself). With clusters of size one it is the ordinary bootstrap.
-    Source: Field and Welsh, Bootstrapping clustered data, JRSS-B 69 (2007); Efron and Tibshirani (1993), chapter 13.
+    A draw takes as many clusters as there are, with replacement, and averages all rows of the drawn
+    clusters (a ratio of sums, so long clusters weigh more, as they do in the mean itself). With
+    clusters of size one it is the ordinary bootstrap. Source: Field and Welsh, Bootstrapping
+    clustered data, JRSS-B 69 (2007); Efron and Tibshirani (1993), chapter 13.
 
     Args:
         values: `[n *cell]`; NaN = missing.
@@ -117,7 +120,8 @@ def cluster_bootstrap(
             which takes BCa where the clusters of a cell are skewed by more than `SKEWED`.
 
     Returns:
-        An Interval of shape `[*cell]`. The ends are NaN where fewer than two clusters have a value, all three where none has.
+        An Interval of shape `[*cell]`. The ends are NaN where fewer than two clusters have a value,
+        all three where none has.
 
     Raises:
         ConfigError: no rows, lengths that differ, infinite values, a level outside (0, 1).
@@ -158,11 +162,13 @@ def cluster_bootstrap(
 def sign_flip(
     values: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 9999, seed: int = 0
 ) -> Float[np.ndarray, "*cell"]:
-    """Two-sided p of "the mean is 0" for every cell, by flipping the signs of whole clusters.
+    """Return the two-sided p of "the mean is 0" for every cell, by flipping the signs of whole
+    clusters.
 
-    Exact, over all 2^k sign patterns of k clusters, where these are no more than `draws`; else (1 + hits) / (1 + draws) over random
-    patterns, which is never 0 (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010), article 39). A pattern hits where its sum is
-    at least as far from 0 as the observed one.
+    Exact, over all 2^k sign patterns of k clusters, where these are no more than `draws`; else (1 +
+    hits) / (1 + draws) over random patterns, which is never 0 (Phipson and Smyth, Stat. Appl.
+    Genet. Mol. Biol. 9 (2010), article 39). A pattern hits where its sum is at least as far from 0
+    as the observed one.
 
     Args:
         values: `[n *cell]`; NaN = missing.
@@ -193,7 +199,7 @@ def sign_flip(
 
 @dataclass(frozen=True)
 class CellTests:
-    """p-values of many cells, from sign patterns that all cells share.
+    """Hold p-values of many cells, from sign patterns that all cells share.
 
     Attributes:
         p: of each cell alone.
@@ -217,14 +223,15 @@ def cell_tests(
 ) -> CellTests:
     """Test "the mean is 0" in every cell, corrected for the number of cells.
 
-    All cells see the same sign patterns, so the p-values keep their dependence, and `maxt` can use it:
-    the step-down procedure of Westfall and Young (1993, algorithm 2.8) compares each cell with the
-    largest statistic over the cells not yet rejected. The statistic is the sum over clusters divided by
-    the root of the sum of their squares, which flips leave as it is; it orders patterns as Student's t.
+    All cells see the same sign patterns, so the p-values keep their dependence, and `maxt` can use
+    it: the step-down procedure of Westfall and Young (1993, algorithm 2.8) compares each cell with
+    the largest statistic over the cells not yet rejected. The statistic is the sum over clusters
+    divided by the root of the sum of their squares, which flips leave as it is; it orders patterns
+    as Student's t.
 
-    Under `holm`, `bh` and `by` random patterns alone could never reject one of many cells. So where fewer
-    than ten of the random patterns reach a cell's sum, its p is the saddlepoint approximation to the tail
-    of the sign-flip distribution (Robinson, JRSS-B 44 (1982)), never below 2 / 2^k.
+    Under `holm`, `bh` and `by` random patterns alone could never reject one of many cells. So where
+    fewer than ten of the random patterns reach a cell's sum, its p is the saddlepoint approximation
+    to the tail of the sign-flip distribution (Robinson, JRSS-B 44 (1982)), never below 2 / 2^k.
 
     Args:
         values: `[n *cell]`; NaN = missing. Cells that are 0 everywhere are no hypotheses: p is NaN.
@@ -263,7 +270,7 @@ def cell_tests(
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a number of clusters and cells can show at all.
+    """Hold what a number of clusters and cells can show at all.
 
     Attributes:
         clusters, cells: how many.
@@ -359,8 +366,9 @@ def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*ce
 
     Args:
         p: `[*cell]`.
-        method: `holm` (family-wise error, Holm 1979), `bh` (false discovery rate, Benjamini and Hochberg
-            1995), `by` (the same under any dependence, Benjamini and Yekutieli 2001) or `none`.
+        method: `holm` (family-wise error, Holm 1979), `bh` (false discovery rate, Benjamini and
+            Hochberg 1995), `by` (the same under any dependence, Benjamini and Yekutieli 2001) or
+            `none`.
 
     Raises:
         ConfigError: another method; `maxt` needs the data, see `cell_tests`.
@@ -391,9 +399,11 @@ def paired_bootstrap_difference(
     draws: int = 9999,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of a - b over the same rows, with its bootstrap interval and its sign-flip p, both by cluster.
+    """Return the mean of a - b over the same rows, with its bootstrap interval and its sign-flip p,
+    both by cluster.
 
-    With `a` and `b` the correctness (0 or 1) of two edits it is their difference in accuracy, in the same units.
+    With `a` and `b` the correctness (0 or 1) of two edits it is their difference in accuracy, in
+    the same units.
 
     Args:
         a, b: `[n]`; a row where either is NaN is left out.
@@ -414,15 +424,18 @@ def bootstrap_statistic(
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Percentile interval, by cluster, of a statistic that is no mean (macro-F1, a rank correlation).
+    """Return the percentile interval, by cluster, of a statistic that is no mean (macro-F1, a rank
+    correlation).
 
     Args:
-        fn: row indices (with repetition) -> the statistic on these rows; NaN where it is undefined, which leaves the draw out.
+        fn: row indices (with repetition) -> the statistic on these rows; NaN where it is undefined,
+            which leaves the draw out.
         clusters: `[n]` labels; None = every row for itself.
         n: number of rows.
 
     Returns:
-        value = fn(all rows). The ends are NaN where there are fewer than two clusters or the statistic was never defined.
+        value = fn(all rows). The ends are NaN where there are fewer than two clusters or the
+        statistic was never defined.
     """
     _check(level=level, draws=draws)
     rows, starts = _grouped(clusters, n)
@@ -440,10 +453,11 @@ def bootstrap_statistic(
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
-    """McNemar's test that two systems are right equally often on the same rows.
+    """Test whether two systems are right equally often on the same rows (McNemar).
 
-    Exact (binomial) where they disagree on fewer than 25 rows, else chi-square with continuity correction. Rows count as independent;
-    where they share sentences, `paired_bootstrap_difference` is the safer reading.
+    Exact (binomial) where they disagree on fewer than 25 rows, else chi-square with continuity
+    correction. Rows count as independent; where they share sentences, `paired_bootstrap_difference`
+    is the safer reading.
 
     Args:
         correct_a, correct_b: `[n]`, true (or 1) where that system is right.
@@ -468,7 +482,8 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
 
 
 def wilson(k: ArrayLike | int, n: ArrayLike | int, level: float = 0.95) -> Interval:
-    """Wilson's score interval of k successes in n independent trials, element by element; NaN where n is 0.
+    """Return Wilson's score interval of k successes in n independent trials, element by element;
+    NaN if n is 0.
 
     Source: Wilson, JASA 22 (1927), 209-212.
 
@@ -498,11 +513,13 @@ def wilson(k: ArrayLike | int, n: ArrayLike | int, level: float = 0.95) -> Inter
 def spearman_interval(
     x: ArrayLike, y: ArrayLike, level: float = 0.95, seed: int = 0, *, draws: int = 2000
 ) -> Estimate:
-    """Spearman's rank correlation, its percentile bootstrap interval over pairs, and its two-sided permutation p.
+    """Return Spearman's rank correlation, its percentile bootstrap interval over pairs, and its
+    two-sided permutation p.
 
     Args:
         x, y: `[n]`, or two maps of one shape; a pair where either is NaN is left out.
-        draws: bootstrap draws and random permutations; all n! permutations are used where these are fewer.
+        draws: bootstrap draws and random permutations; all n! permutations are used where these are
+            fewer.
 
     Returns:
         All NaN where one side is constant: it ranks nothing.
@@ -539,7 +556,8 @@ def spearman_interval(
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a true cell outscores a false one (ties count half).
+    """Return the area under the ROC curve: the chance that a true cell outscores a false one (ties
+    count half).
 
     Args:
         scores: `[*cell]`; a cell whose score is NaN is left out.
@@ -557,10 +575,10 @@ def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
 
 
 def top_k_overlap(a: ArrayLike, b: ArrayLike, k: int) -> float:
-    """Share of the k largest cells of one map that are among the k largest of another, from 0 to 1.
+    """Return the share of the k largest cells of one map that are among the k largest of another.
 
-    Where cells tie for the last places, it is the expected share when each map breaks its ties at random, so that two flat maps
-    score k / n (chance) and not 1.
+    If cells tie for the last places, it is the expected share when each map breaks its ties at
+    random. So two flat maps score k / n (chance) and not 1.
 
     Args:
         a, b: `[*cell]`, two maps of one shape; a cell where either is NaN is left out.
@@ -589,7 +607,7 @@ def _check(*, level: float = 0.5, draws: int = 1) -> None:
 def _grouped(
     clusters: ArrayLike | None, n: int
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " k"]]:
-    """Row indices put together by cluster, and where each cluster begins among them."""
+    """Return row indices ordered by cluster, and where each cluster begins among them."""
     if n < 1:
         raise ConfigError("no rows to compute a statistic of; accepted: one or more")
     if clusters is None:
@@ -607,7 +625,7 @@ def _grouped(
 def _cluster_sums(
     values: ArrayLike, clusters: ArrayLike | None
 ) -> tuple[Float[np.ndarray, "k cell"], Float[np.ndarray, "k cell"], tuple[int, ...]]:
-    """Each cluster's sum and number of values in each cell, and the shape that the cells came in."""
+    """Return each cluster's sum and number of values in each cell, and the shape of the cells."""
     table = np.asarray(values, dtype=float)
     if table.ndim == 0:
         raise ConfigError("a single number came as values; accepted: one row an example")
@@ -642,7 +660,9 @@ def _bca(
     counts: Float[np.ndarray, "k cell"],
     level: float,
 ) -> Float[np.ndarray, "2 cell"]:
-    """Return bias-corrected and accelerated ends (Efron, JASA 82 (1987)); the jackknife leaves out clusters."""
+    """Return bias-corrected and accelerated ends (Efron, JASA 82 (1987)); the jackknife leaves out
+    clusters.
+    """
     mean = sums.sum(axis=0) / counts.sum(axis=0)
     known = (~np.isnan(drawn)).sum(axis=0)
     below = (drawn < mean).sum(axis=0) + 0.5 * (drawn == mean).sum(axis=0)
@@ -667,7 +687,9 @@ def _bca(
 
 
 def _smallest_p(k: int, draws: int, one_sided: bool) -> float:
-    """Return the smallest p of a sign-flip test: over all patterns where there are few, else by chance."""
+    """Return the smallest p of a sign-flip test: over all patterns where there are few, else by
+    chance.
+    """
     return (1 if one_sided else 2) * 2.0**-k if 2**k <= draws else 1 / (1 + draws)
 
 
@@ -766,7 +788,9 @@ def _all_signs(k: int, rows: int, both: bool = False) -> Iterator[Float[np.ndarr
 def _random_signs(
     k: int, draws: int, rows: int, seed: int
 ) -> Iterator[Float[np.ndarray, "pattern k"]]:
-    """Random patterns of k signs in blocks; the patterns do not depend on the size of the blocks."""
+    """Yield random patterns of k signs in blocks; the patterns do not depend on the size of the
+    blocks.
+    """
     rng = np.random.default_rng(seed)
     for first in range(0, draws, rows):
         yield np.where(rng.random((min(rows, draws - first), k)) < 0.5, -1.0, 1.0)
@@ -782,7 +806,7 @@ def _vectors(a: ArrayLike, b: ArrayLike) -> tuple[Float[np.ndarray, " n"], Float
 
 
 def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Two maps of one shape as flat vectors, without the cells where either is NaN."""
+    """Return two maps of one shape as flat vectors, without the cells where either is NaN."""
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if x.shape != y.shape or not x.size:
         raise ConfigError(
@@ -793,7 +817,9 @@ def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[Float[np.ndarray, " n"], Float[n
 
 
 def _unit_ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Ranks, centred and of length 1: the dot product of two such is Spearman's correlation. NaN for a constant x."""
+    """Return ranks, centred and of length 1, so that a dot product is Spearman's correlation; NaN
+    for a constant x.
+    """
     ranks = rankdata(x)
     ranks -= ranks.mean()
     length = np.sqrt(ranks @ ranks)
@@ -801,7 +827,7 @@ def _unit_ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def _top_share(x: Float[np.ndarray, " n"], k: int) -> Float[np.ndarray, " n"]:
-    """Chance of each cell to be among the k largest when ties are broken at random."""
+    """Return the chance of each cell to be among the k largest when ties are broken at random."""
     last = np.sort(x)[-k]
     above, tied = x > last, x == last
     return above + tied * ((k - above.sum()) / tied.sum())

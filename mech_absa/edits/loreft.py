@@ -18,7 +18,9 @@ from .base import Place, Shape, SiteIntervention, parameter, rank_of
 
 
 class _LowRank(SiteIntervention):
-    """What the three members of the family share: W [rank d] and b [rank], drawn as a linear layer is."""
+    """What the three members of the family share: W [rank d] and b [rank], drawn as a linear layer
+    is.
+    """
 
     def __init__(self, place: Place, shape: Shape, rank: int = 4):
         super().__init__(place, shape)
@@ -90,7 +92,9 @@ class NoReFT(_LowRank):
 
 
 class DiReFT(NoReFT):
-    """h + W2^T (W h + b): nothing is taken away either, which makes it a low-rank update with a bias."""
+    """h + W2^T (W h + b): nothing is taken away either, which makes it a low-rank update with a
+    bias.
+    """
 
     family = "direft"
     formula = "h + W2^T (W h + b)"

@@ -1,8 +1,9 @@
-"""Hugging Face's model -> TransformerLens's `HookedTransformer`, weights and configuration unchanged.
+"""Convert a Hugging Face model into TransformerLens's `HookedTransformer`, with unchanged weights
+and configuration.
 
-TransformerLens's own conversion ignores or guesses some settings; `_REPAIRS` reads them from
-Hugging Face's configuration instead, one row per repair. What no repair covers is seen by the
-comparison of logits that every load makes (`load`).
+TransformerLens's own conversion ignores or guesses some settings. `_REPAIRS` reads them from
+Hugging Face's configuration instead, one row per repair. The comparison of logits that every load
+makes (`load`) finds what no repair covers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def hooked_from_hf(
     device: str | torch.device = "cpu",
     n_devices: int = 1,
 ) -> Any:
-    """A `HookedTransformer` with the raw weights of a loaded Hugging Face model.
+    """Return a `HookedTransformer` with the raw weights of a loaded Hugging Face model.
 
     Raises:
         ModelError: TransformerLens does not know the architecture, or would ignore a setting of it.
@@ -69,7 +70,7 @@ def hooked_from_hf(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep TransformerLens from warning of buffers that it makes on the way."""
+    """Suppress TransformerLens's warnings about buffers that it makes during conversion."""
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     root = logging.getLogger()
     level = root.level
@@ -82,10 +83,11 @@ def _silent() -> Iterator[None]:
 
 @torch.no_grad()
 def _lay_out(hooked: Any) -> None:
-    """Store the weights in the order in which TransformerLens multiplies by them; their values stay as they are.
+    """Store the weights in the order in which TransformerLens multiplies by them; their values stay
+    the same.
 
-    Its attention and gated MLP make a transposed copy of every weight at every forward pass, unless memory is in that order already. Those
-    copies cost up to a third of a pass over a short batch.
+    Its attention and gated MLP make a transposed copy of every weight at every forward pass, unless
+    the memory already has that order. These copies cost up to a third of a pass over a short batch.
     """
 
     def store(p: torch.nn.Parameter, *order: int) -> None:
@@ -104,7 +106,9 @@ def _lay_out(hooked: Any) -> None:
 
 
 def _llama_biases(hf: Any, state: dict[str, Tensor]) -> None:
-    """Put the biases of a Llama (`attention_bias`, `mlp_bias`) where TransformerLens's conversion writes zeros."""
+    """Put the biases of a Llama (`attention_bias`, `mlp_bias`) where TransformerLens's conversion
+    writes zeros.
+    """
     if type(hf).__name__ != "LlamaForCausalLM":
         return
     for layer, block in enumerate(hf.model.layers):

@@ -22,7 +22,9 @@ def is_gguf(source: str | Path) -> bool:
 
 
 def arguments(source: str) -> tuple[str, dict[str, str]]:
-    """Return what `from_pretrained` takes: a folder or a hub name, and keywords that name a GGUF file."""
+    """Return what `from_pretrained` takes: a folder or a hub name, and keywords that name a GGUF
+    file.
+    """
     if not is_gguf(source):
         return source, {}
     path = Path(source)

@@ -1,14 +1,17 @@
-"""Reading and writing activations inside a model: the only place that adds hooks.
+"""Read and write activations inside a model. This is the only module that adds hooks.
 
-Two context managers, both of which remove exactly the hooks they added, also after an exception, and leave those of an outer context
-alone:
+Two context managers remove exactly the hooks that they added, also after an exception, and leave
+those of an outer context alone:
 
-    with capture(model, [Site(3, "resid_post")]) as seen:  ...      seen[site] is the activation of the last forward pass
-    with intervene(model, {site: fn}, times=1):            ...      activation -> fn(activation)
+    with capture(model, [Site(3, "resid_post")]) as seen:
+        ...  # seen[site] is the activation of the last forward pass
+    with intervene(model, {site: fn}, times=1):
+        ...  # activation -> fn(activation)
 
-A function given to `intervene` returns a new tensor and never writes into the one it was given, so that caches and gradients stay honest.
-Hooks that never fire, or fire twice, are the classic way to publish a wrong heat map in silence: every hook counts its firings, and
-leaving `intervene` with another count than planned is an error.
+A function given to `intervene` returns a new tensor and never writes into the one that it gets, so
+that caches and gradients stay right. Hooks that never fire, or fire twice, give wrong maps without
+a warning. So every hook counts how often it fires, and leaving `intervene` with another count than
+planned is an error.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from .hooked import HookedBackend
 from .model import Model
 
 Edit = Callable[[Tensor], Tensor]
-"""Activation -> activation of the same shape."""
+"""A function from an activation to an activation of the same shape."""
 
 
 def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
-    """The hook point of a site.
+    """Return the hook point of a site.
 
     Raises:
         SiteError: the model has none of that name.
@@ -62,7 +65,8 @@ def _replace(site: Site, activation: Tensor, new: Tensor) -> Tensor:
 
 
 def at_site(hooked: Any, site: Site, fn: Edit) -> tuple[torch.nn.Module, Edit]:
-    """The hook point of a site, and `fn` made to see its part of what passes there: one head, or the whole stream.
+    """Return the hook point of a site, and `fn` restricted to its part of what passes there: one
+    head, or the whole stream.
 
     Raises:
         SiteError: the model has no such site.
@@ -73,7 +77,7 @@ def at_site(hooked: Any, site: Site, fn: Edit) -> tuple[torch.nn.Module, Edit]:
 
 
 class _Counted:
-    """A forward hook that counts."""
+    """Count how often a forward hook fires."""
 
     def __init__(self, fn: Callable[[Tensor], Tensor | None]):
         self.fn, self.fired = fn, 0
@@ -89,11 +93,11 @@ def hooked_at(
     times: int | None = None,
     what: str = "a hook",
 ) -> Iterator[list[int]]:
-    """Forward hooks on modules, output -> output (None keeps it), for as long as the block lasts.
+    """Add forward hooks to modules, output -> output (None keeps it), while the block runs.
 
     Args:
-        points: (module, function) in the order they are to run.
-        times: how often each must have fired by the end; None does not check.
+        points: (module, function) in the order in which they run.
+        times: how often each must have fired at the end; None does not check.
         what: names the hooks in the error.
 
     Raises:
@@ -123,8 +127,8 @@ def intervene(
 
     Args:
         hooked: a `Model`, or TransformerLens's module.
-        interventions: site -> function; for a head it sees `[batch pos d_head]`, otherwise `[batch pos d_model]` (`[batch pos head
-            d_head]` for head kinds is never passed whole). A site's `at` is not looked at: which positions change is the function's business.
+        interventions: site -> function. For a head, it gets `[batch pos d_head]`, otherwise `[batch
+            pos d_model]`. A site's `at` is not used: the function decides which positions change.
         times: forward passes planned inside the block; None does not check.
 
     Raises:
@@ -141,12 +145,14 @@ def intervene(
 
 @contextlib.contextmanager
 def capture(hooked: Any, sites: Iterable[Site], grad: bool = False) -> Iterator[dict[Site, Tensor]]:
-    """The activations at `sites` of the last forward pass made inside the block.
+    """Keep the activations at `sites` of the last forward pass inside the block.
 
     Args:
         hooked: a `Model`, or TransformerLens's module.
-        sites: what to keep, and nothing else is kept. Heads are kept whole: ask for any head of a layer.
-        grad: keep the tensors in the graph, with their gradients after a backward pass; otherwise they are detached.
+        sites: what to keep; nothing else is kept. Heads are kept as a whole: name any head of a
+            layer.
+        grad: keep the tensors in the graph, with their gradients after a backward pass; otherwise
+            they are detached.
     """
     seen: dict[Site, Tensor] = {}
 
@@ -165,7 +171,9 @@ def capture(hooked: Any, sites: Iterable[Site], grad: bool = False) -> Iterator[
 
 
 def live_hooks(hooked: Any) -> list[str]:
-    """Names of the hook points that carry a hook right now; empty for a model that runs as it was trained."""
+    """Return the names of the hook points that carry a hook now; empty for a model without
+    hooks.
+    """
     return [
         name
         for name, point in _points(hooked).items()

@@ -1,8 +1,8 @@
-"""What Hugging Face holds: names, folders, tokenizers and models.
+"""Load what Hugging Face holds: names, folders, tokenizers and models.
 
-A model whose files and configuration do not fit together is refused. transformers fills weights that
-are missing with random numbers, and its warning is easily lost; here its report is read, and any
-weight that is missing, not used or of another shape is an error that names it.
+A model whose files and configuration do not fit together is rejected. transformers fills missing
+weights with random numbers, and its warning is easily missed. Here its report is read: any weight
+that is missing, unused or of another shape is an error that names it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUNDLED = Path(__file__).parents[1] / "assets" / "model"
 """The folder of the model that ships with the package."""
 
 MAX_LAYERS = 1000
-"""A configuration with more layers is a mistake; building it would not end."""
+"""Most layers of a configuration; building more would not end."""
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _DAMAGED = (
@@ -45,11 +45,11 @@ _DAMAGED = (
     torch.serialization.pickle.UnpicklingError,  # weights_only met something else than tensors
     StrictDataclassError,
 )
-"""What transformers raises over files that it cannot read."""
+"""Errors that transformers raises for files that it cannot read."""
 
 
 def resolve(model: str | Path | None) -> tuple[str, str]:
-    """What to load from, and the name to show."""
+    """Return what to load from, and the name to show."""
     if model is None or str(model) == "bundled":
         if not (BUNDLED / "config.json").exists():
             raise ModelError(
@@ -90,7 +90,7 @@ def resolve(model: str | Path | None) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of the libraries while they load; errors still raise."""
+    """Suppress progress bars and warnings of the libraries while they load; errors still raise."""
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -165,7 +165,7 @@ def load_hf(source: str, dtype: torch.dtype) -> Any:
 
 
 def _complete(report: dict[str, Any], source: str) -> None:
-    """Refuse a model whose weights are not exactly those of its configuration."""
+    """Reject a model whose weights are not exactly those of its configuration."""
     problems = {
         "missing_keys": "are missing from its files",
         "unexpected_keys": "are in its files and not in a model of its configuration",
@@ -185,7 +185,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _fits(config: Any, dtype: torch.dtype, source: str) -> None:
-    """Refuse a model that this machine's memory cannot hold while it is converted (two copies)."""
+    """Reject a model that this machine's memory cannot hold while it is converted (two copies)."""
     from transformers import AutoModelForCausalLM
 
     layers = getattr(config, "num_hidden_layers", 0)

@@ -1,8 +1,8 @@
 """Load a model from the package, a folder, the hub or memory, ready to be traced and edited.
 
-The raw weights are kept: no LayerNorm folding, no centring, so that our logits are the model's
-logits. Every load compares a short forward pass with Hugging Face's and refuses a model that
-TransformerLens converts wrongly; `Model.verify` repeats that on longer text.
+The raw weights stay: no LayerNorm folding, no centring, so the logits are the model's own. Every
+load compares a short forward pass with Hugging Face's and rejects a model that TransformerLens
+converts wrongly. `Model.verify` repeats that on longer text.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ def load_model(
     n_devices: int = 1,
     check: bool = True,
 ) -> Model:
-    """A model ready to be traced and edited.
+    """Load a model to be traced and edited.
 
     Args:
         model: None or `"bundled"` for the small one that ships with the package; `"smollm2"` for
             the one that `python -m mech_absa.models get smollm2` downloads; a local Hugging Face
             folder; a GGUF file; a hub name; or a pair (Hugging Face model, tokenizer) in memory.
-        device: `auto` (the accelerator where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
-        dtype: of weights and activations. Metrics are float32 whatever this says.
-        bos: put the BOS token first; None does what the tokenizer does by itself.
-        n_devices: spread the layers over this many accelerators.
-        check: compare a short forward pass with Hugging Face's and refuse a model that differs.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: of weights and activations. Metrics are always float32 or wider.
+        bos: put the BOS token first; None follows the tokenizer.
+        n_devices: spread the layers over this many devices.
+        check: compare a short forward pass with Hugging Face's and reject a model that differs.
 
     Raises:
-        ModelError: nothing is there, it has no weights, it does not fit, or TransformerLens runs it differently.
+        ModelError: nothing is there, it has no weights, it does not fit, or TransformerLens runs it
+            differently.
 
     Example:
         >>> import mech_absa as ma
@@ -80,7 +81,7 @@ def load_model(
 
 
 def _covers(hf: Any, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer whose token ids the model has no embedding for."""
+    """Reject a tokenizer whose token ids have no embedding in the model."""
     ids, rows = tokenizer.vocab_size, hf.get_input_embeddings().weight.shape[0]
     if ids > rows:
         raise ModelError(

@@ -40,7 +40,7 @@ from .verify import logit_difference
 
 
 class Model:
-    """A frozen decoder, its tokenizer, and the pieces of its forward pass.
+    """Hold a frozen decoder, its tokenizer, and the pieces of its forward pass.
 
     Attributes:
         backend: TransformerLens's module and its weights, read in one way (`backend`).
@@ -48,8 +48,10 @@ class Model:
         name: for tables and titles.
         source: what it was loaded from (a folder or a hub name); None for a model from memory.
         bos: whether prompts begin with the BOS token.
-        n_parameters: weights as Hugging Face counts them (tied ones once; TransformerLens adds biases of zeros).
-        hf_difference: largest logit difference to Hugging Face seen at load; None where it was not compared.
+        n_parameters: weights as Hugging Face counts them (tied ones once; TransformerLens adds
+            biases of zeros).
+        hf_difference: largest logit difference to Hugging Face seen at load; None where it was not
+            compared.
 
     Example:
         >>> import mech_absa as ma
@@ -86,17 +88,17 @@ class Model:
 
     @property
     def hooked(self) -> Any:
-        """TransformerLens's module, a `HookedTransformer`."""
+        """Return TransformerLens's module, a `HookedTransformer`."""
         return self.backend.root
 
     @property
     def hook_points(self) -> Mapping[str, Any]:
-        """Hook points by name."""
+        """Return the hook points by name."""
         return self.backend.hook_points
 
     @property
     def cfg(self) -> Any:
-        """Sizes and settings under the names of `HookedTransformerConfig`."""
+        """Return sizes and settings under the names of `HookedTransformerConfig`."""
         return self.backend.cfg
 
     @property
@@ -141,19 +143,19 @@ class Model:
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and MLP of a block read the same stream (GPT-J, Pythia)."""
+        """Return whether attention and MLP of a block read the same stream (GPT-J, Pythia)."""
         return bool(self.cfg.parallel_attn_mlp)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of site that this model has."""
+        """Return the kinds of site that this model has."""
         missing = {"resid_mid"} if self.parallel or self.cfg.attn_only else set()
         if self.cfg.attn_only:
             missing.add("mlp_out")
         return tuple(k for k in KINDS if k not in missing)
 
     def check_site(self, site: Site) -> Site:
-        """`site`, when the model has it.
+        """Return `site` if the model has it.
 
         Raises:
             SiteError: it has not.
@@ -162,12 +164,14 @@ class Model:
 
     @cached_property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        """Every module on which a hook would change the forward pass, listed once."""
+        """Return every module on which a hook would change the forward pass, each once."""
         return self.backend.modules
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of names, shapes and bytes of all weights, as they were when it was first asked for."""
+        """Return a hash of names, shapes and bytes of all weights, as they were at the first
+        call.
+        """
         return weights_hash(self.hooked)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -180,14 +184,16 @@ class Model:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all weights as TransformerLens holds them."""
+        """Return the bytes of all weights as TransformerLens holds them."""
         return sum(p.numel() * p.element_size() for p in self.hooked.parameters())
 
     def flops(self, part: str, queries: int = 1) -> int:
-        """Floating-point operations (2 a multiply-add) of the matrix products of one token in one block.
+        """Return the floating-point operations (2 per multiply-add) of the matrix products of one
+        token in one block.
 
         Args:
-            part: `qkv`, `attend` (scores and values, for each key; times `queries`), `project`, `mlp`, or `unembed` (for each column).
+            part: `qkv`, `attend` (scores and values, for each key; times `queries`), `project`,
+                `mlp`, or `unembed` (for each column).
             queries: how many there are, or keys, or columns.
         """
         d, heads = self.d_model, self.n_heads * self.d_head
@@ -204,7 +210,7 @@ class Model:
 
     @cached_property
     def refusal(self) -> str | None:
-        """Why the pieces below cannot stand for the forward pass; None where they can."""
+        """Return why the functions below cannot run this model, or None if they can."""
         cfg = self.cfg
         post_norm = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
         reasons = {
@@ -221,11 +227,11 @@ class Model:
         return next((reason for reason, true in reasons.items() if true), None)
 
     def embed(self, ids: Ids) -> Resid:
-        """Token (and learned position) embeddings: the residual stream before block 0."""
+        """Return token (and learned position) embeddings: the residual stream before block 0."""
         return self.backend.embed(ids.to(self.device))
 
     def embed_tokens(self, ids: Ids) -> Resid:
-        """Token embeddings without learned positions."""
+        """Return token embeddings without learned positions."""
         return self.backend.embed_tokens(ids.to(self.device))
 
     def block_device(self, layer: int) -> torch.device:
@@ -268,7 +274,7 @@ class Model:
         x: Float[Tensor, "*batch token head d_head"],
         positions: Int[Tensor, "*token"],
     ) -> Float[Tensor, "*batch token head d_head"]:
-        """Queries or keys, turned by their positions where the model rotates."""
+        """Rotate queries or keys by their positions if the model does so."""
         if self.cfg.positional_embedding_type != "rotary":
             return x
         cos, sin = (angle.unsqueeze(-2) for angle in self.backend.rotary(layer, positions))
@@ -319,7 +325,7 @@ class Model:
         v: Float[Tensor, "row k_pos kv d_head"],
         query_positions: Int[Tensor, "*row q_pos"],
     ) -> Float[Tensor, "row q_pos head d_head"]:
-        """z of every head: the values, averaged by the attention pattern."""
+        """Return z of every head: the values, averaged by the attention pattern."""
         pattern = self.scores(layer, q, k, query_positions).softmax(-1)
         pattern = rearrange(pattern, "row (kv group) q k -> row kv (group q) k", kv=v.shape[2])
         z = pattern.to(v.dtype) @ rearrange(v, "row k kv d -> row kv k d")
@@ -367,15 +373,16 @@ class Model:
         bytes_row: int = 1 << 28,
         normalise: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "token column"]:
-        """The last residual stream -> scores of the labels' tokens, float32 or wider.
+        """Return the scores of the labels' tokens from the last residual stream, float32 or wider.
 
         Args:
-            x: one row a position that is read.
+            x: one row per position that is read.
             label_ids: vocabulary columns wanted; None for all.
-            need: `labels` gives bare logits and touches those columns only; `normaliser` gives log-probabilities, and needs the whole
-                vocabulary once a row; `vocabulary` gives all logits.
+            need: `labels` gives bare logits and computes only those columns; `normaliser` gives
+                log-probabilities, and computes the whole vocabulary once per row; `vocabulary`
+                gives all logits.
             bytes_row: whole-vocabulary rows are made in slices of this size.
-            normalise: takes the place of the final norm.
+            normalise: replaces the final norm.
         """
         x = x.to(self.backend.unembed(None).W.device)
         x = self.backend.norm(None, "ln_final", x) if normalise is None else normalise(x)
@@ -401,7 +408,7 @@ class Model:
         return torch.cat(parts) if parts else x.new_zeros((0, len(label_ids)), dtype=wide)
 
     def forward(self, ids: Ids) -> Float[Tensor, "batch pos d_vocab"]:
-        """Plain logits of the hooked model at every position; hooks, where there are any, apply."""
+        """Return the logits of the hooked model at every position. Hooks act if there are any."""
         return self.backend.forward(self.embed(ids))
 
     def run_hooked(self, x: Resid, start: int = 0, stop: int | None = None) -> Resid:
@@ -413,7 +420,8 @@ class Model:
         return self.backend.scales()
 
     def point(self, layer: int, name: str) -> torch.nn.Module:
-        """Return the module whose output is a value of a block: a name of `pieces`, `scores` or `pattern`.
+        """Return the module whose output is a value of a block: a name of `pieces`, `scores` or
+        `pattern`.
 
         Raises:
             KeyError: the layer has no such value.
@@ -449,5 +457,5 @@ class Model:
 
 
 def logits_of(model: Model, x: Float[Tensor, "token d_model"]) -> Logits:
-    """All logits of the rows of the last residual stream."""
+    """Return all logits of the rows of the last residual stream."""
     return model.finish(x, None, "vocabulary")

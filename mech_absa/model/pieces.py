@@ -34,7 +34,9 @@ from .backend import MLPWeights
 from .kernels import ACTIVATIONS, linear
 
 Tap = Callable[[Tensor], Tensor | None]
-"""A value -> what replaces it; None keeps it. It never writes into the tensor that it is given."""
+"""A function from a value to its replacement; None keeps the value. It never writes into the tensor
+that it gets.
+"""
 
 Taps = Mapping[str, Tap]
 """Name of a value in one block (see the module) -> its tap."""

@@ -12,8 +12,8 @@ Noise takes the model off its distribution. That can break more than the fact un
 sites that only repair the damage. A counterfactual asks which states tell two polarities apart, and
 needs such texts. When both are available, trust the counterfactual first.
 
-To add a corruption, subclass `Corruption`, override what differs, and add the class to `WORDS`.
-The rest of the package asks a corruption through its methods and never tests its class.
+To add a corruption, subclass `Corruption`, override what differs, and add the class to `WORDS`. The
+rest of the package asks a corruption through its methods and never tests its class.
 """
 
 from __future__ import annotations

@@ -24,15 +24,15 @@ _CELL = ["example_id", "kind", "layer", "head", "position", "role"]
 class BothDirections:
     """Effects of the same cells, traced in both directions.
 
-    In the terms of mediation analysis (Vaidyanathan et al. 2026, arXiv 2606.27510), with the metric m and
-    a cell c:
+    In the terms of mediation analysis (Vaidyanathan et al. 2026, arXiv 2606.27510), with the metric
+    m and a cell c:
 
         PIE(c) = m(corrupted; c <- clean) - m(corrupted)      pure indirect effect, `denoise`
         TIE(c) = m(clean) - m(clean; c <- corrupted)          total indirect effect, `noise`
         INT(c) = TIE(c) - PIE(c)                              interaction
 
-    INT is the part of a cell's effect that depends on the state of the other cells. It is 0 where the
-    model is affine.
+    INT is the part of a cell's effect that depends on the state of the other cells. It is 0 where
+    the model is affine.
 
     Attributes:
         pie: traced with direction `denoise`.

@@ -1,12 +1,14 @@
-"""What tracing found: one row a pair and cell, nothing averaged away.
+"""Hold what a trace measured: one row per pair and cell, without averaging.
 
-With P the metric (the paper's: probability of the gold label), and a cell restored in the corrupted run (`denoise`):
+With P the metric (the paper's: probability of the gold label), and a cell restored in the corrupted
+run (`denoise`):
 
     TE  = P_clean - P_corrupted                    total effect of a pair          `Effects.total`
     IE  = P_patched - P_corrupted                  indirect effect of a cell       column `effect`
     ATE, AIE                                       their means over pairs          `ImportanceMap`
 
-(Meng et al. 2022, section 2.1.) In the `noise` direction IE = P_clean - P_patched. Both are positive where the cell matters.
+(Meng et al. 2022, section 2.1.) In the `noise` direction IE = P_clean - P_patched. Both are
+positive if the cell matters.
 """
 
 from __future__ import annotations
@@ -26,15 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Effects(Traced):
-    """Effects of every cell of every pair.
+    """Hold the effects of every cell of every pair.
 
     Attributes:
-        frame: columns `COLUMNS`; `head` and `position` are -1 where there is none; `draw_sd` is the standard deviation of the effect over
-            noise draws.
-        pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label probabilities of both runs.
-        about: model, n_layers, n_heads, corruption, direction, metric, unit, method, by, window, counts.
-        controls: columns `CONTROL_COLUMNS`, in a sweep by role: effects of template tokens drawn by pair, as
-            many as its roles have; None in sweeps by token and in runs of earlier versions.
+        frame: columns `COLUMNS`; `head` and `position` are -1 where there is none; `draw_sd` is the
+            standard deviation of the effect over noise draws.
+        pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label
+            probabilities of both runs.
+        about: model, n_layers, n_heads, corruption, direction, metric, unit, method, by, window,
+            counts.
+        controls: columns `CONTROL_COLUMNS`, in a sweep by role: effects of template tokens drawn by
+            pair, as many as its roles have; None in sweeps by token and in runs of earlier
+            versions.
 
     Example:
         >>> import mech_absa as ma
@@ -55,7 +60,7 @@ class Effects(Traced):
 
     @property
     def total(self) -> pd.Series:
-        """TE of every pair: what the corruption takes away."""
+        """Return TE of every pair: what the corruption takes away."""
         pairs = self.pairs.set_index("example_id")
         return (pairs["clean"] - pairs["corrupted"]).rename("total_effect")
 
@@ -73,7 +78,7 @@ class Effects(Traced):
         return ImportanceMap.of(self, by=by, **options)
 
     def example(self, example_id: str) -> pd.DataFrame:
-        """The rows of one pair.
+        """Return the rows of one pair.
 
         Raises:
             DataError: no such example was traced.
@@ -90,7 +95,7 @@ class Effects(Traced):
         return self.frame
 
     def to_xarray(self) -> xr.DataArray:
-        """Effects by role as an array with axes example, kind, layer, head, role."""
+        """Return effects by role as an array with axes example, kind, layer, head, role."""
         values, cells = self.matrix("role")
         index = pd.MultiIndex.from_frame(cells)
         frame = pd.DataFrame(
@@ -104,7 +109,8 @@ class Effects(Traced):
         )
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
-        """Show the prompt of one pair, its tokens coloured by their largest effect over layers (CircuitsVis, offline).
+        """Show the prompt of one pair, its tokens coloured by their largest effect over layers
+        (CircuitsVis, offline).
 
         Args:
             example_id: of a pair.
@@ -123,7 +129,7 @@ class Effects(Traced):
         return effects_html(self, self.importance())
 
     def only(self, **equal: Any) -> Effects:
-        """The rows whose columns equal (or are among) the values given."""
+        """Return the rows whose columns equal (or are among) the given values."""
         frame = self.frame
         for column, value in equal.items():
             frame = frame[

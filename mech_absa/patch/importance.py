@@ -1,8 +1,8 @@
-"""Effects averaged over pairs: where, how much, and how sure.
+"""Average effects over pairs: where, how much, and how sure.
 
 An `ImportanceMap` holds for every cell (component x role) the average indirect effect, a bootstrap
-interval and a sign-flip p-value, both by sentence (aspects of one sentence are not independent), the
-p-value corrected over all cells of the map, and how many pairs and sentences it stands on.
+interval and a sign-flip p-value, both by sentence because aspects of one sentence are not
+independent, the p-value corrected over all cells of the map, and the number of pairs and sentences.
 
 `selection.py` chooses sites from it.
 """
@@ -45,16 +45,17 @@ COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class ImportanceMap:
-    """Averages of effects with labelled axes.
+    """Hold averages of effects with labelled axes.
 
     Attributes:
-        table: columns `COLUMNS`, one row per cell; `n` counts pairs, `sentences` the sentences they come
-            from, `support` those that show an effect; `head` is -1 where there is none; with `by="position"` the column `role` is `position`.
+        table: columns `COLUMNS`, one row per cell; `n` counts pairs, `sentences` the sentences they
+            come from, `support` those that show an effect; `head` is -1 where there is none; with
+            `by="position"` the column `role` is `position`.
         values: the effects behind it, `[pair cell]`, NaN where a pair lacks the cell.
         clusters: the sentence of every pair.
         about: as in `Effects`, with level and adjustment.
-        controls: of every cell of a sweep by role, `[pair cell]`: the effect of as many template tokens, drawn
-            by pair; None where they were not traced.
+        controls: of every cell of a sweep by role, `[pair cell]`: the effect of as many template
+            tokens, drawn by pair; None where they were not traced.
 
     Example:
         >>> import mech_absa as ma
@@ -84,14 +85,14 @@ class ImportanceMap:
         draws: int = 2000,
         seed: int = 0,
     ) -> ImportanceMap:
-        """The map of some effects.
+        """Average some effects into a map.
 
         Args:
             effects: from `trace`.
             by: `role` or `position`.
             level: of the intervals.
-            adjustment: of the p-values over all cells, one of `stats.ADJUSTMENTS`: `maxt` and `holm`
-                (family-wise), `bh` and `by` (false discovery rate) or `none`.
+            adjustment: of the p-values over all cells, one of `stats.ADJUSTMENTS`: `maxt` and
+                `holm` (family-wise), `bh` and `by` (false discovery rate) or `none`.
             draws: of the bootstrap.
             seed: of the bootstrap and of the sign flips.
 
@@ -139,7 +140,7 @@ class ImportanceMap:
         return importance_html(self)
 
     def top(self, n: int = 10) -> pd.DataFrame:
-        """The cells with the largest effects, as a table with their sites spelled out."""
+        """Return the cells with the largest effects, as a table with their sites spelled out."""
         best = self.table.sort_values("aie", ascending=False, kind="stable").head(n)
         by = "role" if "role" in best else "position"
         sites = [
@@ -153,12 +154,14 @@ class ImportanceMap:
         return self.table
 
     def to_xarray(self) -> xr.Dataset:
-        """Variables aie, ci_low, ci_high, p, p_adjusted, n over the axes kind, layer, head, role."""
+        """Return aie, ci_low, ci_high, p, p_adjusted and n over the axes kind, layer, head,
+        role.
+        """
         by = "role" if "role" in self.table else "position"
         return self.table.set_index(["kind", "layer", "head", by]).to_xarray()
 
     def grid(self, kind: str, column: str = "aie") -> pd.DataFrame:
-        """One kind as a matrix, roles (in reading order) x layers; heads are averaged over.
+        """Return one kind as a matrix, roles (in reading order) x layers; heads are averaged.
 
         Raises:
             ConfigError: the map has no such kind.
@@ -173,7 +176,7 @@ class ImportanceMap:
         return grid.reindex([r for r in ROLES if r in grid.index]) if by == "role" else grid
 
     def save(self, path: str | Path) -> None:
-        """`importance.csv`."""
+        """Write `importance.csv`."""
         from ..records import atomic
 
         with atomic(path) as temporary:

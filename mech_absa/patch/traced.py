@@ -1,7 +1,7 @@
-"""The tables of a trace: the effect of every cell, and the pairs they were measured on.
+"""Hold the tables of a trace: the effect of every cell, and the pairs they were measured on.
 
-`Effects` adds what a user does with them. `ImportanceMap` is made from this class, and `Effects` makes
-maps, so that neither imports the other in a circle.
+`Effects` adds the methods for users. `ImportanceMap` is made from this class, and `Effects` makes
+maps, so that neither needs to import the other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAIR_COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """Effects of every cell of every pair, and their files.
+    """Hold the effects of every cell of every pair, and their files.
 
     Attributes:
         frame, pairs, about, controls: as in `Effects`.
@@ -55,14 +55,15 @@ class Traced:
     controls: pd.DataFrame | None = None
 
     def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]:
-        """Effects as `[pair cell]`, and what each cell is.
+        """Return effects as `[pair cell]`, and what each cell is.
 
         Args:
-            by: `role` takes, for every pair, the mean over the tokens of a role; `position` keeps absolute positions (only sensible for
-                prompts that line up).
+            by: `role` takes the mean over the tokens of a role, for every pair; `position` keeps
+                absolute positions, which makes sense only for prompts that line up.
 
         Returns:
-            values, NaN where a pair lacks the cell; and a frame with columns kind, layer, head and `by`, one row a cell, in reading order.
+            values, NaN if a pair lacks the cell; and a frame with columns kind, layer, head and
+            `by`, one row per cell, in reading order.
         """
         if by not in ("role", "position"):
             raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
@@ -110,7 +111,9 @@ class Traced:
     # ---- files ------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """`effects.parquet`, `pairs.parquet`, `about.json`, and `controls.parquet` if any, in a folder."""
+        """Write `effects.parquet`, `pairs.parquet`, `about.json`, and `controls.parquet` if any, to
+        a folder.
+        """
         folder = Path(folder)
         write_frame(self.frame, folder / "effects.parquet")
         write_frame(self.pairs, folder / "pairs.parquet")
@@ -120,13 +123,13 @@ class Traced:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Effects from the folder of a run.
+        """Load effects from the folder of a run.
 
-        A folder may hold fewer pairs than were traced, as an example beside a finished map. It is marked
-        as an excerpt (`about["excerpt_of"]`), and has no averages.
+        A folder may hold fewer pairs than were traced, such as an example beside a finished map. It
+        is then marked as an excerpt (`about["excerpt_of"]`) and has no averages.
 
         Raises:
-            DataError: it holds none.
+            DataError: the folder holds none.
         """
         folder = Path(folder)
         for name in ("effects.parquet", "pairs.parquet", "about.json"):
@@ -148,7 +151,7 @@ class Traced:
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
-    """A frame as parquet, the same bytes for the same content."""
+    """Write a frame as parquet; the same content gives the same bytes."""
     with atomic(path) as temporary:
         frame.to_parquet(temporary, index=False, compression="zstd")
 
@@ -158,5 +161,5 @@ def read_frame(path: str | Path) -> pd.DataFrame:
 
 
 def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:
-    """The site of a row of a table."""
+    """Return the site of a row of a table."""
     return Site(int(layer), kind, int(head) if kind in HEAD_KINDS else None, role)

@@ -6,9 +6,10 @@
     save(figure, path)                       PNG and PDF
     save_trace_figures(map, folder)          all figures of a trace
 
-Every figure says what was measured, in which unit, on which model, from how many pairs, how runs were corrupted and in
-which direction states were moved. No function here loads a model or imports torch. Functions of one panel draw on the
-`ax` they are given, or on a figure of their own; all return the figure, which shows itself in a notebook.
+Every figure says what was measured, in which unit, on which model, from how many pairs, how runs
+were corrupted and in which direction states were moved. No function here loads a model or imports
+torch. Functions of one panel draw on the `ax` they are given, or on a figure of their own; all
+return the figure, which shows itself in a notebook.
 
     style.py    look, colours, saving        words.py   corruption, direction and method in words
     layout.py   frames, titles, legends      cells.py   coloured cells and their marks

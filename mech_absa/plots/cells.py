@@ -1,4 +1,6 @@
-"""Maps as coloured cells: the mesh, marks of significant cells, frames around chosen cells, the colour bar."""
+"""Maps as coloured cells: the mesh, marks of significant cells, frames around chosen cells, the
+colour bar.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def draw_cells(
         values: NaN where there is no cell.
         columns, rows: names on the axes.
         limit: of the colours, to either side of 0.
-        compress: colours follow the square root of the size, so that small cells are seen beside large ones.
+        compress: colours follow the square root of the size, so that small cells are seen beside
+            large ones.
     """
     line = 0.4 if len(columns) <= 16 else 0.2 if len(columns) <= 48 else 0
     norm = FuncNorm((_root, _square), -limit, limit) if compress else Normalize(-limit, limit)
@@ -146,7 +149,9 @@ def matrix_of(
 
 
 def significant(table: pd.DataFrame) -> pd.Series:
-    """Return which cells differ from 0: adjusted p below 0.05, or intervals that leave 0 out without p-values."""
+    """Return which cells differ from 0: adjusted p below 0.05, or intervals that leave 0 out
+    without p-values.
+    """
     if "p_adjusted" in table and table["p_adjusted"].notna().any():
         return table["p_adjusted"] < SIGNIFICANT
     return (table["ci_low"] > 0) | (table["ci_high"] < 0)

@@ -23,10 +23,11 @@ def domains(
     title: str = "Trained here, tested there",
     note: str = "",
 ) -> Figure:
-    """Draw the score of every training and test domain, the number in its cell; in-domain cells are framed.
+    """Draw the score of every training and test domain, the number in its cell; in-domain cells are
+    framed.
 
-    Each cell gives the mean and, if there are several rows of a pair, their standard deviation. The colour scale spans
-    at least 20 points: differences of the size of the seeds' noise look like it.
+    Each cell gives the mean and, if there are several rows of a pair, their standard deviation. The
+    colour scale spans at least 20 points: differences of the size of the seeds' noise look like it.
 
     Args:
         table: columns `train`, `test` and `metric` (0 to 1).

@@ -113,7 +113,9 @@ def require_columns(table: pd.DataFrame, *columns: str) -> None:
 
 
 def groups_of(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
-    """Return the rows of each value of a column in order of appearance; one unnamed group without it."""
+    """Return the rows of each value of a column in order of appearance; one unnamed group without
+    it.
+    """
     if column not in table:
         return [("", table)]
     return [(str(name), rows) for name, rows in table.groupby(column, sort=False)]

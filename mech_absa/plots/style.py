@@ -1,9 +1,9 @@
 """The look of the figures: sizes, colours, fonts, and how a figure is saved.
 
-Colours can be told apart under the common colour blindnesses: blue - white - red for signed effects, with white at
-exactly 0, and the eight colours of Okabe and Ito for categories. Lines differ in dashes as well. A figure has a white
-ground of its own, so that it looks the same in a dark notebook. The style applies only inside `style()`: importing this
-module changes no rcParams.
+Colours can be told apart under the common colour blindnesses: blue - white - red for signed
+effects, with white at exactly 0, and the eight colours of Okabe and Ito for categories. Lines
+differ in dashes as well. A figure has a white ground of its own, so that it looks the same in a
+dark notebook. The style applies only inside `style()`: importing this module changes no rcParams.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ ROLE_STYLES: dict[str, tuple[str, Any]] = {
     "query.first": (OKABE_ITO["blue"], ":"), "query.middle": (OKABE_ITO["blue"], "--"),
     "query.last": (OKABE_ITO["blue"], "-"), "answer": (OKABE_ITO["black"], "-"),
 }  # fmt: skip
-"""Colour and dashes of a role: the colour is shared by all tokens of one span, the dashes tell its first, middle and last."""
+"""Colour and dashes of a role: the colour is shared by all tokens of one span, the dashes tell its
+first, middle and last.
+"""
 
 
 class Picture(Figure):

@@ -68,7 +68,8 @@ def heatmap(
         kinds: which, in this order; default all.
         title: of the figure.
         value: what a cell holds, for the colour scale.
-        compress: colours follow the square root of the effect, for maps in which few cells outshine the others.
+        compress: colours follow the square root of the effect, for maps in which few cells outshine
+            the others.
 
     Raises:
         ConfigError: the map lacks a kind that was asked for.
@@ -136,8 +137,8 @@ def lines(
     Args:
         importance: by role; heads are left out.
         kinds: which, in this order; default all.
-        highlight: the roles drawn in colour, or at most how many: those with the largest effects, and at
-            least a twentieth of the largest. The others are thin and grey.
+        highlight: the roles drawn in colour, or at most how many: those with the largest effects,
+            and at least a twentieth of the largest. The others are thin and grey.
 
     Raises:
         ConfigError: the map is not by role, or has only heads.

@@ -1,6 +1,8 @@
-"""Words for figures, reports and cards: what was measured, how runs were corrupted, and in which direction.
+"""Words for figures, reports and cards: what was measured, how runs were corrupted, and in which
+direction.
 
-Every function takes the `about` of effects or of an importance map, or an object that reads like that mapping.
+Every function takes the `about` of effects or of an importance map, or an object that reads like
+that mapping.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Small charts as inline SVG and HTML: they take their colours from the page, and every mark says its value."""
+"""Small charts as inline SVG and HTML: they take their colours from the page, and every mark says
+its value.
+"""
 
 from __future__ import annotations
 
@@ -75,12 +77,14 @@ def ticks(low: Number, high: Number, n: int = 5, whole: bool = False) -> list[Nu
 def y_range(
     lines: Sequence[Line], zero: bool = True, most: Number | None = None
 ) -> tuple[Number, Number] | None:
-    """Return the ends of a y axis that holds all curves and their intervals, or None without points.
+    """Return the ends of a y axis that holds all curves and their intervals, or None without
+    points.
 
     Args:
         lines: of one chart, or of several that share one scale.
         zero: whether the axis must hold 0.
-        most: the largest value that can occur, such as 1 for an accuracy; the axis does not go beyond it.
+        most: the largest value that can occur, such as 1 for an accuracy; the axis does not go
+            beyond it.
     """
     values = [y for line in lines for _, _, y in line.points()]
     if not values:

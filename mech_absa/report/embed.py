@@ -1,11 +1,13 @@
-"""The report's interactive maps as a notebook shows them: the same scripts and styles, in a frame of their own.
+"""The report's interactive maps as a notebook shows them: the same scripts and styles, in a frame
+of their own.
 
     importance_html(map)      the averaged maps: hover, arrow keys, CSV and PNG
     effects_html(effects)     the same, with the browser of single examples under them
     selection_html(choice)    the chosen sites, their effect and the verdict
 
-A frame without an address cannot reach the notebook around it, and its styles cannot change the notebook's. Where
-frames are not shown (a web view of a kept notebook), a plain table below says the same.
+A frame without an address cannot reach the notebook around it, and its styles cannot change the
+notebook's. Where frames are not shown (a web view of a kept notebook), a plain table below says the
+same.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def effects_html(effects: Effects, importance: ImportanceMap) -> str:
 
 
 def selection_html(selection: Selection) -> str:
-    """Return chosen sites as HTML: their names, mean effect with its interval, the rule and the verdict."""
+    """Return chosen sites as HTML: their names, mean effect with its interval, the rule and the
+    verdict.
+    """
     sites = " ".join(f"<code>{escape(str(s))}</code>" for s in selection.sites)
     interval = bracket(selection.ci_low, selection.ci_high)
     colour, verdict = (
@@ -101,7 +105,9 @@ def _data(table: pd.DataFrame, about: Any, sites: list[str]) -> dict[str, Any]:
 
 
 def _height(table: pd.DataFrame) -> int:
-    """Return the height of the frame in pixels: three maps stand side by side, a row of maps under another."""
+    """Return the height of the frame in pixels: three maps stand side by side, a row of maps under
+    another.
+    """
     by = "role" if "role" in table else "position"
     heights: list[int] = [
         int(rows["head" if kind in HEAD_KINDS else by].nunique()) * ROW + AROUND

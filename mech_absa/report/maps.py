@@ -1,8 +1,10 @@
 """Effects -> numbers small enough to travel inside a page.
 
-Averages go as they are, to four digits. Single examples are many: the map of one prompt and kind is stored as one byte a cell, signed,
-times a scale of its own (base64), so that 1,000 prompts of 40 tokens in 12 layers and three kinds need about 2 MiB, at an error of at most
-half a 127th of the map's largest effect. Where even that is too much, a sample of the examples is kept, and the page says so.
+Averages go as they are, to four digits. Single examples are many: the map of one prompt and kind is
+stored as one byte a cell, signed, times a scale of its own (base64), so that 1,000 prompts of 40
+tokens in 12 layers and three kinds need about 2 MiB, at an error of at most half a 127th of the
+map's largest effect. Where even that is too much, a sample of the examples is kept, and the page
+says so.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ NOTHING = -128
 
 
 def quantised(values: Float[np.ndarray, "row layer"]) -> tuple[float, str]:
-    """(scale, base64 of one signed byte a cell, row by row): value = scale * byte, -128 where the value is NaN."""
+    """(scale, base64 of one signed byte a cell, row by row): value = scale * byte, -128 where the
+    value is NaN.
+    """
     known = np.isfinite(values)
     scale = float(np.abs(values[known]).max()) / 127 if known.any() else 0.0
     scale = float(f"{scale:.6g}") if scale > 1e-30 else 0.0
@@ -42,8 +46,9 @@ def quantised(values: Float[np.ndarray, "row layer"]) -> tuple[float, str]:
 def spaced(tokens: Sequence[str], text: str) -> list[str]:
     """Tokens with the blanks that stand before them in the prompt.
 
-    A tokenizer of words and their blanks, asked for the text of one token, may leave the blank out (sentencepiece does), and a prompt read
-    from such pieces runs together. Tokens that are not found where they should be (bytes of a character, BOS) stay as they are.
+    A tokenizer of words and their blanks, asked for the text of one token, may leave the blank out
+    (sentencepiece does), and a prompt read from such pieces runs together. Tokens that are not
+    found where they should be (bytes of a character, BOS) stay as they are.
     """
     made, at = [], 0
     for token in tokens:
@@ -128,7 +133,9 @@ class _Cells:
         return drawn
 
     def best(self, rows: np.ndarray) -> list[Any] | None:
-        """Return the cell with the largest effect: kind, layer, head, position, role, metric, effect."""
+        """Return the cell with the largest effect: kind, layer, head, position, role, metric,
+        effect.
+        """
         if not len(rows) or not np.isfinite(self.effect[rows]).any():
             return None
         b = rows[int(np.nanargmax(self.effect[rows]))]

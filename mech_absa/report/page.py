@@ -1,9 +1,11 @@
-"""One page from the folders of runs, whole in one file: it opens from disk, with no network, and years later.
+"""One page from the folders of runs, whole in one file: it opens from disk, with no network, and
+years later.
 
-The conclusion comes first. Tables, charts and words are HTML, there without any script; maps and the browsers of
-examples are drawn by scripts of the page from data of the page, which stand in it as JSON. Whatever comes from the data
-is text and stays text: the templates escape it, the JSON has its `<`, `>` and `&` spelled as escapes, and the scripts only
-ever set text. A content security policy forbids the page to load anything. The same folders give the same bytes.
+The conclusion comes first. Tables, charts and words are HTML, there without any script; maps and
+the browsers of examples are drawn by scripts of the page from data of the page, which stand in it
+as JSON. Whatever comes from the data is text and stays text: the templates escape it, the JSON has
+its `<`, `>` and `&` spelled as escapes, and the scripts only ever set text. A content security
+policy forbids the page to load anything. The same folders give the same bytes.
 
     views/      what is said of each kind of run          maps.py    effects, small enough to travel in a page
     charts.py   curves and intervals                      runs.py    folders as they lie on disk

@@ -1,7 +1,8 @@
 """Run folders as they lie on disk -> tables and records, and nothing else.
 
-A folder is told by its files: `effects.parquet` is a trace, `edit.json` a training, `scores.csv` an evaluation, `matrix.csv` a domain
-matrix. Everything that a run may lack (an older record, no selection, no side effects) is absent here too, never a made-up value.
+A folder is told by its files: `effects.parquet` is a trace, `edit.json` a training, `scores.csv` an
+evaluation, `matrix.csv` a domain matrix. Everything that a run may lack (an older record, no
+selection, no side effects) is absent here too, never a made-up value.
 """
 
 from __future__ import annotations
@@ -130,13 +131,17 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def with_whole_numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with -1 for "no head" and "no position": older runs have that, newer ones leave them empty."""
+    """Return a table with -1 for "no head" and "no position": older runs have that, newer ones
+    leave them empty.
+    """
     columns = [c for c in ("head", "position") if c in table and table[c].isna().any()]
     return table.assign(**{c: table[c].fillna(-1).astype(int) for c in columns})
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Several runs, each under a name of its own: the folder's, with as much of its path as tells it apart."""
+    """Several runs, each under a name of its own: the folder's, with as much of its path as tells
+    it apart.
+    """
     paths = [f.resolve() for f in folders]
     names = ["/".join(p.parts[-1:]) for p in paths]
     depth = 1

@@ -22,7 +22,9 @@ def digits(value: Any, n: int = 4) -> float | None:
 
 
 def number(value: Any, n: int = 4) -> str:
-    """Write a number for reading: thousands apart, `n` significant digits, a dash where there is none."""
+    """Write a number for reading: thousands apart, `n` significant digits, a dash where there is
+    none.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -104,7 +106,9 @@ ESCAPES = (
 
 
 def embedded(data: Any) -> Markup:
-    """Return JSON for a script element: no character in it can end the element, open a comment or begin an entity."""
+    """Return JSON for a script element: no character in it can end the element, open a comment or
+    begin an entity.
+    """
     how: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     try:
         text = json.dumps(data, **how)

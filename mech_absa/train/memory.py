@@ -22,8 +22,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Return the highest number of bytes since the last reset: of the accelerator where `device` is one,
-    otherwise of this process (resident)."""
+    """Return the highest number of bytes since the last reset: of the accelerator where `device` is
+    one, otherwise of this process (resident).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):

@@ -177,8 +177,9 @@ def matrices(layers: Iterable[int], *names: str) -> list[str]:
 def both_parts(
     sites: Sites, *, rank: int, lr_weight: float, lr_representation: float, **lora: Any
 ) -> tuple[Part, ...]:
-    """Return the paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer outputs
-    and positions."""
+    """Return the paper's two parts at `sites`: W_O low-rank in their layers, LoReFT at their layer
+    outputs and positions.
+    """
     found = read_sites(sites)
     return (
         *parts("lora", matrices(_layers(found), "W_O"), lr_weight, rank=rank, **lora),
@@ -189,8 +190,9 @@ def both_parts(
 def paper(
     sites: Sites, *, rank: int = 4, alpha: float = 8.0, epochs: int = 1, batch_size: int = 2
 ) -> Preset:
-    """Return the edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it does not
-    state, is that of the authors' code."""
+    """Return the edit as the paper states it: rates 3e-4 and 1e-5, one epoch. The rank, which it
+    does not state, is that of the authors' code.
+    """
     made = both_parts(
         sites,
         rank=rank,

@@ -100,7 +100,9 @@ class Task:
         return CachedStream(self.cache, edit)
 
     def loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
-        """Return the loss summed over a batch; each example's is a mean over the tokens it is read at."""
+        """Return the loss summed over a batch; each example's is a mean over the tokens it is read
+        at.
+        """
         return (
             self._text_loss(edit, batch) if self.kind == "text" else self._label_loss(edit, batch)
         )

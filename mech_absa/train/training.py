@@ -75,7 +75,9 @@ class Progress:
 
 
 class Team:
-    """The processes that train one edit together; a single one unless a launcher has started several."""
+    """The processes that train one edit together; a single one unless a launcher has started
+    several.
+    """
 
     def __init__(self):
         import torch.distributed as dist
@@ -155,7 +157,9 @@ class Training:
             yield [[self.items[i] for i in batch] for batch in group]
 
     def step(self, group: Group) -> None:
-        """Take one step of the optimiser; a loss or gradient that is not a number ends the training instead."""
+        """Take one step of the optimiser; a loss or gradient that is not a number ends the training
+        instead.
+        """
         state, edit = self.state, self.edit
         rate = schedule(self.preset, state.step, self.steps)
         for g in self.optimiser.param_groups:
@@ -398,7 +402,9 @@ def _restore(edit: Edit, values: State) -> None:
 
 @contextlib.contextmanager
 def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Make the global generators a function of seed and step inside, and leave them as they were outside."""
+    """Make the global generators a function of seed and step inside, and leave them as they were
+    outside.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed * 1_000_003 + step) & (2**63 - 1))

@@ -164,7 +164,9 @@ def _aspects(rng: random.Random, domain: Domain, n: int, test: bool) -> list[tup
 
 
 def draw_polarities(rng: random.Random, domain: Domain, n: int) -> list[Polarity]:
-    """Draw polarities by the weights of the domain, twice where all agree: mixed sentences matter most."""
+    """Draw polarities by the weights of the domain, twice where all agree: mixed sentences matter
+    most.
+    """
     draw = rng.choices(tuple(Polarity), domain.weights, k=n)
     if n > 1 and len(set(draw)) == 1:
         draw = rng.choices(tuple(Polarity), domain.weights, k=n)

@@ -186,7 +186,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain: its groups of aspects, texts before and after the clauses, and weights of polarities."""
+    """A domain: its groups of aspects, texts before and after the clauses, and weights of
+    polarities.
+    """
 
     name: str
     groups: tuple[Group, ...]

@@ -15,4 +15,6 @@ VIEWS: dict[str, Callable[[Run, int], dict[str, Any]]] = {
     "evaluate": evaluate_view,
     "matrix": matrix_view,
 }
-"""Kind of run -> (run, bytes that its single examples may take) -> context of the template, with `data` for the scripts."""
+"""Kind of run -> (run, bytes that its single examples may take) -> context of the template, with
+`data` for the scripts.
+"""

@@ -55,7 +55,9 @@ def conclusion(
     compared: pd.DataFrame | None,
     effects: Sequence[dict[str, Any]],
 ) -> list[dict[str, str]]:
-    """Return the sentences on top: scores, differences with their intervals, and always the side effects."""
+    """Return the sentences on top: scores, differences with their intervals, and always the side
+    effects.
+    """
     lines = []
     for r in rows[:6]:
         interval = bracket(r["accuracy_low"], r["accuracy_high"], percent)
@@ -216,9 +218,11 @@ def side_effects(notes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def answers(table: pd.DataFrame | None, most: int = ANSWERS) -> tuple[dict[str, Any], int]:
-    """Return the answers of all systems to each example on one row, and how many examples there were.
+    """Return the answers of all systems to each example on one row, and how many examples there
+    were.
 
-    Rows that some system got wrong come first; if there are more than `most` rows, they are the ones that are kept.
+    Rows that some system got wrong come first; if there are more than `most` rows, they are the
+    ones that are kept.
     """
     if table is None:
         return {"systems": [], "labels": [], "sets": [], "rows": []}, 0
@@ -244,7 +248,9 @@ def answers(table: pd.DataFrame | None, most: int = ANSWERS) -> tuple[dict[str, 
 
 
 def _answer(row: dict[str, Any], labels: Sequence[str]) -> list[Any]:
-    """Return what one system answered: label or None, right or wrong, shares of the labels, free text."""
+    """Return what one system answered: label or None, right or wrong, shares of the labels, free
+    text.
+    """
     scores = [row.get(f"logprob_{c}") for c in labels]
     shares = [None if x is None else digits(math.exp(x), 3) for x in scores]
     predicted = None if row["predicted"] is None else str(row["predicted"])

@@ -1,4 +1,6 @@
-"""The view of a domain matrix: methods side by side, and every training domain against every test domain."""
+"""The view of a domain matrix: methods side by side, and every training domain against every test
+domain.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
 
 
 def conclusion(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the sentences on top: the best trained method in domain and across, and who stands within its spread."""
+    """Return the sentences on top: the best trained method in domain and across, and who stands
+    within its spread.
+    """
     lines = []
     for where, words in (("in", "In domain"), ("out", "Across domains")):
         ranked = [r for r in rows if r["trainable"] and r[f"accuracy_{where}"] is not None]
@@ -83,7 +87,9 @@ def summary_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def spread(
     rows: Sequence[dict[str, Any]],
 ) -> list[tuple[str, float, float | None, float | None]]:
-    """Return (method and where, accuracy, one standard deviation over seeds below, and above), in percent."""
+    """Return (method and where, accuracy, one standard deviation over seeds below, and above), in
+    percent.
+    """
     drawn: list[tuple[str, float, float | None, float | None]] = []
     for r in rows:
         for where, words in (("in", " in domain" if r["trainable"] else ""), ("out", " across")):
@@ -96,7 +102,8 @@ def spread(
 
 
 def domain_maps(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one heat map per method: training domain x test domain, means over seeds, all on one scale.
+    """Return one heat map per method: training domain x test domain, means over seeds, all on one
+    scale.
 
     The scale spans at least 20 points, so that the seeds' noise does not fill it.
     """

@@ -100,7 +100,9 @@ FEW = 20
 
 
 def resolution_words(run: Run, sentences: int) -> list[dict[str, str]]:
-    """Return the sentence on what so many sentences can show of so many cells, if the correction is known."""
+    """Return the sentence on what so many sentences can show of so many cells, if the correction is
+    known.
+    """
     table, adjustment = run.tables["importance.csv"], str(run.config.get("adjustment"))
     tested = int(table["p"].notna().sum()) if "p" in table else 0
     if adjustment not in ADJUSTMENTS or not tested or not sentences:
@@ -110,7 +112,9 @@ def resolution_words(run: Run, sentences: int) -> list[dict[str, str]]:
 
 
 def choice_words(sites: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the sentences on the chosen sites: where, how large, how stable, and whether they stand out."""
+    """Return the sentences on the chosen sites: where, how large, how stable, and whether they
+    stand out.
+    """
     if not sites.get("sites"):
         return []
     mean = ""
@@ -171,7 +175,9 @@ def facts(run: Run, account: dict[str, Any], total: float | None) -> list[tuple[
 
 
 def self_checks(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return every identity with its largest difference and whether it holds, and the cells compared."""
+    """Return every identity with its largest difference and whether it holds, and the cells
+    compared.
+    """
     allowed = digits(record.get("tolerance"))
     rows = []
     for name, value in record.items():

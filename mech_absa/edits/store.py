@@ -27,6 +27,8 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import EditError, MechAbsaError
 from ..model import BUNDLED, Model
+from ..model.downloads import SMOLLM2
+from ..model.downloads import folder as downloaded
 from ..records import atomic, finite, plain, sha256_bytes, write_json, write_text
 from .base import Part, Shape
 from .edit import FAMILIES, Edit
@@ -35,6 +37,7 @@ from .record import TrainingRecord
 EDIT_SCHEMA = 2
 WEIGHTS, ABOUT, HISTORY = "edit.safetensors", "edit.json", "history.csv"
 BUNDLED_EDIT = BUNDLED.parent / "adapter"
+SMOLLM2_EDIT = BUNDLED.parent / "adapter_smollm2"
 MOST_SHOWN = 200
 """Characters of a library's own error in a message."""
 
@@ -96,8 +99,8 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
     """Load the edit that a folder holds.
 
     Args:
-        folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation of the
-            bundled model that ships with it.
+        folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation that ships
+            with the package: of SmolLM2 where `model` is that, and of the bundled model otherwise.
         model: the model it is for; checked now where it is given, and at the first use where it is
             not.
 
@@ -109,7 +112,7 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         >>> load_edit("bundled", load_model()).layers
         (0, 1, 2, 3, 4, 5, 6, 7)
     """
-    folder = BUNDLED_EDIT if str(folder) == "bundled" else Path(folder)
+    folder = (bundled_edit(model) or BUNDLED_EDIT) if str(folder) == "bundled" else Path(folder)
     fields = _read(folder)
     data = (folder / WEIGHTS).read_bytes()
     if sha256_bytes(data) != fields.get("sha256"):
@@ -136,6 +139,20 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         edit.check(model)
         edit = edit.to(model.device)
     return edit.eval()
+
+
+def bundled_edit(model: Model | None) -> Path | None:
+    """Return the folder of the adaptation of a model that ships with the package.
+
+    Args:
+        model: any; None for the bundled model.
+
+    Returns:
+        None where none ships for it.
+    """
+    ships = {str(BUNDLED): BUNDLED_EDIT, str(downloaded(SMOLLM2)): SMOLLM2_EDIT}
+    folder = BUNDLED_EDIT if model is None else ships.get(str(model.source))
+    return folder if folder is not None and (folder / ABOUT).is_file() else None
 
 
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)

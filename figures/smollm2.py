@@ -1,0 +1,278 @@
+"""The paper on a real language model: SmolLM2-135M and real reviews (`make reproduce MODEL=smollm2`).
+
+    python -m mech_absa.models get smollm2
+    python -m figures.smollm2 --data DATA                  every study that is not there yet
+    python -m figures.smollm2 --data DATA --only noise     this study alone
+    python -m figures.smollm2 --data DATA --fast           a handful of rows: tries the commands
+
+DATA holds `me_absc/` (NAME_train.json and NAME_test.json of device, laptop, rest, service), `mams/`
+(train.xml, test.xml) and `dmaste/` (NAME_train.txt, NAME_dev.txt). The adapter is the one that ships
+with the package (`smollm2_adapter.py` made it). Traces use training rows that the adapter was not
+trained on, and DMASTE's dev files; test files are scored only. Sentences are cut off at a number of
+words, for the cost.
+
+As in `reproduce.py`, each step is a public command in a process of its own, a killed step is taken
+up, and small results go to `figures/results/smollm2/`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+import mech_absa as ma
+from mech_absa.commands.cli import command
+from mech_absa.errors import ConfigError, choices
+from mech_absa.examples import Example
+from mech_absa.readers import write_jsonl
+from mech_absa.records import write_json
+
+from . import reproduce
+from .interaction import interaction_table
+from .reproduce import MATRIX, PATCH, ROOT, Step, Study
+from .smollm2_adapter import DOMAINS, file, split
+
+EVALUATE = "mech_absa.evaluate"
+MODEL = "smollm2"
+MAMS_ROWS, DOMAIN_ROWS = 600, 400
+"""Rows that the adapter was trained on, of MAMS and of each domain."""
+KINDS = ("resid_post", "attn_out", "mlp_out")
+SECONDS = {"trace": 9.0, "test": 0.5, "training": 1.5}
+"""Seconds of one core for a pair in one direction, a test row, and a training row."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trace, score and edit SmolLM2-135M on real reviews, and keep the small results."""
+
+    data: Path
+    """Folder with me_absc/, mams/ and dmaste/."""
+    only: tuple[str, ...] = ()
+    """These studies alone; default all."""
+    fast: bool = False
+    """A handful of rows everywhere: tries the commands, proves nothing."""
+    jobs: int = 2
+    """Commands that run side by side, one thread each."""
+    runs: Path | None = None
+    """Where the commands work; default runs/smollm2."""
+    results: Path | None = None
+    """Where the small results go; default figures/results, and with --fast a folder beside the runs."""
+
+    @property
+    def work(self) -> Path:
+        """The folder of the commands."""
+        return self.runs or ROOT / "runs" / (f"{MODEL}_fast" if self.fast else MODEL)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    pairs: int = 100
+    """Pairs of each trace."""
+    words: int = 30
+    """Longest sentence that is traced."""
+    pool: int = 600
+    """Rows of each kind from which pairs are taken."""
+    test: int = 300
+    """Rows of each test file."""
+    train: int = 200
+    """Training rows a domain of the edits."""
+    edit_test: int = 150
+    """Test rows a domain of the edits."""
+
+
+FAST = Sizes(pairs=2, words=12, pool=60, test=4, train=8, edit_test=4)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def prepare(data: Path, folder: Path, sizes: Sizes) -> None:
+    """Write the rows that the traces read, and those whose opinion words make the lexicon.
+
+    The same data and sizes give the same files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    spare = {name: split(data, name, DOMAIN_ROWS).spare for name in DOMAINS}
+    reviews = [e for rows in spare.values() for e in drawn(rows, sizes.pool // 4, sizes.words)]
+    mams = whole_sentences(split(data, "mams", MAMS_ROWS).spare, 2 * sizes.pool, sizes.words)
+    dev, train = (
+        [e for f in sorted((data / "dmaste").glob(f"*_{part}.txt")) for e in ma.load_examples(f)]
+        for part in ("dev", "train")
+    )
+    marked = drawn([e for e in dev if e.opinion is not None], sizes.pool, sizes.words)
+    lexicon = [e for e in train if e.opinion is not None]
+    for name, rows in {"noise": reviews, "aspect_swap": mams, "opinion_swap": marked, "lexicon": lexicon}.items():  # fmt: skip
+        write_jsonl(rows, folder / f"{name}.jsonl")
+
+
+def drawn(rows: Iterable[Example], n: int, words: int) -> list[Example]:
+    """Return `n` rows of at most so many words, drawn by a fixed seed."""
+    short = [e for e in rows if len(e.sentence.split()) <= words]
+    return random.Random(0).sample(short, min(n, len(short)))
+
+
+def whole_sentences(rows: Iterable[Example], n: int, words: int) -> list[Example]:
+    """Return all rows of sentences drawn by a fixed seed, until there are `n` rows."""
+    groups: dict[str, list[Example]] = {}
+    for e in rows:
+        if len(e.sentence.split()) <= words:
+            groups.setdefault(e.cluster, []).append(e)
+    order = sorted(groups)
+    random.Random(0).shuffle(order)
+    taken: list[Example] = []
+    for cluster in order:
+        if len(taken) >= n:
+            break
+        taken += groups[cluster]
+    return taken
+
+
+# ---- studies -------------------------------------------------------------------------------------
+
+
+def studies(data: Path, work: Path, sizes: Sizes) -> list[Study]:
+    """Return all studies, in the order in which they run."""
+    return [
+        *(traces(work, sizes, name) for name in ("aspect_swap", "noise", "opinion_swap")),
+        accuracy(data, sizes),
+        *(traces(work, sizes, name, "noise") for name in ("aspect_swap", "opinion_swap")),
+        edits(data, sizes),
+    ]
+
+
+QUESTIONS = {
+    "noise": "Figure 3 of the paper on real reviews: which states bring the answer back when all tokens are noised?",
+    "aspect_swap": "Which states bind the answer to the aspect that is asked about, in a fixed sentence?",
+    "opinion_swap": "Which states carry the opinion word?",
+}
+
+
+def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> Study:
+    """Return the trace of one corruption in one direction."""
+    rows = reproduce._near(work / "rows")
+    more = {
+        "noise": {"corruption": "noise", "noise_draws": 1},
+        "aspect_swap": {"corruption": "aspect-swap"},
+        "opinion_swap": {"corruption": "opinion-swap", "lexicon": str(rows / "lexicon.jsonl")},
+    }
+    step = reproduce._trace(
+        "trace", model=MODEL, data=str(rows / f"{name}.jsonl"), by="role", limit=sizes.pairs,
+        sites=KINDS, direction=direction, **more[name],
+    )  # fmt: skip
+    called = name if direction == "denoise" else f"{name}_{direction}"
+    return Study(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
+
+
+def accuracy(data: Path, sizes: Sizes) -> Study:
+    """Return the scores of the adapter on the test files."""
+    tests = [str(reproduce._near(file(data, name, "test"))) for name in (*DOMAINS, "mams")]
+    flags = reproduce._flags(
+        model=MODEL, edit=("none", "bundled"), data=tests, limit=sizes.test, compare="none"
+    )
+    step = Step("scores", EVALUATE, (*flags, "--no-report", "--quiet"), {})
+    question = "How well does the adapter answer on test files, beside the model as it is?"
+    return Study(f"{MODEL}/accuracy", question, (step,), keep_scores)
+
+
+WHERE = ("sites", "middle", "first", "last", "random")
+
+
+def edits(data: Path, sizes: Sizes) -> Study:
+    """Return the paper's edit at traced and other layers, one seed, one training per domain."""
+    train, test = ([str(file(data, n, part)) for n in DOMAINS] for part in ("train", "test"))
+    flags = reproduce._flags(
+        model=MODEL, train=train, test=test, limit_train=sizes.train, limit_test=sizes.edit_test,
+        methods=("zero_shot", *(f"lora@{w}" for w in WHERE)), seeds=0, validation=0,
+        sites=f"figures/results/{MODEL}/noise/sites.json", rank=8,
+    )  # fmt: skip
+    step = Step("seed0", MATRIX, (*flags, "--any-sites", "--quiet"), {})
+    question = "Does editing at the traced layers answer better than editing elsewhere?"
+    return Study(f"{MODEL}/edits", question, (step,), reproduce.keep_matrix)
+
+
+def keep(study: Study, work: Path, results: Path) -> None:
+    """Keep the map, one pair, and, where both directions are there, their difference."""
+    reproduce.keep_trace(study, work, results)
+    other = work.with_name(work.name.removesuffix("_noise"))
+    if other == work:
+        return
+    denoise, noise = (ma.Effects.load(w / "trace") for w in (other, work))
+    table, _ = interaction_table(denoise, noise)
+    reproduce._table(table, results / "interaction.csv")
+
+
+def keep_scores(study: Study, work: Path, results: Path) -> None:
+    """Keep the scores and the comparisons."""
+    for name in ("scores.csv", "comparisons.csv"):
+        if (path := work / study.steps[0].name / name).exists():
+            reproduce._table(pd.read_csv(path), results / name)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def budget(chosen: list[Study], sizes: Sizes) -> float:
+    """Return the CPU-hours that the studies take, about."""
+    seconds = 0.0
+    for study in chosen:
+        step = study.steps[0]
+        if step.module == PATCH:
+            seconds += SECONDS["trace"] * sizes.pairs
+        elif step.module == EVALUATE:
+            seconds += SECONDS["test"] * 2 * sizes.test * (len(DOMAINS) + 1)
+        else:
+            each = SECONDS["training"] * sizes.train + SECONDS["test"] * 4 * sizes.edit_test
+            seconds += len(WHERE) * len(DOMAINS) * each
+    return seconds / 3600
+
+
+def run(config: Config) -> None:
+    """Run the studies that are asked for.
+
+    Raises:
+        ConfigError: there is no study of that name, or the data is missing.
+        MechAbsaError: a study failed; those before it are kept.
+    """
+    sizes = FAST if config.fast else Sizes()
+    for folder in ("me_absc", "mams", "dmaste"):
+        if not (config.data / folder).is_dir():
+            raise ConfigError(f"--data {config.data} holds no folder {folder}; it is needed")
+    every = studies(config.data, config.work, sizes)
+    names = [s.name.split("/")[1] for s in every]
+    if unknown := [n for n in config.only if n not in names]:
+        raise ConfigError(f"--only {unknown[0]!r} is no study; accepted: {choices(names)}")
+    chosen = [s for s, n in zip(every, names, strict=True) if not config.only or n in config.only]
+    print(f"about {budget(chosen, sizes):.1f} CPU-hours for {len(chosen)} studies", flush=True)
+    if not (config.work / "rows" / "lexicon.jsonl").exists():
+        prepare(config.data, config.work / "rows", sizes)
+    runner = reproduce.Runner(
+        reproduce.Config(fast=config.fast, runs=config.work, results=config.results)
+    )
+    runner.traced.set()
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for done in [pool.submit(one, runner, study, config) for study in chosen]:
+            done.result()
+
+
+def one(runner: reproduce.Runner, study: Study, config: Config) -> None:
+    """Run one study and keep its results."""
+    step = study.steps[0]
+    said, seconds = runner.run(study, step)
+    results, work = runner.config.kept / study.name, runner.config.work / study.name
+    study.keep(study, work, results)
+    made = reproduce.record(study, work, {step.name: said}, {step.name: seconds})
+    hidden = {str(config.data): "data", f"{ROOT}/": ""}
+    write_json(results / "run.json", json.loads(json.dumps(reproduce.scrubbed(made, hidden))))
+    print(f"{study.name}: {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, run, "python -m figures.smollm2"))

@@ -3,6 +3,7 @@
 # make test      the test suite (minutes); make test-slow for the long ones
 # make figures   every figure and table, from the results kept in figures/results (minutes, no model)
 # make reproduce those results anew, in under 90 minutes on two cores; ME_ABSC=folder of the paper's data adds the studies of real reviews
+# make reproduce MODEL=smollm2 DATA=folder   the study of SmolLM2-135M; the folder holds me_absc/, mams/ and dmaste/
 # make docs      the pages of docs/ and the API reference as a site, site/index.html, that opens from disk
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,6 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
 MODEL  ?= bundled
+DATA   ?= ../shared/data
 LIMIT  ?= $(if $(filter smollm2,$(MODEL)),8,40)
 
 .PHONY: demo test test-slow figures reproduce docs clean
@@ -43,7 +45,13 @@ figures: $(STAMP)
 	$(BIN)/python -m figures.make
 
 reproduce: $(STAMP)
+ifeq ($(MODEL),smollm2)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m mech_absa.models get $(MODEL)
+	$(BIN)/python -m figures.smollm2 --data $(DATA)
+else
 	$(BIN)/python -m figures.reproduce $(if $(ME_ABSC),--me-absc $(ME_ABSC))
+endif
 
 docs: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import mech_absa as ma
@@ -32,6 +33,7 @@ from mech_absa.errors import ConfigError, choices
 from mech_absa.examples import Example
 from mech_absa.readers import write_jsonl
 from mech_absa.records import write_json
+from mech_absa.stats import cluster_bootstrap
 
 from . import reproduce
 from .interaction import interaction_table
@@ -198,22 +200,83 @@ def edits(data: Path, sizes: Sizes) -> Study:
     return Study(f"{MODEL}/edits", question, (step,), reproduce.keep_matrix)
 
 
+BANDS = {"0-5": (0, 5), "9-14": (9, 14), "15-20": (15, 20), "24-29": (24, 29)}
+"""Layers that are compared, six in each; 9-14 of 30 are the paper's 10-15 of 32."""
+GROUPS = {
+    "aspect in the sentence": ("aspect.first", "aspect.middle", "aspect.last"),
+    "aspect in the question": ("query.first", "query.middle", "query.last"),
+    "opinion": ("opinion",),
+    "rest of the sentence": ("before", "after"),
+    "template": ("template",),
+    "last token": ("answer",),
+}
+"""Roles that are averaged together."""
+
+
 def keep(study: Study, work: Path, results: Path) -> None:
-    """Keep the map, one pair, and, where both directions are there, their difference."""
-    reproduce.keep_trace(study, work, results)
+    """Keep the map, its means over bands of layers, and the difference of both directions."""
+    reproduce.keep_map(study, work, results)
+    effects = ma.Effects.load(work / "trace")
+    reproduce._table(banded(effects.importance(by="role")), results / "bands.csv")
     other = work.with_name(work.name.removesuffix("_noise"))
-    if other == work:
-        return
-    denoise, noise = (ma.Effects.load(w / "trace") for w in (other, work))
-    table, _ = interaction_table(denoise, noise)
-    reproduce._table(table, results / "interaction.csv")
+    if other != work:
+        table, _ = interaction_table(ma.Effects.load(other / "trace"), effects)
+        reproduce._table(table, results / "interaction.csv")
+
+
+def banded(importance: ma.ImportanceMap) -> pd.DataFrame:
+    """Return mean effects over bands of layers and groups of roles.
+
+    Each pair's effects are averaged over the cells that it has, then over pairs; intervals resample
+    sentences. `minus_others` is the band's mean minus that of all other layers, in the same pairs.
+
+    Returns:
+        columns kind, roles, layers, aie, ci_low, ci_high, minus_others, minus_low, minus_high, n.
+    """
+    table, rows = importance.table, []
+    for kind in dict.fromkeys(table["kind"]):
+        for group, roles in GROUPS.items():
+            here = ((table["kind"] == kind) & table["role"].isin(roles)).to_numpy()
+            for band, (low, high) in BANDS.items():
+                inside = table["layer"].between(low, high).to_numpy()
+                mean = over(importance.values, here & inside)
+                rest = mean - over(importance.values, here & ~inside)
+                if np.isnan(mean).all():
+                    continue
+                has = ~np.isnan(mean)
+                one, two = (estimate(v[has], importance.clusters[has]) for v in (mean, rest))
+                rows.append(
+                    {
+                        "kind": kind, "roles": group, "layers": band,
+                        "aie": one[0], "ci_low": one[1], "ci_high": one[2],
+                        "minus_others": two[0], "minus_low": two[1], "minus_high": two[2],
+                        "n": int(has.sum()),
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def estimate(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
+    """Return a mean and the ends of its interval."""
+    found = cluster_bootstrap(values, clusters)
+    return float(found.mean), float(found.low), float(found.high)
+
+
+def over(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return each pair's mean over some cells, NaN where it has none of them."""
+    chosen = values[:, cells]
+    there = ~np.isnan(chosen)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(there, chosen, 0.0).sum(1) / there.sum(1)
 
 
 def keep_scores(study: Study, work: Path, results: Path) -> None:
-    """Keep the scores and the comparisons."""
+    """Keep the scores and the comparisons, files by their names alone."""
     for name in ("scores.csv", "comparisons.csv"):
         if (path := work / study.steps[0].name / name).exists():
-            reproduce._table(pd.read_csv(path), results / name)
+            table = pd.read_csv(path)
+            named = table["data"].map(lambda d: "/".join(Path(d).parts[-2:]))
+            reproduce._table(table.assign(data=named), results / name)
 
 
 # ---- running -------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""`mech-absa evaluate`, or `python -m mech_absa.evaluate`: score edits, and what other systems predicted, on any number of test files.
+"""Run `mech-absa evaluate`, or `python -m mech_absa.evaluate`: score edits and other systems'
+answers.
 
-    mech-absa evaluate --edit none bundled --data builtin:restaurant/test builtin:device/test --out runs/z
-    mech-absa evaluate --edit runs/seed0 runs/seed1 runs/seed2 --data test.xml --train-data train.xml --side-effects
+    mech-absa evaluate --edit none bundled --data builtin:restaurant/test builtin:device/test
+    mech-absa evaluate --edit runs/seed0 runs/seed1 --data test.xml --train-data train.xml
     mech-absa evaluate --predictions gpt.csv --data test.jsonl
 
-Several edits are scored one by one, and those that differ by their seed alone together as well. The run leaves `scores.csv`,
-`predictions.parquet`, `run.json` and `report.html`; with `--compare` also `comparisons.csv`, with several seeds `aggregate.csv`, with
-`--side-effects` `side_effects.json`, and with `--baselines` `baselines.csv`. Everything is computed before the first of them is written.
+Several edits are scored one by one, and those that differ only in their seed also together. The run
+writes `scores.csv`, `predictions.parquet`, `run.json` and `report.html`; with `--compare` also
+`comparisons.csv`, with several seeds `aggregate.csv`, with `--side-effects` `side_effects.json`,
+and with `--baselines` `baselines.csv`. Everything is computed before the first of them is written.
 """
 
 from __future__ import annotations
@@ -63,15 +65,15 @@ class Config:
     data: Sources
     """Test files, or built-in ones such as builtin:restaurant/test; each is scored on its own."""
     limit: OptionalInt = None
-    """At most this many examples of each source, drawn by --seed."""
+    """Use at most this many examples of each source, drawn by --seed."""
     head: bool = False
     """Take the first examples of the data for --limit, instead of drawing them."""
     edit: OptionalSources = ()
-    """Folders of edits; none is the model as it is, bundled the adaptation that ships with it. Default: none."""
+    """Folders of edits; none for the unedited model, bundled for the shipped one. Default: none."""
     predictions: OptionalPaths = ()
-    """What another system answered: one file per test file, in the same order."""
+    """Answers of another system: one file per test file, in the same order."""
     train_data: OptionalSources = ()
-    """What the edits were trained on: test rows that stand there are counted, and scores are given without them too."""
+    """What the edits were trained on, to also score without test rows that stand there."""
     compare: OptionalText = None
     """Compare every system with this edit (a folder, none or bundled) on the same rows."""
     side_effects: bool = False
@@ -79,15 +81,15 @@ class Config:
     baselines: bool = True
     """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
     texts: OptionalPath = None
-    """For --side-effects: a text file of unrelated passages, separated by blank lines. Default: some that are built in."""
+    """For --side-effects: a text file of unrelated passages, separated by blank lines."""
     decode: Decode = "label"
     """label scores the label words; generate writes freely and compares what was written."""
     level: float = 0.95
-    """Of the intervals."""
+    """Level of the intervals."""
     draws: int = 1000
     """Bootstrap draws."""
     seed: int = 0
-    """Of the bootstrap and of --limit."""
+    """Seed of the bootstrap and of --limit."""
     batch_size: int = 32
     """Prompts per forward pass."""
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
@@ -116,18 +118,18 @@ class Config:
 
     @property
     def edits(self) -> tuple[str, ...]:
-        """What is loaded and scored: the model as it is, where nothing else was asked for."""
+        """Return what is loaded and scored: the unedited model by default."""
         return self.edit or (() if self.predictions else ("none",))
 
     @property
     def sure(self) -> dict[str, Any]:
-        """How intervals are made."""
+        """Return how intervals are made."""
         return {"level": self.level, "draws": self.draws, "seed": self.seed}
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What an evaluation uses: everything that is loaded and checked before the first score.
+    """Hold what an evaluation uses: everything that is loaded and checked before the first score.
 
     Attributes:
         config: the flags.
@@ -149,7 +151,7 @@ class Task:
 
     @property
     def seen(self) -> list[Example] | None:
-        """Training examples; None where none are known."""
+        """Return the training examples; None if none are known."""
         return [e for t in self.train for e in t] if self.train else None
 
     def answers(self, edit: Applicable | None, name: str) -> tuple[Predictions, ...]:
@@ -166,7 +168,7 @@ class Task:
 
 @dataclass(eq=False)
 class Results:
-    """What an evaluation found, a list per system or comparison."""
+    """Hold what an evaluation found, one list per system or comparison."""
 
     scores: list[list[Scores]]
     comparisons: list[Any]
@@ -185,7 +187,7 @@ def load(name: str, model: Model) -> Applicable | None:
 
 
 def names(edits: Sequence[str]) -> list[str]:
-    """Return short names for tables: the folder's own name where that tells them apart."""
+    """Return short names for tables: the folder's own name if no other has it."""
     short = [e if e in ("none", "bundled") else Path(e).name or e for e in edits]
     return [s if short.count(s) == 1 else e for s, e in zip(short, edits, strict=True)]
 
@@ -284,7 +286,7 @@ def evaluate_all(task: Task) -> Results:
 
 
 def baselines_of(task: Task) -> list[Scores]:
-    """Return the scores of simple baselines on every test file, where that was asked for."""
+    """Return the scores of simple baselines on every test file, if they are wanted."""
     from ..evaluate import baselines
 
     if not task.config.baselines:
@@ -314,7 +316,7 @@ def compare_all(task: Task, systems: list[tuple[Predictions, ...]]) -> list[Any]
 
 
 def side_effects_of(task: Task, titles: Sequence[str]) -> dict[str, Any]:
-    """Return what each edit changes elsewhere, where that was asked for."""
+    """Return what each edit changes elsewhere, if that is wanted."""
     from ..evaluate import side_effects
 
     if not task.config.side_effects or task.model is None:
@@ -361,7 +363,9 @@ def record_of(task: Task, results: Results, notes: list[str]) -> dict[str, Any]:
 
 
 def seeds_of_one(edits: Sequence[Applicable | None]) -> list[list[int]]:
-    """Return which edits are one method with several seeds: the same parts, trained in the same way; edits without a like are left out."""
+    """Return groups of edits that are one method with several seeds: the same parts, trained in the
+    same way.
+    """
     like: dict[str, list[int]] = {}
     for i, e in enumerate(edits):
         if isinstance(e, Trained):
@@ -371,7 +375,9 @@ def seeds_of_one(edits: Sequence[Applicable | None]) -> list[list[int]]:
 
 
 def trained_on(edits: Sequence[str], data: Sequence[Examples]) -> list[str]:
-    """Say which test files are, to the byte, files that an edit was trained on, by the run record that lies beside the edit."""
+    """Name the test files that an edit was trained on, byte for byte, by the run record beside the
+    edit.
+    """
     notes = []
     for name in edits:
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):

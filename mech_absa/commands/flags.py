@@ -42,7 +42,7 @@ Named = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...", help_behavior_h
 
 @dataclass(frozen=True)
 class ReadFlags:
-    """How data is read."""
+    """Say how data is read."""
 
     columns: Named = ()
     """Names of columns or fields that are not recognised, such as aspect=Term polarity=Rating."""
@@ -51,11 +51,11 @@ class ReadFlags:
     skip_bad: bool = False
     """Leave bad rows out and count them, instead of stopping at the first."""
     null_targets: str = "drop"
-    """Aspects that no words stand for (SemEval's NULL): drop, or category to ask about the words of the category."""
+    """Aspects without words (SemEval's NULL): drop them, or ask about their category."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `load_examples`."""
+        """Return keyword arguments of `load_examples`."""
         return {
             "skip_bad": self.skip_bad,
             "columns": named("--columns", self.columns),
@@ -66,7 +66,8 @@ class ReadFlags:
     def read(
         self, source: str, limit: int | None = None, seed: int = 0, head: bool = False
     ) -> Examples:
-        """Load one source; of more than `limit` examples, draw that many by seed, or take the first with `head`.
+        """Load one source; of more than `limit` examples, draw that many by seed, or take the first
+        with `head`.
 
         The examples are in the order of the source.
         """
@@ -76,34 +77,34 @@ class ReadFlags:
         return examples[:limit] if head else examples.sample(limit, seed)
 
     def check(self) -> None:
-        """Refuse what can be refused before anything is read."""
+        """Reject what can be rejected before anything is read."""
         _ = self.options
         one_of("--null-targets", self.null_targets, NULL_TARGETS)
 
 
 @dataclass(frozen=True)
 class QuestionFlags:
-    """How the model is asked."""
+    """Say how the model is asked."""
 
     template: OptionalText = None
-    """The question, with {sentence} and {aspect}. Default: what the edits in use were trained with, or else the paper's."""
+    """The question, with {sentence} and {aspect}. Default: that of the edits, or the paper's."""
     labels: Words = ()
     """The label words for positive, negative and neutral. Default: as for the question."""
     separator: str = " "
-    """Between the question and the label; the paper's authors glue the label on ("")."""
+    """Text between question and label. The paper's authors use none ("")."""
 
     @property
     def prompt(self) -> PromptTemplate:
-        """The question; the paper's where none was given."""
+        """Return the question; the paper's by default."""
         return PromptTemplate() if self.template is None else PromptTemplate(self.template)
 
     @property
     def verbalizer(self) -> Verbalizer:
-        """The label words; the usual where none were given."""
+        """Return the label words; the usual ones by default."""
         return Verbalizer.of(self.labels or LABELS, self.separator)
 
     def check(self, words: tuple[int, ...] = (2, 3)) -> None:
-        """Refuse what can be refused before anything is loaded.
+        """Reject what can be rejected before anything is loaded.
 
         Args:
             words: accepted numbers of label words.
@@ -117,26 +118,26 @@ class QuestionFlags:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which model, and where it runs."""
+    """Say which model is used, and where it runs."""
 
     model: str = "bundled"
     """bundled, smollm2, a local Hugging Face folder, a GGUF file, or a hub name such as gpt2."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: str = "float32"
-    """float32, bfloat16, float16 or float64; metrics are float32 or wider whatever this says."""
+    """float32, bfloat16, float16 or float64. Metrics are always float32 or wider."""
 
 
 @dataclass(frozen=True)
 class RunFlags:
-    """Where the result goes."""
+    """Say where the result goes."""
 
     out: OptionalPath = None
     """A new or empty folder. Default: runs/COMMAND-<time>."""
     resume: bool = False
-    """Take up a killed run of the same configuration in --out."""
+    """Continue a killed run of the same configuration in --out."""
     preset_file: OptionalPath = None
-    """A finished run's folder or run.json: its flags become the defaults, and flags given beside it win."""
+    """Folder or run.json of a finished run. Its flags become the defaults."""
     report: bool = True
     """Write report.html."""
     quiet: bool = False
@@ -195,7 +196,7 @@ def share(flag: str, value: int | float) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Refuse numbers that no flag takes: NaN, infinity, seeds that no generator accepts.
+    """Reject numbers that no flag takes: NaN, infinity, seeds that no generator accepts.
 
     Raises:
         ConfigError: the first of them.
@@ -247,7 +248,7 @@ DROPPED = ("model_sha256", "data_sha256", "train_sha256", "sample")
 
 
 def preset_defaults(config: type[Config], path: str | Path, command: str) -> Config:
-    """Return the configuration that a finished run was started with.
+    """Return the configuration with which a finished run was started.
 
     Args:
         config: class of the command's configuration.
@@ -292,7 +293,7 @@ def _value(kind: str, value: Any) -> Any:
 
 
 def group_of(config: Any, field: str) -> Any:
-    """Return the class of the group of flags that a field of a configuration holds; None where it is one flag."""
+    """Return the class of the group of flags that a field holds; None for a single flag."""
     kind = get_type_hints(config).get(field)
     return kind if dataclasses.is_dataclass(kind) else None
 

@@ -1,4 +1,6 @@
-"""What the machine has, and whether others use it: for `doctor`, and for the warning before a sweep."""
+"""Describe the machine, and whether others use it: for `doctor`, and for the warning before a
+sweep.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""`mech-absa matrix`, or `python -m mech_absa.train.matrix`: train on each domain, test on all.
+"""Run `mech-absa matrix`, or `python -m mech_absa.train.matrix`: train on each domain, test on all.
 
     mech-absa matrix --methods zero_shot both@sites both@all --sites runs/trace --out runs/matrix
-    mech-absa matrix --train data/{device,laptop,rest,service}_train.json --test data/{device,laptop,rest,service}_test.json
+    mech-absa matrix --train data/{device,rest}_train.json --test data/{device,rest}_test.json
 
-Leaves `matrix.csv` (a row per method, seed, training and test domain), `summary.csv` (a row per method), `run.json` and `report.html`. A
-killed run is taken up with `--resume`: trainings that were finished are not repeated.
+The run writes `matrix.csv` (one row per method, seed, training and test domain), `summary.csv` (one
+row per method), `run.json` and `report.html`. `--resume` continues a killed run without repeating
+finished trainings.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ class Config:
     test: Sources = tuple(f"builtin:{d}/test" for d in DOMAINS)
     """Test files, in the same order."""
     limit_train: OptionalInt = None
-    """Train on at most this many examples per domain, drawn at random; every seed has the same."""
+    """Train on at most this many examples per domain, drawn at random; the same for every seed."""
     limit_test: OptionalInt = None
-    """Test on at most this many examples per domain, drawn likewise."""
+    """Test on at most this many examples per domain, drawn in the same way."""
     head: bool = False
     """Take the first examples for --limit-train and --limit-test, instead of drawing them."""
     methods: tuple[str, ...] = ("zero_shot", "both@middle", "lora@all", "loreft@all")
     """PRESET@WHERE: a preset of mech-absa train, at sites, first, middle, last, random, all, or layers such as 2-5."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the trainings."""
+    """Seeds of the trainings."""
     sites: OptionalSources = ()
     """For methods that say @sites: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last; first,
     middle, last and random then take as many layers."""
@@ -83,13 +84,13 @@ class Config:
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
     """Where representations are edited, without --sites."""
     rank: int = 4
-    """Of every method."""
+    """Rank of every method."""
     epochs: OptionalInt = None
     """Passes over the examples. Default: the presets'."""
     batch_size: OptionalInt = None
     """Examples per forward pass. Default: the presets'."""
     lr_scale: float = 1.0
-    """All learning rates times this."""
+    """Factor on all learning rates."""
     validation: float = 0.1
     """Share of the training sentences on which the best epoch is chosen; 0 keeps the last."""
     memory: float = 1.0
@@ -123,7 +124,7 @@ class Config:
 
 
 def once(flag: str, values: Sequence[Any]) -> None:
-    """Raise a ConfigError for the first value that is there twice."""
+    """Raise a ConfigError for the first value that occurs twice."""
     if twice := [v for v in values if values.count(v) > 1]:
         raise ConfigError(
             f"{flag} names {twice[0]} more than once; the same training would count twice"
@@ -132,7 +133,7 @@ def once(flag: str, values: Sequence[Any]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a matrix uses: everything that is loaded and checked before the first training."""
+    """Hold what a matrix uses: everything that is loaded and checked before the first training."""
 
     config: Config
     model: Model
@@ -141,7 +142,7 @@ class Task:
 
     @property
     def domains(self) -> Sequence[Domain]:
-        """The domains, with their training and test examples."""
+        """Return the domains with their training and test examples."""
         return self.grid.domains
 
 

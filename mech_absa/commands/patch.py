@@ -1,12 +1,13 @@
-"""`mech-absa patch`, or `python -m mech_absa.patch`: from reviews to an importance map.
+"""Run `mech-absa patch`, or `python -m mech_absa.patch`: from reviews to an importance map.
 
-    mech-absa patch                                                    the bundled model on built-in reviews
-    mech-absa patch --data reviews.csv --model gpt2 --out runs/mine    your data, your model
-    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.patch ...         the same files, by four processes
+    mech-absa patch                                                   # bundled model and reviews
+    mech-absa patch --data reviews.csv --model gpt2 --out runs/mine   # your data, your model
+    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.patch ...   # by four processes
 
-A run leaves `run.json` (all that is needed to make it again), `effects.parquet` (one row per pair and cell), `pairs.parquet`,
-`about.json`, `importance.csv`, `sites.json`, `figures/` and `report.html`. It is written in parts while it goes on: a killed run is taken
-up with `--resume` and ends in the same bytes.
+A run writes `run.json` (everything that is needed to make it again), `effects.parquet` (one row per
+pair and cell), `pairs.parquet`, `about.json`, `importance.csv`, `sites.json`, `figures/` and
+`report.html`. It writes in parts while it goes on: `--resume` continues a killed run, which then
+ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -137,15 +138,15 @@ class Config:
     engine: str = "wavefront"
     """wavefront (all cells in one walk over the layers) or loop (one forward pass per cell)."""
     n_devices: int = 1
-    """Accelerators over which the layers are spread."""
+    """Number of devices over which the layers are spread."""
     memory: OptionalFloat = None
-    """GiB for activations in flight. Default: half a GiB on a CPU, a third of an accelerator."""
+    """GiB for activations in flight. Default: half a GiB on a CPU, a third of a GPU."""
     seed: int = 0
-    """Of the noise, of draws, of the bootstrap and of the self-checks."""
+    """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
     level: float = 0.95
-    """Of the intervals."""
+    """Level of the intervals."""
     adjustment: str = "maxt"
-    """Of the p-values over all cells: maxt or holm (family-wise), bh or by (false discovery rate), or none."""
+    """Correction of p-values: maxt or holm (family-wise), bh or by (false discoveries), or none."""
     select_kind: OptionalText = None
     """Kind of state that sites are chosen from. Default: resid_post."""
     select_width: OptionalInt = None
@@ -160,7 +161,7 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a run traces: everything that is loaded and checked before the sweep.
+    """Hold what a run traces: everything that is loaded and checked before the sweep.
 
     Attributes:
         config: the flags.
@@ -182,7 +183,7 @@ class Task:
 
     @property
     def pairs(self) -> Pairs:
-        """The pairs that are traced."""
+        """Return the pairs that are traced."""
         return self.plan.pairs
 
 
@@ -238,7 +239,7 @@ def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
 
 
 def check_flags(config: Config) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Reject what can be rejected before anything is loaded."""
     at_least(1, limit=config.limit, sample=config.sample, select_width=config.select_width)
     at_least(1, control=config.control, n_devices=config.n_devices)
     if config.memory is not None and not 2**-10 <= config.memory <= 2**20:
@@ -379,7 +380,9 @@ def _part(index: int) -> str:
 
 
 def controls(task: Task, effects: Effects, say: Callable[..., None]) -> dict[str, Any]:
-    """Return how far an estimate, or half precision, is from exact effects; nothing for an exact run."""
+    """Return how far an estimate, or half precision, is from exact effects; empty for an exact
+    run.
+    """
     config = task.config
     if config.method != "exact":
         against = compare_with_exact(task.plan, effects, config.control, config.seed)
@@ -393,7 +396,7 @@ def controls(task: Task, effects: Effects, say: Callable[..., None]) -> dict[str
 
 
 def compare_with_exact(p: Plan, effects: Effects, cells: int, seed: int) -> dict[str, Any]:
-    """Compare an estimate with the exact effects of cells drawn at random among those that are not zero for certain."""
+    """Compare an estimate with exact effects of random cells that are not zero for certain."""
     column = "estimate" if "estimate" in effects.frame else "effect"
     frame = effects.frame[effects.frame[column] != 0].sample(frac=1.0, random_state=seed)
     exact = p.exact(frame.head(cells))
@@ -551,7 +554,7 @@ def _spelled(record: dict[str, Any]) -> str:
 
 
 class _Group:
-    """The processes of `accelerate launch`; one process where there is no launcher."""
+    """Hold the processes of `accelerate launch`; one process without a launcher."""
 
     def __init__(self, config: Config) -> None:
         self.state: Any = None
@@ -568,7 +571,7 @@ class _Group:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Return whether this process writes and prints."""
         return self.rank == 0
 
     def shared(self, path: Path) -> Path:

@@ -1,16 +1,18 @@
-"""`mech-absa train`, or `python -m mech_absa.train`: train one edit.
+"""Run `mech-absa train`, or `python -m mech_absa.train`: train one edit.
 
     mech-absa train --data builtin:restaurant/train --layers 2-4 --out runs/both
-    mech-absa train --data rest_train.jsonl --test rest_test.jsonl --sites runs/trace --preset paper --out runs/paper
+    mech-absa train --data rest_train.jsonl --test rest_test.jsonl --sites runs/trace --preset paper
 
-Where to edit comes from a traced run (`--sites`), or from `--layers` and `--positions`. The run leaves `edit.safetensors` and `edit.json`
-(the edit), `history.csv` (a row per step), `run.json` (all that is needed to make it again) and `report.html`. A killed run is taken up
-with `--resume` and ends in the same bytes.
+Where to edit comes from a traced run (`--sites`), or from `--layers` and `--positions`. The run
+writes `edit.safetensors` and `edit.json` (the edit), `history.csv` (one row per step), `run.json`
+(everything that is needed to make it again) and `report.html`. `--resume` continues a killed run,
+which then ends with the same bytes.
 
-    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.train ...    the same edit, up to rounding, trained by four processes
+    accelerate launch --multi_gpu --num_processes 4 -m mech_absa.train ...
 
-Every process takes its share of each batch; the first of them alone writes and speaks. With `--device cpu` the same line starts as many
-processes without accelerators (`accelerate launch --cpu` starts one, whatever number it is given).
+trains the same edit, up to rounding, with four processes. Every process takes its share of each
+batch; only the first one writes and prints. With `--device cpu` the same line starts as many
+processes without GPUs (`accelerate launch --cpu` always starts one).
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Config:
     head: bool = False
     """Take the first examples of the data for --limit, instead of drawing them."""
     test: OptionalSources = ()
-    """Test files: nothing is chosen on them; rows of them that stand in the training data are counted and warned of."""
+    """Test files. Nothing is chosen on them; rows that stand in the training data are counted."""
     validation: float = 0.1
     """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
     validation_data: OptionalSources = ()
@@ -97,7 +99,7 @@ class Config:
     preset: str = "both"
     """both (the paper's pair, with rates for small models), paper, authors_code, a method such as lora_o or loreft, or table2:lora."""
     rank: int = 4
-    """Rank of whatever has one; the bottleneck of an adapter, the length of a prefix."""
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
     epochs: OptionalInt = None
     """Passes over the examples. Default: the preset's, as for all flags down to --patience."""
     batch_size: OptionalInt = None
@@ -119,9 +121,9 @@ class Config:
     patience: OptionalInt = None
     """Epochs without a gain on the validation examples before training stops; 0 never stops."""
     seed: int = 0
-    """Of the parameters, the order, the dropout, draws and the validation split."""
+    """Seed of the parameters, the order, the dropout, draws and the validation split."""
     memory: float = 1.0
-    """GiB for activations below the edit, which are computed once; what does not fit is computed anew."""
+    """GiB for activations below the edit, which are computed once; the rest is computed again."""
     checkpoint_every: int = 100
     """Steps between two states that --resume can go on from."""
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
@@ -153,7 +155,7 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a training uses: everything that is loaded and checked before the first step."""
+    """Hold what a training uses: everything that is loaded and checked before the first step."""
 
     config: Config
     train: list[Examples]
@@ -165,7 +167,7 @@ class Task:
 
     @property
     def examples(self) -> list[Example]:
-        """All training examples."""
+        """Return all training examples."""
         return [e for part in self.train for e in part]
 
 
@@ -275,7 +277,9 @@ def prepare(config: Config, device: str) -> Task:
 
 
 def learn(task: Task, folder: RunFolder, first: bool) -> Edit:
-    """Train the edit; the folder is opened at the first step, so that what `fit` refuses leaves no trace."""
+    """Train the edit; the folder is opened at the first step, so that rejected input leaves no
+    trace.
+    """
     config = task.config
     held = [e for part in task.held for e in part]
     with warnings.catch_warnings():
@@ -351,7 +355,7 @@ def _ended(folder: Path, record: TrainingRecord) -> Path:
 
 
 def _process(device: str) -> tuple[bool, str]:
-    """Return whether this process writes and speaks, and its device."""
+    """Return whether this process writes and prints, and its device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True, device
     import torch

@@ -1,9 +1,11 @@
-"""`mech-absa verify`, or `python -m mech_absa.verify`: does TransformerLens run this model as Hugging Face does?
+"""`mech-absa verify`, or `python -m mech_absa.verify`: does TransformerLens run this model as
+Hugging Face does?
 
     mech-absa verify                       the bundled model
     mech-absa verify --model gpt2          any other, on your own text with --text
 
-Prints the largest difference of logits over the texts, and fails where it is too large for a trace to be of the same model.
+Prints the largest difference of logits over the texts, and fails where it is too large for a trace
+to be of the same model.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ReadFlags:
     skip_bad: bool = False
     """Leave bad rows out and count them, instead of stopping at the first."""
     null_targets: str = "drop"
-    """Aspects without words (SemEval's NULL): drop them, or ask about their category."""
+    """Aspects without words (SemEval's NULL): drop, or category to ask about the category."""
 
     @property
     def options(self) -> dict[str, Any]:

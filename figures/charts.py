@@ -1,7 +1,9 @@
-"""Plots that only the figures of this folder need: scores over places, sizes and ranks, and checks of the method.
+"""Plots that only the figures of this folder need: scores over places, sizes and ranks, and checks
+of the method.
 
-They take tables, draw on the `ax` they are given or on a figure of their own, and return the figure. Intervals are
-drawn wherever the table has them, and no axis of lengths is cut: scores are dots with intervals, not bars.
+They take tables, draw on the `ax` they are given or on a figure of their own, and return the
+figure. Intervals are drawn wherever the table has them, and no axis of lengths is cut: scores are
+dots with intervals, not bars.
 """
 
 from __future__ import annotations
@@ -55,13 +57,15 @@ def layer_ranges(
     title: str = "Which layers to edit",
     note: str = "",
 ) -> Figure:
-    """Draw the score over the edited range of layers, one line per data set or method (Li et al. 2025, Figure 4).
+    """Draw the score over the edited range of layers, one line per data set or method (Li et al.
+    2025, Figure 4).
 
-    The line is interrupted where the number of layers changes: points on its two sides are no neighbours.
+    The line is interrupted where the number of layers changes: points on its two sides are no
+    neighbours.
 
     Args:
-        table: columns `layers` (such as `10-15`, in the order of the axis) and `metric` (0 to 1); optional
-            `<metric>_low`, `<metric>_high`, and `data` or `method` to tell lines apart.
+        table: columns `layers` (such as `10-15`, in the order of the axis) and `metric` (0 to 1);
+            optional `<metric>_low`, `<metric>_high`, and `data` or `method` to tell lines apart.
         ax: to draw on; default a figure of its own.
         metric: the column drawn.
         title, note: above the figure.
@@ -95,11 +99,12 @@ def dots(
     title: str = "Which token to edit",
     note: str = "",
 ) -> Figure:
-    """Draw one row per place: a dot with its interval for every data set, and all single values as faint points.
+    """Draw one row per place: a dot with its interval for every data set, and all single values as
+    faint points.
 
     Args:
-        table: columns `place` and `metric` (0 to 1); optional `<metric>_low`, `<metric>_high`, `data`, and `single`
-            (a list of single values, such as seeds).
+        table: columns `place` and `metric` (0 to 1); optional `<metric>_low`, `<metric>_high`,
+            `data`, and `single` (a list of single values, such as seeds).
         ax: to draw on; default a figure of its own.
         place: the column of the rows' names.
         metric: the column drawn.
@@ -142,11 +147,14 @@ def place_grid(
     title: str = "Which place to edit",
     note: str = "",
 ) -> Figure:
-    """Draw places as rows of small panels, one panel per budget: epochs from left to right, examples from top down.
+    """Draw places as rows of small panels, one panel per budget: epochs from left to right,
+    examples from top down.
 
     Args:
-        table: columns `budget`, `epochs`, `place` and `value` (0 to 1), and the ends of the intervals; NaN where there is none.
-        intervals: (words, column of the low end, column of the high end) of every kind of interval, side by side.
+        table: columns `budget`, `epochs`, `place` and `value` (0 to 1), and the ends of the
+            intervals; NaN where there is none.
+        intervals: (words, column of the low end, column of the high end) of every kind of interval,
+            side by side.
         value: the column drawn.
         unit: for the axis.
         title, note: above the figure.
@@ -207,12 +215,14 @@ def effects_and_edits(
 ) -> Figure:
     """Draw the score of editing a place against what tracing said of it, one panel per method.
 
-    Places with the same effect, above all those without any, are spread sideways so that none covers another. Each panel
-    gives Spearman's rho with its interval (Hase et al. 2023, arXiv 2301.04213, found little relation).
+    Places with the same effect, above all those without any, are spread sideways so that none
+    covers another. Each panel gives Spearman's rho with its interval (Hase et al. 2023, arXiv
+    2301.04213, found little relation).
 
     Args:
-        table: columns `aie` and `metric` (0 to 1), one row per place; optional `method`, `<metric>_low`,
-            `<metric>_high`, and `size` (how many layers the place has), shown by the marker.
+        table: columns `aie` and `metric` (0 to 1), one row per place; optional `method`,
+            `<metric>_low`, `<metric>_high`, and `size` (how many layers the place has), shown by
+            the marker.
         metric: the column drawn.
         title, note: above the figure.
     """
@@ -278,11 +288,13 @@ def parameters(
     title: str = "Accuracy and trainable parameters",
     note: str = "",
 ) -> Figure:
-    """Draw one row per method, smallest first: its trainable parameters (log axis) and its score, side by side.
+    """Draw one row per method, smallest first: its trainable parameters (log axis) and its score,
+    side by side.
 
     Args:
         table: columns `method`, `parameters` and `metric` (0 to 1), one row per seed.
-        metric: the column drawn: seeds as faint points, their mean as a marker with one standard deviation.
+        metric: the column drawn: seeds as faint points, their mean as a marker with one standard
+            deviation.
         title, note: above the figure.
     """
     require_columns(table, "method", "parameters", metric)
@@ -326,8 +338,8 @@ def differences(
     """Draw paired differences with their intervals, one row each, about a line at 0.
 
     Args:
-        table: columns `name`, `difference`, `low`, `high` (0 to 1, drawn in points); optional `p`. Rows with p < 0.05
-            are filled, the others hollow.
+        table: columns `name`, `difference`, `low`, `high` (0 to 1, drawn in points); optional `p`.
+            Rows with p < 0.05 are filled, the others hollow.
         ax: to draw on; default a figure of its own.
         unit: for the axis.
         title, note: above the figure.
@@ -360,10 +372,12 @@ def ranks(
     title: str = "Rank of the edit",
     note: str = "",
 ) -> Figure:
-    """Draw the score over the rank of an edit (axis in powers of two), one line per method, class or group.
+    """Draw the score over the rank of an edit (axis in powers of two), one line per method, class
+    or group.
 
     Args:
-        table: columns `rank` and `metric` (0 to 1); optional `<metric>_low`, `<metric>_high`, and `method`.
+        table: columns `rank` and `metric` (0 to 1); optional `<metric>_low`, `<metric>_high`, and
+            `method`.
         ax: to draw on; default a figure of its own.
         metric: the column drawn.
         title, note: above the figure.
@@ -392,11 +406,12 @@ def faithfulness(
     title: str = "Faithfulness of the ranking",
     note: str = "",
 ) -> Figure:
-    """Draw the share of behaviour that a circuit of the best components keeps, over its size; one line per ranking.
+    """Draw the share of behaviour that a circuit of the best components keeps, over its size; one
+    line per ranking.
 
     Args:
-        table: columns `share` (of components kept, 0 to 1) and `faithfulness`; optional `faithfulness_low`,
-            `faithfulness_high`, `method`.
+        table: columns `share` (of components kept, 0 to 1) and `faithfulness`; optional
+            `faithfulness_low`, `faithfulness_high`, `method`.
         ax: to draw on; default a figure of its own.
         title, note: above the figure.
     """
@@ -429,8 +444,8 @@ def pruning(
     """Draw the score over the share of components removed, one line per ranking.
 
     Args:
-        table: columns `removed` (0 to 1) and `metric` (0 to 1); optional `<metric>_low`, `<metric>_high`, `method`,
-            and `majority`.
+        table: columns `removed` (0 to 1) and `metric` (0 to 1); optional `<metric>_low`,
+            `<metric>_high`, `method`, and `majority`.
         ax: to draw on; default a figure of its own.
         metric: the column drawn.
         title, note: above the figure.
@@ -465,8 +480,8 @@ def agreement(
 ) -> Figure:
     """Draw the AIE of one map against another's over the cells they share, with Spearman's rho.
 
-    Both axes are logarithmic away from 0, so that an estimate a hundred times too small is seen to be that, and cells
-    near 0, which rho counts as much as the large ones, are seen as well.
+    Both axes are logarithmic away from 0, so that an estimate a hundred times too small is seen to
+    be that, and cells near 0, which rho counts as much as the large ones, are seen as well.
 
     Args:
         exact, estimate: maps of the same model.

@@ -1,8 +1,10 @@
-"""A traced ranking of heads and MLPs, judged on other reviews: `python -m figures.circuit --importance DIR/sites.json --out DIR`.
+"""A traced ranking of heads and MLPs, judged on other reviews: `python -m figures.circuit
+--importance DIR/sites.json --out DIR`.
 
-The ranking is that of a trace's `importance.csv`. For `faithfulness.csv` its cells are kept apart by role (the first head of layer 3 at the
-aspect in the question is one component, the same head elsewhere another); for `pruning.csv` a head or an MLP is as important as its
-best role, and is removed at all tokens.
+The ranking is that of a trace's `importance.csv`. For `faithfulness.csv` its cells are kept apart
+by role (the first head of layer 3 at the aspect in the question is one component, the same head
+elsewhere another); for `pruning.csv` a head or an MLP is as important as its best role, and is
+removed at all tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ KINDS = ("head", "mlp_out")
 
 @dataclass(frozen=True)
 class Config:
-    """Judge a traced ranking: the answer that its best components give alone, and what is left without its worst."""
+    """Judge a traced ranking: the answer that its best components give alone, and what is left
+    without its worst.
+    """
 
     importance: Path
     """The importance.csv of a trace with heads and MLPs (or its sites.json, beside which it lies)."""

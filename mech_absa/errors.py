@@ -7,6 +7,8 @@ and what is accepted. The commands print the sentence alone and exit with code 2
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MechAbsaError(Exception):
     """Base of everything this package raises on purpose.
@@ -82,7 +84,7 @@ class SelfCheckError(MechAbsaError):
     exit_code = 1
 
 
-def choices(options) -> str:
+def choices(options: Iterable[object]) -> str:
     """Return the accepted values, spelled for a message: `a, b or c`."""
     *most, last = [str(o) for o in options]
     return f"{', '.join(most)} or {last}" if most else last

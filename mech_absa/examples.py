@@ -17,9 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from .errors import ConfigError, DataError, choices
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Polarity(str, Enum):
@@ -101,7 +104,7 @@ class Example:
     id: str = ""
     counterfactuals: tuple[Example, ...] = field(default=(), repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.aspect.strip():
             raise DataError(
                 "the aspect is empty; an aspect term of at least one character is needed",
@@ -192,7 +195,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> Examples: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Example | Examples:
         return (
             replace(self, items=self.items[index])
             if isinstance(index, slice)
@@ -227,7 +230,7 @@ class Examples(Sequence[Example]):
             "left_out": self.left_out, "ambiguous": self.ambiguous, "problems": list(self.problems),
         }  # fmt: skip
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         """Return one row per example."""
         import pandas as pd
 

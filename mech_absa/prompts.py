@@ -77,7 +77,7 @@ class PromptTemplate:
 
     text: str = "Given the sentence: '{sentence}', what is the sentiment polarity of the aspect term {aspect} ?"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             fields = [
                 name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None
@@ -337,7 +337,7 @@ class Verbalizer:
     words: tuple[tuple[Polarity, str], ...] = tuple((p, p.value) for p in Polarity)
     separator: str = " "
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.words) < 2:
             raise PromptError(
                 f"{len(self.words)} label was given; at least two are needed to tell apart"

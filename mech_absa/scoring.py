@@ -31,7 +31,8 @@ from .errors import EditError, ModelError, PromptTooLong
 from .examples import Example
 from .metrics import Need
 from .model import Model
-from .model.forward import Point, advance, last, rows_of
+from .model.forward import Point, advance, last
+from .model.pieces import rows_of
 from .prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer, encode
 
 

@@ -89,7 +89,7 @@ class Site:
     head: int | None = None
     at: str | int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SiteError(
                 f"unknown kind of site {self.kind!r} in layer {self.layer}; accepted: {choices(KINDS)}"

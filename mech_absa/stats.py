@@ -358,7 +358,8 @@ def spelled_p(p: float, floor: float = 0.0) -> str:
 def support(values: ArrayLike, clusters: ArrayLike | None = None) -> Int[np.ndarray, "*cell"]:
     """Return the number of clusters that show an effect (a sum other than 0) in each cell."""
     sums, _, shape = _cluster_sums(values, clusters)
-    return (sums != 0).sum(axis=0).reshape(shape)
+    count: np.ndarray = (sums != 0).sum(axis=0).reshape(shape)
+    return count
 
 
 def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*cell"]:
@@ -764,14 +765,16 @@ def _saddlepoint(x: Float[np.ndarray, "k cell"], one_sided: bool) -> Float[np.nd
     tail = norm.sf(w) + norm.pdf(w) * (1 / v - 1 / w)
     # The formula is for continuous sums; the observed pattern itself is one more, which keeps p honest.
     one = np.where(edge, least, np.maximum(tail, 0) + least)
-    return np.minimum(1.0, one if one_sided else 2 * one)
+    p: np.ndarray = np.minimum(1.0, one if one_sided else 2 * one)
+    return p
 
 
 def _percentiles(
     drawn: Float[np.ndarray, "draw cell"], level: float
 ) -> Float[np.ndarray, "2 cell"]:
     tail = (1 - level) / 2
-    return np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+    ends: np.ndarray = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+    return ends
 
 
 def _all_signs(k: int, rows: int, both: bool = False) -> Iterator[Float[np.ndarray, "pattern k"]]:
@@ -830,4 +833,5 @@ def _top_share(x: Float[np.ndarray, " n"], k: int) -> Float[np.ndarray, " n"]:
     """Return the chance of each cell to be among the k largest when ties are broken at random."""
     last = np.sort(x)[-k]
     above, tied = x > last, x == last
-    return above + tied * ((k - above.sum()) / tied.sum())
+    weight: np.ndarray = above + tied * ((k - above.sum()) / tied.sum())
+    return weight

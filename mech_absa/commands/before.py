@@ -25,21 +25,22 @@ def account(pairs: Pairs) -> dict[str, float | int | None]:
 
     Accuracy is over all examples whose clean run was scored, kept or dropped.
     """
-    scores = [p for p in pairs if p.clean_scores is not None]
-    probabilities = [p.clean_scores.exp().numpy() for p in scores]  # type: ignore[union-attr]
-    wrong = sum(int(q.argmax()) != p.gold for p, q in zip(scores, probabilities, strict=True))
+    clean = [(p.gold, p.clean_scores.exp().numpy()) for p in pairs if p.clean_scores is not None]
+    wrong = sum(int(q.argmax()) != gold for gold, q in clean)
     judged = len(pairs) + sum(pairs.dropped.get(reason, 0) for reason in FILTERED)
     wrong += pairs.dropped.get(CLEAN_WRONG, 0)
-    corrupted = [p.corrupted_scores for p in pairs]
+    corrupted = [
+        float(p.corrupted_scores.exp()[:, p.gold].mean())
+        for p in pairs
+        if p.corrupted_scores is not None
+    ]
     total = None
-    if all(c is not None for c in corrupted) and probabilities:
-        after = [float(c.exp()[:, p.gold].mean()) for c, p in zip(corrupted, pairs, strict=True)]  # type: ignore[union-attr]
-        clean = [float(q[p.gold]) for p, q in zip(scores, probabilities, strict=True)]
-        total = float(np.mean(np.array(clean) - np.array(after)))
+    if len(corrupted) == len(pairs) and clean:
+        total = float(np.mean(np.array([float(q[gold]) for gold, q in clean]) - corrupted))
     return {
         "sentences": pairs.sentences,
         "clean_accuracy": (judged - wrong) / judged if judged else None,
-        "label_mass": float(np.mean([q.sum() for q in probabilities])) if probabilities else None,
+        "label_mass": float(np.mean([float(q.sum()) for _, q in clean])) if clean else None,
         "total_effect_of_probability": total,
     }
 

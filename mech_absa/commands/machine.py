@@ -84,9 +84,9 @@ def others(seconds: float = 0.2) -> float:
     """Return how many cores other processes use, watched for so many seconds."""
     own = psutil.Process()
     before = own.cpu_times()
-    share = psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1)
+    share: float = psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1)
     after = own.cpu_times()
-    mine = (after.user + after.system - before.user - before.system) / seconds
+    mine: float = (after.user + after.system - before.user - before.system) / seconds
     return max(0.0, share - mine)
 
 

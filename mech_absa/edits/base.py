@@ -88,7 +88,7 @@ class Matrix:
     layer: int
     name: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in MATRICES:
             raise SiteError(
                 f"unknown weight matrix {self.name!r} in layer {self.layer}; accepted: {choices(MATRICES)}"
@@ -279,13 +279,18 @@ class SiteIntervention(Intervention):
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         """Return the new activation, for activations in float32 or wider."""
 
+    def _changed(self, h: Tensor) -> Tensor:
+        """Return the new activation in the type of the old one."""
+        new: Tensor = self(h.to(wide(h)))
+        return new.to(h.dtype)
+
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
         def change(h: Tensor) -> Tensor:
             index = where.index(self.site.at, h.device)
             if index is None:
-                return self(h.to(wide(h))).to(h.dtype)
+                return self._changed(h)
             picked = h[index]
-            return h.index_put(index, self(picked.to(wide(h))).to(h.dtype)) if len(picked) else h
+            return h.index_put(index, self._changed(picked)) if len(picked) else h
 
         return [at_site(model, self.site, change)], []
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def build(part: Part, shape: Shape) -> Intervention:
         place.check(shape.n_layers, shape.n_heads, shape.n_kv_heads)
     elif place.layer >= shape.n_layers:
         Site(place.layer, "resid_post").check(shape.n_layers, shape.n_heads)
-    make: Any = FAMILIES[part.family]
+    make: Callable[..., Intervention] = FAMILIES[part.family]
     try:
         return make(place, shape, **part.options)
     except TypeError:
@@ -140,7 +140,7 @@ class Edit(nn.Module):
         return edit.to(model.device).eval()
 
     def __iter__(self) -> Iterator[Intervention]:
-        return iter(self.interventions)  # type: ignore[arg-type]
+        return cast(Iterator[Intervention], iter(self.interventions))
 
     def __repr__(self) -> str:
         families = dict.fromkeys(p.family for p in self.parts)

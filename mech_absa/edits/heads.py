@@ -118,10 +118,13 @@ class HeadGate(SiteIntervention):
             return self.charge * self.m.abs().sum()
         balance = 0.1 * math.exp(-0.01 * step)
         m, a = self.open()
-        return self.charge * (balance * a + (1 - balance) * m)
+        charge: Tensor = self.charge * (balance * a + (1 - balance) * m)
+        return charge
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         if self.a is None:
-            return (1 + self.m.to(h)) * h
+            scaled: Tensor = (1 + self.m.to(h)) * h
+            return scaled
         g_m, g_a = self.gates().to(h)
-        return (1 + g_m * self.m.to(h)) * h + g_a * self.a.to(h)
+        moved: Tensor = (1 + g_m * self.m.to(h)) * h + g_a * self.a.to(h)
+        return moved

@@ -104,7 +104,8 @@ class DoRA(LoRA):
         W, _ = self.matrix.weight(model)
         kind = torch.promote_types(W.dtype, torch.float32)
         A, B = (p.to(W.device, kind) for p in (self.A, self.B))
-        return torch.linalg.vector_norm(W.to(kind) + self.scale * A @ B, dim=0)
+        norm: Tensor = torch.linalg.vector_norm(W.to(kind) + self.scale * A @ B, dim=0)
+        return norm
 
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
         _, bias = self.matrix.weight(model)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, EditError, SiteError, choices
 from ..model import Model
+from ..model.forward import Point
 from .base import (
     Block,
     Intervention,
     MatrixIntervention,
     Place,
-    Point,
     Shape,
     SiteIntervention,
     Where,

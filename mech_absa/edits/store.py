@@ -174,7 +174,7 @@ def _read(folder: Path) -> dict[str, Any]:
             )
     path = folder / ABOUT
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = fields["schema"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise EditError(f"{path} is damaged: it is no JSON object with a schema version") from None

@@ -50,8 +50,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..metrics import Metric, foil_indices, get_metric
 from ..model import Model
-from ..model.forward import rows_of
 from ..model.hooks import capture, hook_point, hooked_at
+from ..model.pieces import rows_of
 from ..patch.pairs import Pairs, Runs, by_length, make_runs
 from ..scoring import by_label, positions_read, read_labels
 from ..sites import HEAD_KINDS, Site
@@ -193,7 +193,8 @@ class FaithfulnessCurve:
             f"<div><b>{self.mode}</b>, {self.metric}, {self.n} pairs, protocol {self.protocol}: "
             f"CPR {self.cpr.value:.3f}, CMD {self.cmd.value:.3f}{chance}</div>"
         )
-        return head + self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
+        html: str = head + self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
+        return html
 
 
 def faithfulness(
@@ -443,7 +444,8 @@ class _Bench:
         value = self.measure(
             scores, self.gold.repeat_interleave(draws), self.foil.repeat_interleave(draws)
         )
-        return value.unflatten(0, (len(self.chosen), draws)).mean(1).numpy()
+        mean: np.ndarray = value.unflatten(0, (len(self.chosen), draws)).mean(1).numpy()
+        return mean
 
     def run(self, replaced: Sequence[int] | np.ndarray) -> Float[np.ndarray, " pair"]:
         """Return the metric with these sites replaced."""

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from ..readers.jsonl import json_records
 from ..readers.rows import Reading
 from ..scoring import Applicable, Stream, by_length, label_scores, last_residual, question, room_for
 from ..words import expect, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Decode = Literal["label", "generate"]
 DECODES = ("label", "generate")
@@ -71,7 +74,7 @@ class Predictions:
     scores: Float[np.ndarray, "example label"] | None = None
     texts: tuple[str, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.answers) != len(self.examples):
             raise ConfigError(
                 f"{len(self.answers)} answers came for {len(self.examples)} examples; one an example is needed"
@@ -100,7 +103,8 @@ class Predictions:
         if self.scores is None:
             return None
         p = np.exp(self.scores - self.scores.max(axis=1, keepdims=True))
-        return p / p.sum(axis=1, keepdims=True)
+        shares: np.ndarray = p / p.sum(axis=1, keepdims=True)
+        return shares
 
     def take(self, rows: Sequence[int]) -> Predictions:
         """Return the answers of some rows."""
@@ -113,7 +117,7 @@ class Predictions:
             texts=None if self.texts is None else tuple(self.texts[i] for i in rows),
         )
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         """Return one row per example: `system, data, id, sentence, aspect, gold, predicted,
         correct`, and `logprob_<label>` and `text` if known.
         """
@@ -137,7 +141,8 @@ class Predictions:
 
     def _repr_html_(self) -> str:
         head = f"<div><b>{len(self)} predictions</b>, {self.correct.mean():.1%} right</div>"
-        return head + self.to_pandas().head(10).to_html(index=False)
+        html: str = head + self.to_pandas().head(10).to_html(index=False)
+        return html
 
 
 def joined(parts: Sequence[Predictions], data: str) -> Predictions:

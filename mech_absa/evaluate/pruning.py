@@ -154,7 +154,8 @@ class PruningCurve:
         return pd.concat([pd.DataFrame(part) for part in (own, *chance)], ignore_index=True)
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
+        html: str = self.to_pandas().to_html(index=False, float_format="{:.3f}".format)
+        return html
 
 
 def prune(

@@ -227,10 +227,11 @@ class Scores:
             if self.leaked is None
             else f"<div>{self.leaked} of {self.all.n} rows stand in the training data</div>"
         )
-        return (
+        html: str = (
             self.summary().to_html(index=False) + leaked
             + classes.to_html(index=False, float_format="{:.3f}".format) + self.all.confusion_table().to_html()
         )  # fmt: skip
+        return html
 
 
 def summary_row(q: Quality) -> dict[str, str]:
@@ -458,7 +459,8 @@ class Comparison:
         return pd.DataFrame([self.row()])
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False)
+        html: str = self.to_pandas().to_html(index=False)
+        return html
 
 
 def compare(
@@ -578,7 +580,8 @@ class Aggregate:
         return pd.DataFrame([self.row()])
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False)
+        html: str = self.to_pandas().to_html(index=False)
+        return html
 
 
 def spread(values: Sequence[float], level: float = 0.95) -> Spread:

@@ -200,7 +200,8 @@ class SideEffects:
 
     def record(self) -> dict[str, Any]:
         """Return everything in the types of JSON."""
-        return plain(asdict(self)) | {"weights_unchanged": self.weights_unchanged}
+        record: dict[str, Any] = plain(asdict(self))
+        return record | {"weights_unchanged": self.weights_unchanged}
 
     def summary(self) -> pd.DataFrame:
         """Return a short table for reading: the measure, the base, the edit."""
@@ -247,7 +248,8 @@ class SideEffects:
         return rows
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(index=False)
+        html: str = self.summary().to_html(index=False)
+        return html
 
 
 def _both(what: str, base: float, edited: float, note: str = "") -> dict[str, str]:

@@ -173,7 +173,7 @@ def _converted(c: Any, architecture: str) -> dict[str, Any]:
             written.setdefault("n_ctx", c.n_positions)
         (Path(folder) / "config.json").write_text(json.dumps(written, default=str))
         try:
-            return tl.convert_hf_model_config(folder)
+            cfg: dict[str, Any] = tl.convert_hf_model_config(folder)
         except (
             ValueError,
             NotImplementedError,
@@ -185,6 +185,7 @@ def _converted(c: Any, architecture: str) -> dict[str, Any]:
                 f"TransformerLens does not know the architecture {architecture} "
                 f"({first_line(error)})"
             ) from None
+    return cfg
 
 
 def _gemma(c: Any) -> dict[str, Any]:

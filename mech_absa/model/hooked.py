@@ -32,7 +32,8 @@ class HookedBackend(Backend):
 
     @property
     def hook_points(self) -> Mapping[str, Any]:
-        return self.root.mod_dict  # type: ignore[no-any-return]
+        points: Mapping[str, Any] = self.root.mod_dict
+        return points
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -40,10 +41,12 @@ class HookedBackend(Backend):
 
     @property
     def device(self) -> torch.device:
-        return self.root.embed.W_E.device  # type: ignore[no-any-return]
+        device: torch.device = self.root.embed.W_E.device
+        return device
 
     def block_device(self, layer: int) -> torch.device:
-        return self._attn(layer).W_O.device  # type: ignore[no-any-return]
+        device: torch.device = self._attn(layer).W_O.device
+        return device
 
     def _attn(self, layer: int) -> Any:
         return self.root.blocks[layer].attn
@@ -51,12 +54,15 @@ class HookedBackend(Backend):
     # ---- embeddings and unembedding -----------------------------------------------------------
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        return self.root.embed(ids)  # type: ignore[no-any-return]
+        x: Tensor = self.root.embed(ids)
+        return x
 
     def embed(self, ids: Tensor) -> Tensor:
-        x = self.root.embed(ids)
+        x = self.embed_tokens(ids)
         learned = self.cfg.positional_embedding_type == "standard"
-        return x + self.root.pos_embed(ids) if learned else x
+        if learned:
+            x = x + self.root.pos_embed(ids)
+        return x
 
     def unembed(self, columns: Tensor | None) -> Weight:
         W, b = self.root.W_U, self.root.b_U
@@ -92,7 +98,8 @@ class HookedBackend(Backend):
         return self.cfg.window_size if self._attn(layer).attn_type == "local" else None
 
     def slopes(self, layer: int) -> Tensor:
-        return self._attn(layer).create_alibi_multipliers(self.cfg.n_heads)  # type: ignore[no-any-return]
+        slopes: Tensor = self._attn(layer).create_alibi_multipliers(self.cfg.n_heads)
+        return slopes
 
     # ---- MLP and norms ----------------------------------------------------------------------------
 
@@ -106,10 +113,12 @@ class HookedBackend(Backend):
 
     def run_mlp(self, layer: int, x: Tensor) -> Tensor:
         mlp = self.root.blocks[layer].mlp
-        return mlp(x) if x.ndim == 3 else mlp(x[None])[0]
+        y: Tensor = mlp(x) if x.ndim == 3 else mlp(x[None])[0]
+        return y
 
     def act(self, layer: int, x: Tensor) -> Tensor:
-        return self.root.blocks[layer].mlp.act_fn(x)  # type: ignore[no-any-return]
+        y: Tensor = self.root.blocks[layer].mlp.act_fn(x)
+        return y
 
     def norm(self, layer: int | None, name: str, x: Tensor) -> Tensor:
         owner = self.root if layer is None else self.root.blocks[layer]
@@ -118,7 +127,8 @@ class HookedBackend(Backend):
         return norm_of(getattr(owner, name), x)
 
     def hooked_norm(self, x: Tensor) -> Tensor:
-        return self.root.ln_final(x[None])[0]  # type: ignore[no-any-return]
+        y: Tensor = self.root.ln_final(x[None])[0]
+        return y
 
     # ---- hooks and passes -------------------------------------------------------------------------
 
@@ -137,15 +147,16 @@ class HookedBackend(Backend):
             owner = block.attn if name in of_attention else inside
         if not hasattr(owner, attribute):
             raise KeyError(f"layer {layer} has no {name}")
-        return getattr(owner, attribute)  # type: ignore[no-any-return]
+        point: nn.Module = getattr(owner, attribute)
+        return point
 
     def scales(self) -> list[nn.Module]:
         return [m.get_submodule("hook_scale") for m in self.modules if hasattr(m, "hook_scale")]
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        if stop is None:
-            return self.root.forward(x, start_at_layer=start, return_type="logits")  # type: ignore[no-any-return]
-        return self.root.forward(x, start_at_layer=start, stop_at_layer=stop)  # type: ignore[no-any-return]
+        to: dict[str, Any] = {"return_type": "logits"} if stop is None else {"stop_at_layer": stop}
+        y: Tensor = self.root.forward(x, start_at_layer=start, **to)
+        return y
 
     # ---- matrices, by name ------------------------------------------------------------------------
 

@@ -39,11 +39,12 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
         SiteError: the model has none of that name.
     """
     try:
-        return _points(hooked)[site.hook_name]
+        point: torch.nn.Module = _points(hooked)[site.hook_name]
     except KeyError:
         raise SiteError(
             f"site {site} does not exist: the model has no hook {site.hook_name}"
         ) from None
+    return point
 
 
 def _points(model: Any) -> Mapping[str, Any]:

@@ -42,7 +42,8 @@ _DAMAGED = (
     AssertionError,
     OverflowError,
     struct.error,  # a GGUF file that ends in its header
-    torch.serialization.pickle.UnpicklingError,  # weights_only met something else than tensors
+    # weights_only met something else than tensors
+    torch.serialization.pickle.UnpicklingError,  # type: ignore[attr-defined]
     StrictDataclassError,
 )
 """Errors that transformers raises for files that it cannot read."""

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+Activation = tuple[str, str, Callable[[Tensor], Tensor]]
+_PLAIN: Activation = ("none", "", lambda y: y)
+ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
     "gelu_pytorch_tanh": ("gelu", "tanh", lambda x: F.gelu(x, approximate="tanh")),
     "gelu": ("gelu", "none", F.gelu),
@@ -31,7 +33,8 @@ MIN_TOKENS = 64
 
 def _product(x: Tensor, W: Tensor, b: Tensor | None, name: str = "none", how: str = "") -> Tensor:
     """act(x W^T + b) through oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], how)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, name, [], how)
+    return y
 
 
 def _works() -> bool:
@@ -45,7 +48,7 @@ def _works() -> bool:
     W, b = torch.randn(40, 24, generator=draw), torch.randn(40, generator=draw)
     try:
         with torch.no_grad():
-            for name, how, function in [("none", "", lambda y: y), *ACTIVATIONS.values()]:
+            for name, how, function in [_PLAIN, *ACTIVATIONS.values()]:
                 for weight, bias in ((W, b), (W, None), (W.T.contiguous().T, b)):
                     ours, theirs = _product(x, weight, bias, name, how), F.linear(x, weight, bias)
                     if not torch.allclose(ours, function(theirs), rtol=1e-4, atol=1e-4):
@@ -68,7 +71,7 @@ class _Product(torch.autograd.Function):
         return _product(x, W, b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (W,) = ctx.saved_tensors
         return _product(grad.contiguous(), W.T, None), None, None
 
@@ -90,7 +93,7 @@ def linear(
     ):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _product(x, W, b, name, how)
-        y = _Product.apply(x, W, b)
+        y: Tensor = _Product.apply(x, W, b)  # type: ignore[no-untyped-call]
     else:
         y = F.linear(x, W, b)
     return y if function is None else function(y)

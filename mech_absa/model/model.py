@@ -103,39 +103,40 @@ class Model:
 
     @property
     def n_layers(self) -> int:
-        return self.cfg.n_layers
+        return int(self.cfg.n_layers)
 
     @property
     def n_heads(self) -> int:
-        return self.cfg.n_heads
+        return int(self.cfg.n_heads)
 
     @property
     def n_kv_heads(self) -> int:
-        return self.cfg.n_key_value_heads or self.cfg.n_heads
+        return int(self.cfg.n_key_value_heads or self.cfg.n_heads)
 
     @property
     def d_model(self) -> int:
-        return self.cfg.d_model
+        return int(self.cfg.d_model)
 
     @property
     def d_head(self) -> int:
-        return self.cfg.d_head
+        return int(self.cfg.d_head)
 
     @property
     def d_mlp(self) -> int:
-        return self.cfg.d_mlp or 0
+        return int(self.cfg.d_mlp or 0)
 
     @property
     def d_vocab(self) -> int:
-        return self.cfg.d_vocab_out
+        return int(self.cfg.d_vocab_out)
 
     @property
     def n_ctx(self) -> int:
-        return self.cfg.n_ctx
+        return int(self.cfg.n_ctx)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.cfg.dtype
+        dtype: torch.dtype = self.cfg.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +177,8 @@ class Model:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights as TransformerLens names them."""
-        return self.hooked.state_dict()  # type: ignore[no-any-return]
+        weights: dict[str, Tensor] = self.hooked.state_dict()
+        return weights
 
     def hash_now(self) -> str:
         """Return the hash of the weights as TransformerLens holds them at this moment."""

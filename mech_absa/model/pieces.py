@@ -68,7 +68,8 @@ def norm_of(norm: Any, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), norm.w, norm.b, norm.eps)
     if plain and name == "RMSNorm":
         return F.rms_norm(x, (x.shape[-1],), norm.w, norm.eps)
-    return norm(x) if x.ndim == 3 else norm(x[None])[0]
+    y: Tensor = norm(x) if x.ndim == 3 else norm(x[None])[0]
+    return y
 
 
 def heads_of(
@@ -79,7 +80,8 @@ def heads_of(
     """Return x W[h] + b[h] for every head."""
     weight = rearrange(W, "head d_model d_head -> (head d_head) d_model")
     bias = None if b is None else b.flatten()
-    return linear(x, weight, bias).unflatten(-1, (W.shape[0], W.shape[2]))
+    y: Tensor = linear(x, weight, bias).unflatten(-1, (W.shape[0], W.shape[2]))
+    return y
 
 
 def mlp_of(

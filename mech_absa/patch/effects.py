@@ -101,12 +101,13 @@ class Effects(Traced):
         frame = pd.DataFrame(
             values.T, index=index, columns=pd.Index(self.pairs["example_id"], name="example")
         )
-        return (
+        array: xr.DataArray = (
             frame.stack(future_stack=True)
             .rename("effect")
             .to_xarray()
             .transpose("example", "kind", "layer", "head", "role")
         )
+        return array
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
         """Show the prompt of one pair, its tokens coloured by their largest effect over layers

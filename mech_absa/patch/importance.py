@@ -158,7 +158,8 @@ class ImportanceMap:
         role.
         """
         by = "role" if "role" in self.table else "position"
-        return self.table.set_index(["kind", "layer", "head", by]).to_xarray()
+        arrays: xr.Dataset = self.table.set_index(["kind", "layer", "head", by]).to_xarray()
+        return arrays
 
     def grid(self, kind: str, column: str = "aie") -> pd.DataFrame:
         """Return one kind as a matrix, roles (in reading order) x layers; heads are averaged.
@@ -250,10 +251,12 @@ class ImportanceMap:
             role: take a control of the size of this role, where there is one.
         """
         if role is not None and control == CONTROL and self.controls is not None:
-            return self.controls[:, self._columns(kind, role, layers)].mean(axis=1)
+            matched: np.ndarray = self.controls[:, self._columns(kind, role, layers)].mean(axis=1)
+            return matched
         if not ((self.table["kind"] == kind) & (self.table["role"] == control)).any():
             return np.full(len(self.values), np.nan)
-        return self.window(kind, control, layers).mean(axis=1)
+        mean: np.ndarray = self.window(kind, control, layers).mean(axis=1)
+        return mean
 
 
 def _sentences(values: Float[np.ndarray, "pair cell"], clusters: np.ndarray) -> np.ndarray:
@@ -262,7 +265,8 @@ def _sentences(values: Float[np.ndarray, "pair cell"], clusters: np.ndarray) -> 
     present = ~np.isnan(values)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    return (np.add.reduceat(present[order], starts, axis=0) > 0).sum(axis=0)
+    count: np.ndarray = (np.add.reduceat(present[order], starts, axis=0) > 0).sum(axis=0)
+    return count
 
 
 def load_sites(path: str | Path) -> list[Site]:

@@ -191,11 +191,11 @@ def whole(name: str, value: object, least: int = 1) -> int:
     Raises:
         ConfigError: it is none, or too small.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:  # type: ignore[call-overload]
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
         raise ConfigError(
             f"{name} {shown(value)} was given; it must be a whole number, {least} or more"
         )
-    return int(value)  # type: ignore[call-overload]
+    return int(value)
 
 
 def check_memory(value: object) -> int:

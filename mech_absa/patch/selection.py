@@ -181,7 +181,8 @@ def _means(
 ) -> Float[np.ndarray, " spot"]:
     w = np.ones(len(values)) if weights is None else weights
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (w @ np.nan_to_num(values)) / (w @ ~np.isnan(values))
+        mean: np.ndarray = (w @ np.nan_to_num(values)) / (w @ ~np.isnan(values))
+    return mean
 
 
 def select(
@@ -316,7 +317,8 @@ def _family_p(candidates: Candidates, seed: int) -> Float[np.ndarray, " spot"]:
     if np.isnan(difference).all():
         return p
     above = cell_tests(difference, sentences, one_sided=True, seed=seed).adjusted
-    return np.maximum(np.nan_to_num(p, nan=1.0), np.nan_to_num(above, nan=1.0))
+    larger: np.ndarray = np.maximum(np.nan_to_num(p, nan=1.0), np.nan_to_num(above, nan=1.0))
+    return larger
 
 
 def _stability(candidates: Candidates, best: int, seed: int) -> float:

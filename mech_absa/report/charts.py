@@ -41,7 +41,7 @@ class Line:
     def points(self) -> list[tuple[int, Number, Number]]:
         """Return (index, x, y) of every point that has a value."""
         pairs = enumerate(zip(self.x, self.y, strict=True))
-        return [(i, x, y) for i, (x, y) in pairs if is_number(y)]  # type: ignore[misc]
+        return [(i, x, y) for i, (x, y) in pairs if y is not None and math.isfinite(y)]
 
     def ends(self, i: int) -> tuple[Number, Number] | None:
         """Return the interval of a point, or None."""
@@ -50,11 +50,6 @@ class Line:
         if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
             return None
         return low, high
-
-
-def is_number(value: Number | None) -> bool:
-    """Return whether a value is a finite number."""
-    return value is not None and math.isfinite(value)
 
 
 def nice(value: Number) -> str:

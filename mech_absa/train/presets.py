@@ -84,7 +84,7 @@ class Preset:
     loss: Loss = "labels"
     patience: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "clip": 0, "patience": 0}
         for name, low in least.items():
             if not (value := getattr(self, name)) >= low:

@@ -79,7 +79,7 @@ class Team:
     several.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         import torch.distributed as dist
 
         self.dist = dist if dist.is_available() and dist.is_initialized() else None

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...axes import LabelScores
 from ...edits.base import Shape, Where, parse_place
@@ -44,6 +44,9 @@ from ..places import NAMED, named_layers, random_layers
 from ..prefix import PrefixCache
 from ..presets import Preset
 from ..task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ZERO_SHOT = "zero_shot"
 
@@ -374,7 +377,7 @@ def _scored(
     return row | recalls | unseen
 
 
-def summary(rows: Sequence[dict[str, Any]]):
+def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Return one row per method (pandas): mean accuracy and macro-F1 inside and across domains,
     their standard deviation over seeds, size, steps and cost.
 

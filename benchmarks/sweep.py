@@ -1,29 +1,35 @@
-"""How fast is an exact sweep? The wavefront engine beside the public one, in one process, on the same random weights.
+"""Measure how fast an exact sweep is: the wavefront engine beside the public one, in one process,
+on the same random weights.
 
     python benchmarks/sweep.py --write                                       all shapes, a twentieth of the peer's cells
     python benchmarks/sweep.py --shapes gpt2-small --peer-fraction 1 --write   the whole peer too: minutes
     python benchmarks/sweep.py --shapes llama-2-7b --device cuda --write       a large model, pairs per minute
 
-Both sides answer the same question: two prompts of random tokens that differ from the first token on, the logit difference of two
-tokens, and the effect of restoring every (kind, layer, token) of the clean run in the corrupted one. The peer is
-`transformer_lens.patching`, unmodified; in the ROME setting (ten noise draws), which it does not offer, it is this project's own loop.
+Both sides answer the same question: two prompts of random tokens that differ from the first token
+on, the logit difference of two tokens, and the effect of restoring every (kind, layer, token) of
+the clean run in the corrupted one. The peer is `transformer_lens.patching`, unmodified; in the ROME
+setting (ten noise draws), which it does not offer, it is this project's own loop.
 
 What is measured, and how:
 
-- *FLOPs*: `torch.utils.flop_counter.FlopCounterMode`, a multiplication and an addition being two. It sees matrix products, and they are
-  all there is to see: norms, softmax, activation functions, rotations, gathers and copies are not counted, on either side. The peer's
-  count agrees to the last digit with what the shape says it must be (`forward_flops`), so no product is missed.
-- *seconds*: the median of `repeats` runs after one that warms up. Of the peer only a fraction of the cells may be run (all cost the same
-  there); then its seconds are extrapolated, and marked.
-- *peak memory*: what the process holds at most, above what it holds before the call with the model and the inputs in it. On Linux the
-  kernel's own high-water mark, reset just before; on an accelerator its allocator's.
+- *FLOPs*: `torch.utils.flop_counter.FlopCounterMode`, a multiplication and an addition being two.
+  It sees matrix products, and they are all there is to see: norms, softmax, activation functions,
+  rotations, gathers and copies are not counted, on either side. The peer's count agrees to the last
+  digit with what the shape says it must be (`forward_flops`), so no product is missed.
+- *seconds*: the median of `repeats` runs after one that warms up. Of the peer only a fraction of
+  the cells may be run (all cost the same there); then its seconds are extrapolated, and marked.
+- *peak memory*: what the process holds at most, above what it holds before the call with the model
+  and the inputs in it. On Linux the kernel's own high-water mark, reset just before; on an
+  accelerator its allocator's.
 - *difference*: the largest between the two sides' effects, over the cells that both ran.
 
-A second baseline is what a careful user of TransformerLens writes by hand: `batched_side` patches all
-positions of a layer in one batch, one forward pass per (kind, layer). It does the same arithmetic as
-the peer, in larger products. Every speed names the version of TransformerLens that it is against.
+A second baseline is what a careful user of TransformerLens writes by hand: `batched_side` patches
+all positions of a layer in one batch, one forward pass per (kind, layer). It does the same
+arithmetic as the peer, in larger products. Every speed names the version of TransformerLens that it
+is against.
 
-The result is one JSON file (an entry a shape, those not run this time kept) and, with `--write`, the table in `README.md`.
+The result is one JSON file (an entry a shape, those not run this time kept) and, with `--write`,
+the table in `README.md`.
 """
 
 from __future__ import annotations
@@ -188,7 +194,7 @@ def random_model(shape: Shape, device: str = "cpu", seed: int = 0) -> Model:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What both sides are asked.
+    """Hold what both sides are asked.
 
     Attributes:
         pairs: clean and corrupted prompts, different from the first token on.
@@ -263,7 +269,7 @@ def question(model: Model, shape: Shape, seed: int = 0) -> Question:
 
 
 def ours(q: Question) -> Tensor:
-    """The wavefront engine at the default budget: effects `[component span row]`."""
+    """Run the wavefront engine with the default budget; return effects `[component span row]`."""
     answers = wave.sweep(
         q.job(), default_memory(q.model) // 2
     )  # half is for what is kept, as in `trace`
@@ -280,7 +286,7 @@ Clock = Callable[[], float]
 
 @dataclass
 class PeerRun:
-    """What the peer did.
+    """Hold what the peer did.
 
     Attributes:
         effects: by (component, span, row), of the cells that were run.
@@ -406,7 +412,7 @@ def batched_side(q: Question, fraction: float, clock: Clock = time.perf_counter)
 
 
 def spread(layers: int, spans: int, fraction: float) -> list[tuple[int, int]]:
-    """A fraction of a grid of cells, even over layers and over positions."""
+    """Return a fraction of a grid of cells, spread evenly over layers and positions."""
     if fraction >= 1:
         return [(layer, s) for layer in range(layers) for s in range(spans)]
     n = max(1, round(fraction * layers * spans))
@@ -479,10 +485,12 @@ def forward_flops(model: Model, tokens: int, unembed: bool = True) -> int:
 
 
 def floor_flops(model: Model, tokens: int, kinds: Sequence[str], draws: int = 1) -> int:
-    """The least an exact sweep of every token costs, the unpatched runs included; `README.md` derives it.
+    """Return the least operations of an exact sweep of every token, unpatched runs included;
+    `README.md` derives it.
 
-    Nothing is recomputed below the entering layer, left of the patched token, at an unchanged token's queries, keys and values, or in the
-    last block away from the last token; attention looks back only, and at one new key where nothing else is new; two logits are read.
+    Nothing is recomputed below the entering layer, left of the patched token, at an unchanged
+    token's queries, keys and values, or in the last block away from the last token; attention looks
+    back only, and at one new key where nothing else is new; two logits are read.
     """
     c, L, T, parallel = Costs.of(model), model.n_layers, tokens, model.parallel
     below = T * (T + 1) // 2  # tokens at or right of the patched one, over all patched tokens
@@ -697,7 +705,7 @@ def device_name(model: Model) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """All results as Markdown."""
+    """Return all results as Markdown."""
 
     def giga(x: float) -> str:
         return f"{x / 1e9:,.0f}" if x >= 1e10 else f"{x / 1e9:.3g}"

@@ -1,18 +1,23 @@
-"""How fast is training an edit? This project beside the same edit written as plain Hugging Face forward hooks, in one process.
+"""Measure how fast the training of an edit is, beside the same edit as plain Hugging Face forward
+hooks, in one process.
 
     python benchmarks/train.py --write                         every shape and row
     python benchmarks/train.py --shapes bundled --write        the small one: a minute
 
-Both sides train the paper's edit (W_O low-rank and LoReFT at one token, rank 4, in the middle third of the layers) of the same weights on the same
-prompts in the same batches with the same optimiser. The peer is what one writes in an afternoon: `register_forward_hook` on the modules of a
-Hugging Face model (its default attention), the base frozen so that autograd stops at the first edited layer by itself, logits of all
-positions, a loss over the answer. Ours is `fit`: streams below the edit kept, the unembedding at the answer only.
+Both sides train the paper's edit (W_O low-rank and LoReFT at one token, rank 4, in the middle third
+of the layers) of the same weights on the same prompts in the same batches with the same optimiser.
+The peer is what one writes in an afternoon: `register_forward_hook` on the modules of a Hugging
+Face model (its default attention), the base frozen so that autograd stops at the first edited layer
+by itself, logits of all positions, a loss over the answer. Ours is `fit`: streams below the edit
+kept, the unembedding at the answer only.
 
-Rows: one epoch, three epochs, and a study of layer ranges (the middle third, its lower and its upper part, two seeds each, one epoch) in
-which ours shares one cache and the peer has nothing to share. Every row starts cold: filling the cache is part of it.
+Rows: one epoch, three epochs, and a study of layer ranges (the middle third, its lower and its
+upper part, two seeds each, one epoch) in which ours shares one cache and the peer has nothing to
+share. Every row starts cold: filling the cache is part of it.
 
-What is measured: CPU seconds of the process (which a busy machine does not inflate) and wall seconds, with one torch thread; the most memory
-above what was held before, by the kernel's high-water mark; floating-point operations of matrix products. Both losses are compared after the
+What is measured: CPU seconds of the process (which a busy machine does not inflate) and wall
+seconds, with one torch thread; the most memory above what was held before, by the kernel's
+high-water mark; floating-point operations of matrix products. Both losses are compared after the
 first step, so that what is compared is the same computation.
 """
 
@@ -54,7 +59,7 @@ BATCH = 8
 
 
 def bundled() -> tuple[Any, Model]:
-    """The model that ships with the package: 8 x 160, vocabulary 4,096."""
+    """Return the model that ships with the package: 8 x 160, vocabulary 4,096."""
     model = load_model("bundled")
     return transformers.AutoModelForCausalLM.from_pretrained(
         model.source, dtype=torch.float32
@@ -62,7 +67,7 @@ def bundled() -> tuple[Any, Model]:
 
 
 def random_weights(config: Any) -> tuple[Any, Model]:
-    """A model of a shape with random weights; the bundled tokenizer gives it prompts."""
+    """Return a model of a shape with random weights; the bundled tokenizer gives it prompts."""
     torch.manual_seed(0)
     hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     return hf, Model(hooked_from_hf(hf), load_model("bundled").tokenizer, type(config).__name__)
@@ -244,7 +249,7 @@ def preset(layers: range, epochs: int) -> Preset:
 
 
 def run(shape: str, config: Config) -> dict[str, Any]:
-    """One shape: its rows."""
+    """Measure one shape and return its rows."""
     title, make = SHAPES[shape]
     hf, model = make()
     examples = load_examples("builtin:restaurant/train").sample(config.examples)

@@ -1,4 +1,4 @@
-"""What the site takes from the project at build time, so that it cannot go stale.
+"""Fill the pages from the project at build time, so that they cannot go stale.
 
 As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
 
@@ -10,8 +10,9 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
     <!-- names: fit Preset -->                  a table of public names: what each is, with a link to its home
     <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
 
-`figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they
-are written (a string in them is a list of axes, not a forward reference), and `a, b: what they are` in a docstring speaks of both.
+`figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes
+such as `Float[Tensor, "batch pos"]` stay as they are written (a string in them is a list of axes,
+not a forward reference), and `a, b: what they are` in a docstring speaks of both.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONSTANTS = {"ROLES": "What a token can be for, in reading order"}
 
 
 def help_text(command: str) -> str:
-    """What `--help` of a command prints on a terminal of `WIDTH` columns without colours."""
+    """Return what `--help` of a command prints on a terminal of `WIDTH` columns without colours."""
     printed = io.StringIO()
     argv, environment = sys.argv, dict(os.environ)
     os.environ |= {"COLUMNS": WIDTH, "NO_COLOR": "1", "TERM": "dumb"}
@@ -57,7 +58,7 @@ def help_text(command: str) -> str:
 
 
 def included(path: str, part: str | None) -> str:
-    """A file of the project, or a part of it, as Markdown."""
+    """Return a file of the project, or a part of it, as Markdown."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if not path.endswith(".md"):
         return f"```{part or 'text'}\n{text.strip()}\n```"
@@ -78,7 +79,7 @@ def shown() -> set[str]:
 
 
 def rest(room: str) -> str:
-    """The reference of the other modules of a room."""
+    """Return the reference of the other modules of a room."""
     package = ROOT / "mech_absa"
     files = package.glob("*.py") if room == "." else (package / room).rglob("*.py")
     names = sorted(
@@ -94,7 +95,9 @@ def rest(room: str) -> str:
 
 
 def names_table(names: list[str]) -> str:
-    """One row per public name: a link to its home, and the first sentence of its docstring."""
+    """Return one row per public name: a link to its home, and the first sentence of its
+    docstring.
+    """
     import mech_absa
 
     rows = ["| name | is |", "|---|---|"]
@@ -114,7 +117,7 @@ def names_table(names: list[str]) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with its comments replaced."""
+    """Return a page with its comments replaced."""
 
     def replace(match: re.Match[str]) -> str:
         kind, arguments = match[1], match[2].split()
@@ -161,7 +164,7 @@ with contextlib.suppress(ImportError):
     SHAPED = {"Float", "Int", "Bool", "Shaped", "Num"}
 
     def spelled(annotation: Any) -> Any:
-        """The annotation, with the axes of every shape inside it as a string again."""
+        """Return the annotation, with the axes of every shape in it as a string again."""
         if isinstance(annotation, griffe.ExprSubscript):
             if str(annotation.left) in SHAPED and isinstance(annotation.slice, griffe.ExprTuple):
                 first, *axes = annotation.slice.elements

@@ -114,7 +114,7 @@ FAST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where an edit acts.
+    """Name where an edit acts.
 
     Attributes:
         name: of the row in the tables; all random windows share one.
@@ -130,7 +130,7 @@ class Place:
 
     @property
     def window(self) -> str:
-        """The layers as text: what tests cluster by."""
+        """Return the layers as text. Tests cluster by it."""
         return " ".join(map(str, self.layers))
 
 

@@ -138,7 +138,9 @@ def _axis_sizes(model: Any, tokens: Tensor, axes: Sequence[str] | None) -> list[
 
 @dataclass(frozen=True)
 class Grid:
-    """What the walk has to know of a sweep: the component of every cell, and that none is a window."""
+    """Describe what the walk must know of a sweep: the component of every cell, and that none is a
+    window.
+    """
 
     components: tuple[Site, ...]
     window: int = 1

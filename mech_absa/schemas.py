@@ -1,4 +1,4 @@
-"""What the JSON files of a run folder look like, as JSON Schema.
+"""Describe the JSON files of a run folder, as JSON Schema.
 
 One schema per file, in Python so that this package and its documentation share them; `SCHEMAS`
 names the file of each. A schema names what a reader needs and leaves room for more, so that a file

@@ -1,4 +1,6 @@
-"""What a trace says before its sweep: what is traced, whether the model can do the task, and what the result can show."""
+"""Print what to know before a sweep: what is traced, whether the model can do the task, and what
+the result can show.
+"""
 
 from __future__ import annotations
 

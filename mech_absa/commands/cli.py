@@ -1,8 +1,10 @@
-"""How every command starts and ends: parse a dataclass, run, and turn errors into one sentence.
+"""Start and end every command: parse a dataclass, run, and turn errors into one sentence.
 
-A command is a frozen dataclass (its fields are the flags, its docstring the help) and a function of it. Bad input prints one sentence on
-the error stream and exits with code 2; nothing is half-written, because folders are opened only after everything was checked. A full
-disk, a lack of memory, Ctrl-C and a termination signal end with one sentence too, and leave a folder that --resume takes up.
+A command is a frozen dataclass (its fields are the flags, its docstring the help) and a function of
+it. Bad input prints one sentence on the error stream and exits with code 2; nothing is
+half-written, because folders are opened only after everything was checked. A full disk, a lack of
+memory, Ctrl-C and a termination signal end with one sentence too, and leave a folder that --resume
+takes up.
 
 | code | meaning |
 |---|---|
@@ -133,7 +135,7 @@ def _machine(error: OSError) -> str:
 
 
 def _no_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is lacking, on a CPU or an accelerator."""
+    """Return whether an error says that memory is lacking, on a CPU or a GPU."""
     text = str(error)
     return (
         isinstance(error, MemoryError)

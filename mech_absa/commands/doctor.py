@@ -88,7 +88,7 @@ class Config:
 
     @property
     def trace(self) -> patch.Config:
-        """The trace that is planned."""
+        """Return the trace that is planned."""
         return patch.Config(
             data=self.data,
             adapter=self.adapter,
@@ -109,13 +109,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was seen.
+    """Hold what was seen.
 
     Attributes:
         machine: the machine.
-        model: name and shape, the weights in GiB, and the largest difference of logits to Hugging Face.
-        task: how many examples there are; of those asked about, the accuracy, the probability on the
-            label words, and the share that make a pair.
+        model: name and shape, the weights in GiB, and the largest difference of logits to Hugging
+            Face.
+        task: how many examples there are; of those asked about, the accuracy, the probability on
+            the label words, and the share that make a pair.
         engine: name, cells of the trial, the largest difference of each self-check.
         cost: pairs, minutes and GiB of the planned trace.
         advice: sentences.

@@ -33,5 +33,5 @@ def print_frame(frame: Any, title: str = "") -> None:
 
 
 def _none(cell: Any) -> bool:
-    """Whether a cell holds no value: None or NaN."""
+    """Return whether a cell holds no value: None or NaN."""
     return cell is None or (isinstance(cell, float) and cell != cell)

@@ -1,4 +1,4 @@
-"""What an edit is made of: places in a model, and small modules that change what passes there.
+"""Define the parts of an edit: places in a model, and small modules that change what passes there.
 
 An `Intervention` reads a place, writes a place, and owns a handful of parameters. There are three
 sorts of place:

@@ -18,8 +18,8 @@ from .base import Place, Shape, SiteIntervention, parameter, rank_of
 
 
 class _LowRank(SiteIntervention):
-    """What the three members of the family share: W [rank d] and b [rank], drawn as a linear layer
-    is.
+    """Share W [rank d] and b [rank], drawn as a linear layer is, among the three members of the
+    family.
     """
 
     def __init__(self, place: Place, shape: Shape, rank: int = 4):

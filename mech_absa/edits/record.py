@@ -1,4 +1,4 @@
-"""How an edit was trained, as a value with named fields.
+"""Record how an edit was trained, as a value with named fields.
 
 The record travels with the edit: it is written to `edit.json`, read back by `load_edit`, and says
 which question and labels the edit was trained with, so that an evaluation asks the same.
@@ -17,7 +17,7 @@ from ..records import plain
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """How LoFiT chose its heads.
+    """Record how LoFiT chose its heads.
 
     Attributes:
         sizes: norm of each head's scales, largest first.
@@ -30,7 +30,7 @@ class HeadChoice:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How an edit was trained; every field has its default for an edit that was not.
+    """Record how an edit was trained; every field has a default for an edit that was not trained.
 
     Attributes:
         preset: the preset as plain JSON values.

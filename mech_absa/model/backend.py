@@ -1,10 +1,10 @@
-"""What the rest of the package needs of a model, whichever TransformerLens runs it.
+"""Define what the rest of the package needs of a model, whichever TransformerLens runs it.
 
 `Model` holds one backend and asks nothing else; `HookedBackend` (`hooked.py`) is the one of
-`HookedTransformer`. Weights are those of a product of rows, x W + b:
-`[head d_model d_head]` for queries, keys and values (grouped ones once per group),
-`[head d_head d_model]` for the output, `[d_in d_out]` for the rest. A bias that does not exist is
-None. All of them are the tensors that the module computes with, or views of them.
+`HookedTransformer`. Weights are those of a product of rows, x W + b: `[head d_model d_head]` for
+queries, keys and values (grouped ones once per group), `[head d_head d_model]` for the output,
+`[d_in d_out]` for the rest. A bias that does not exist is None. All of them are the tensors that
+the module computes with, or views of them.
 """
 
 from __future__ import annotations

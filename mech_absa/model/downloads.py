@@ -1,4 +1,4 @@
-"""Where models lie that `python -m mech_absa.models get` has downloaded."""
+"""Find the models that `python -m mech_absa.models get` has downloaded."""
 
 from __future__ import annotations
 

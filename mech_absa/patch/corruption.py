@@ -1,4 +1,4 @@
-"""How a corrupted run is made: one class per corruption.
+"""Make corrupted runs: one class per corruption.
 
 | word | class | the corrupted run |
 |---|---|---|
@@ -73,7 +73,7 @@ _SENTENCE_ROLES = frozenset(
 
 
 class Source(ABC):
-    """Where an ablation takes its states from."""
+    """Give the states that an ablation puts in."""
 
     @abstractmethod
     def states(self, clean: States, pairs: Sequence[Pair], length: int) -> States:
@@ -185,7 +185,7 @@ class Corruption:
 
 @dataclass(frozen=True)
 class GaussianNoise(Corruption):
-    """Noise N(0, (scale * std)^2) on the embeddings, std over the embeddings of the aspect terms.
+    """Add noise N(0, (scale * std)^2) to embeddings, std over the embeddings of the aspect terms.
 
     Meng et al. 2022 (ROME), appendix B.1: scale 3, 10 draws. ROME corrupts the subject; the paper's
     formula runs over all tokens.
@@ -294,7 +294,8 @@ class _OtherText(Corruption):
 
 @dataclass(frozen=True)
 class Counterfactual(_OtherText):
-    """The example's own minimal edit with another polarity; the first that lines up token by token.
+    """Use the example's own minimal edit with another polarity; the first that lines up token by
+    token.
 
     Example:
         >>> Counterfactual()
@@ -312,15 +313,16 @@ class Counterfactual(_OtherText):
 
 @dataclass(frozen=True)
 class AspectSwap(_OtherText):
-    """The same sentence; the question asks about another aspect of it, with another polarity.
+    """Ask about another aspect of the same sentence, with another polarity.
 
     Works on real text wherever one sentence holds two polarities (every sentence of MAMS). The
     sentence is fixed, so that only the binding between question and sentence changes. Pairs whose
     two aspects have other numbers of tokens are dropped and counted.
 
     Pitfalls: the corrupted tokens are the aspect in the question, so early states there only undo
-    the swap, and sites are not chosen from `query.*` by default. Sentences with one aspect are never
-    used, so the pairs are a selected sample. The roles `aspect.*` mark the clean aspect in both runs.
+    the swap, and sites are not chosen from `query.*` by default. Sentences with one aspect are
+    never used, so the pairs are a selected sample. The roles `aspect.*` mark the clean aspect in
+    both runs.
 
     Example:
         >>> food = Example("good food , slow staff", "food", Polarity.POSITIVE, (5, 9))
@@ -421,7 +423,7 @@ _OPPOSITES = {
 
 @dataclass(frozen=True)
 class OpinionSwap(_OtherText):
-    """The opinion expression replaced by one of another polarity from a lexicon, in place.
+    """Replace the opinion expression by one of another polarity from a lexicon, in place.
 
     Expressions of as many words are tried in an order drawn by `seed` and the example, until one
     gives as many tokens. A pair is kept only if the model's answer follows the swap, since nobody

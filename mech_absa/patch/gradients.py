@@ -93,7 +93,7 @@ METHODS = tuple(m for m in Method if m is not Method.EXACT)
 
 @dataclass(frozen=True)
 class Estimator:
-    """How cells are estimated.
+    """Say how cells are estimated.
 
     Attributes:
         method: any but exact.

@@ -1,4 +1,4 @@
-"""What an engine computes: the cells of pairs of equal length.
+"""Describe what an engine computes: the cells of pairs of equal length.
 
 A cell is one *component* (a kind of state in one layer, or one head) at one *span* of positions (a
 token, or all tokens of a role) of one pair. A `Job` holds pairs of equal length and everything that

@@ -47,7 +47,7 @@ from .corruption import (
 
 
 class Keep(Choice):
-    """Which pairs are traced."""
+    """Name the pairs that are traced."""
 
     PAPER = "paper", "the clean answer is right and the corrupted answer wrong"
     CLEAN = "clean", "the clean answer is right"

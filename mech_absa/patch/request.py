@@ -1,4 +1,4 @@
-"""What a trace is asked for: words are parsed once, here, and travel on as enumerations.
+"""Parse what a trace is asked for: words are parsed once, here, and travel on as enumerations.
 
 `Request.parse` needs no model, so that a command can refuse a wrong word before it loads one.
 """
@@ -22,7 +22,7 @@ LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 50
 
 
 class Direction(Choice):
-    """What is put where. In each, a positive effect means that the cell matters."""
+    """Name what is put where. In each direction, a positive effect means that the cell matters."""
 
     DENOISE = "denoise", "put clean states into the corrupted run; the effect is what comes back"
     NOISE = "noise", "put corrupted states into the clean run; the effect is what is lost"
@@ -40,14 +40,14 @@ class Direction(Choice):
 
 
 class By(Choice):
-    """What is patched together."""
+    """Name what is patched together."""
 
     TOKEN = "token", "one token at a time"
     ROLE = "role", "all tokens of a role together, at a tenth of the cost"
 
 
 class Method(Choice):
-    """How effects are computed."""
+    """Name how effects are computed."""
 
     EXACT = "exact", "patch every cell"
     ATP = "atp", "attribution patching: the gradient at the base run (Nanda 2023)"
@@ -57,7 +57,7 @@ class Method(Choice):
 
 
 class Engine(Choice):
-    """How exact effects are computed."""
+    """Name how exact effects are computed."""
 
     WAVEFRONT = "wavefront", "all cells in one walk over the layers"
     LOOP = "loop", "one hooked forward pass per cell"

@@ -78,7 +78,7 @@ EFFECT_COLUMNS = ["example_id", "kind", "layer", "head", "position", "role", "pa
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """The run that a folder holds.
+    """Read the run that a folder holds.
 
     Raises:
         DataError: it holds none, or one of its files is damaged or missing.
@@ -139,8 +139,8 @@ def with_whole_numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Several runs, each under a name of its own: the folder's, with as much of its path as tells
-    it apart.
+    """Read several runs, each under a unique name: the folder's, with as much of its path as is
+    needed.
     """
     paths = [f.resolve() for f in folders]
     names = ["/".join(p.parts[-1:]) for p in paths]

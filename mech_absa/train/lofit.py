@@ -27,7 +27,7 @@ from .presets import RATES, Preset, parts
 
 @dataclass(frozen=True)
 class LoFiT:
-    """What LoFiT trains.
+    """Describe what LoFiT trains.
 
     Attributes:
         heads: how many to keep.

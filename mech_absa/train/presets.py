@@ -1,4 +1,4 @@
-"""What to train, and how: presets that can be handed to `fit`.
+"""Define presets: what to train, and how, to be given to `fit`.
 
     presets.paper("L10.resid_post@query.last", ...)     the paper's edit: W_O low-rank at 3e-4, LoReFT at 1e-5
     presets.authors_code(range_sites("10-15"))          its authors' script: 2e-5 for both, rank 4, alpha 8, rank-stabilised, dropout 0.05

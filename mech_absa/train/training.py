@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """How far a training has come: all that a checkpoint holds beside tensors.
+    """Hold how far a training has come: all that a checkpoint holds beside tensors.
 
     Attributes:
         step: steps taken.

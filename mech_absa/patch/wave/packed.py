@@ -17,7 +17,9 @@ from .cells import Rows
 
 
 class Stage(NamedTuple):
-    """How many rows have entered by a layer, and how many tokens and patched tokens they have."""
+    """Hold how many rows have entered by a layer, and how many tokens and patched tokens they
+    have.
+    """
 
     rows: int
     tokens: int

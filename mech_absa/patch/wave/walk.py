@@ -47,7 +47,9 @@ class Unpatched:
 
 @runtime_checkable
 class Swept(Protocol):
-    """What a walk has to know of a sweep: its components, and how many layers go together."""
+    """Describe what a walk must know of a sweep: its components, and how many layers go
+    together.
+    """
 
     @property
     def components(self) -> Sequence[Site]: ...

@@ -1,4 +1,4 @@
-"""What every view says: model, data, configuration."""
+"""Hold what every view says: model, data, configuration."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ DISTRIBUTIONS: dict[str, tuple[Draw, float]] = {
     ),
 }
 CLUSTERS = (10, 23, 60)
-METHODS = ("percentile", "bca", "auto")
+METHODS = ("percentile", "bca", "studentized", "auto")
 
 
 def coverage(samples: int, seed: int) -> list[dict[str, object]]:

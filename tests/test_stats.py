@@ -640,6 +640,30 @@ def test_only_skewed_cells_get_bca():
     assert auto.high[1] == bca.high[1] != plain.high[1]
 
 
+def test_studentized_ends_by_a_loop_over_draws():
+    """Bootstrap-t of single rows, spelled out; the draws are those of `cluster_bootstrap`."""
+    x = np.random.default_rng(4).lognormal(size=12)
+    got = stats.cluster_bootstrap(x, draws=400, seed=3, method="studentized")
+    counts = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=400)
+    t, tail = [], (1 - 0.95) / 2
+    for n in counts:
+        y = np.repeat(x, n)
+        t.append((y.mean() - x.mean()) / (y.std() / np.sqrt(12)))
+    low, high = np.quantile(t, [1 - tail, tail], method="inverted_cdf")
+    error = x.std() / np.sqrt(12)
+    assert float(got.low) == pytest.approx(x.mean() - low * error)
+    assert float(got.high) == pytest.approx(x.mean() - high * error)
+
+
+def test_studentized_ends_are_infinite_where_many_draws_show_no_spread():
+    """One of ten rows differs from 0: 35 % of the draws miss it, and say nothing about how large it may be."""
+    one = np.eye(10)[0]
+    got = stats.cluster_bootstrap(np.stack([one, np.ones(10)], axis=1), method="studentized")
+    assert np.isinf(got.high[0]) and (got.low[1], got.high[1]) == (1.0, 1.0)
+    with pytest.raises(ConfigError, match="unknown interval 'student'; accepted: auto"):
+        stats.cluster_bootstrap(one, method="student")
+
+
 def test_support_counts_clusters_with_an_effect():
     values = [[0.0, 1.0], [0.0, -1.0], [2.0, np.nan], [1.0, 0.5]]
     assert stats.support(values, ["s", "s", "t", "u"]).tolist() == [2, 1]

@@ -4,8 +4,8 @@ The rule: of all windows of neighbouring layers and all roles, take the largest 
 out. It is `clear` only if all of these hold:
 
 * its interval lies above 0 and above the interval of the control in the same layers;
-* over all candidates together, one-sided max-T tests by sentence find it above 0 and above the control
-  (so the probability of calling anything clear where nothing is there stays at 1 - level);
+* over all candidates together, one-sided max-T tests by sentence find it above 0 and above the control,
+  each at (1 - level) / 2, the tail that the interval leaves on its lower side;
 * no cell of the window is zero for certain, as in the last layer of a token that the answer cannot read.
 
 The control is `template`: tokens that every prompt shares and that name neither aspect nor opinion. It has
@@ -15,6 +15,10 @@ restored together and drawn by pair (`patch.job.control_spans`). Runs of earlier
 controls: there all template tokens together are the control, which is a higher bar for short roles.
 `Selection.rule` says which control was used. Template tokens are taken, and not random tokens of any role, because the
 latter hit the aspect and the opinion by chance, and would count real effects as control.
+
+In simulated maps without any effect, sites are clear in at most 5 % of 1,000 maps in every case of
+`benchmarks/selection.py`, skewed effects and a control below 0 included. The tests assume effects that are
+symmetric about 0 where nothing is there; for skewed effects this is a measurement, not a guarantee.
 
 Two kinds of role are left out of the choice by default: `answer`, since late layers of the last token carry
 every decision of every model; and roles whose own tokens the corrupted text changes, since restoring their
@@ -230,7 +234,7 @@ def select(
         candidates.control, candidates.clusters, level=level, draws=draws, seed=seed
     )
     p = _family_p(candidates, seed)
-    clear = (effect.low > np.maximum(0.0, np.nan_to_num(above.high))) & (p <= 1 - level)
+    clear = (effect.low > np.maximum(0.0, np.nan_to_num(above.high))) & (p <= (1 - level) / 2)
     best = candidates.largest()
     if clear.any():
         best = int(np.argmax(np.where(clear, effect.mean, -np.inf)))
@@ -362,7 +366,7 @@ def _warnings(chosen: Selection, candidates: Candidates, level: float) -> Iterat
             f"only {chosen.sentences} sentences: intervals are too narrow and the choice may change "
             "with other sentences"
         )
-    if 2.0**-chosen.sentences > 1 - level:
+    if 2.0**-chosen.sentences > (1 - level) / 2:
         yield f"{chosen.sentences} sentences can never be clear"
     if np.isnan(candidates.control).all():
         yield "the map has no control role"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,9 @@ from mech_absa.patch.job import control_spans
 from mech_absa.patch.pairs import Pair
 from mech_absa.patch.selection import _candidates, _family_p, select
 from mech_absa.stats import cluster_bootstrap
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+bench = pytest.importorskip("benchmarks.selection")
 
 ROLES = ("template", "before", "opinion", "query.last", "answer")
 LAYERS = 8
@@ -60,8 +65,8 @@ def test_where_nothing_is_there_nothing_is_clear(pairs, per_sentence, template):
         above = cluster_bootstrap(c.control, c.clusters, draws=300, seed=i)
         before += bool((effect.low > above.high).any())
         stands_out = effect.low > np.maximum(0, above.high)
-        false += bool((stands_out & (_family_p(c, i) <= 0.05)).any())
-    assert false <= 8  # the 99.5 % point of a binomial with 60 trials at 0.05
+        false += bool((stands_out & (_family_p(c, i) <= 0.025)).any())
+    assert false <= 5  # the 99.5 % point of a binomial with 60 trials at 0.025
     assert template == 0 or before > 20
 
 
@@ -108,6 +113,29 @@ def test_few_sentences_are_named():
     chosen = select(m, width=1)
     assert not chosen.clear  # four sentences give no p below 1/16
     assert "only 4 sentences" in str(chosen) and "can never be clear" in str(chosen)
+
+
+def test_clear_needs_half_of_the_level_that_the_interval_leaves():
+    """Five sentences that all agree have a one-sided p of 1/32, below 0.05 and above 0.025; six have 1/64."""
+    for sentences, clear in ((5, False), (6, True)):
+        m = null(np.random.default_rng(11), sentences, 1)
+        m.values[:, column(3, "query.last")] += 1.0
+        chosen = select(m, width=1)
+        assert chosen.p == pytest.approx(2.0**-sentences) and chosen.clear == clear
+        assert ("5 sentences can never be clear" in str(chosen)) == (sentences == 5)
+
+
+def test_the_benchmark_simulates_the_candidates_that_select_sees():
+    values, clusters = bench.null_map(np.random.default_rng(0), 12, 2, -1.0, "skewed")
+    cells = [("resid_post", layer, -1, role) for layer in range(8) for role in bench.ROLES]
+    table = pd.DataFrame(cells, columns=["kind", "layer", "head", "role"])
+    importance = ImportanceMap(table, values.reshape(12, -1), clusters, {"level": 0.95})
+    windows = [(layer, layer + 1) for layer in range(7)]
+    theirs = _candidates(importance, "resid_post", windows, bench.CHOICE, "template")
+    ours = bench.candidates(values, clusters)
+    assert ours.spots == theirs.spots and set(np.unique(clusters)) == set(range(6))
+    np.testing.assert_allclose(ours.effect, theirs.effect)
+    np.testing.assert_allclose(ours.control, theirs.control)
 
 
 def test_the_honest_interval_is_lower_where_the_choice_is_chance():

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import json
+import os
+import re
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +16,7 @@ from typing import Literal
 import pytest
 
 from mech_absa.commands.cli import command
+from mech_absa.commands.tables import print_table
 from mech_absa.errors import ConfigError, HookError
 
 
@@ -122,3 +129,88 @@ def test_no_command_knows_a_flag_that_is_not(name, capsys):
     assert (module.cli if hasattr(module, "cli") else module.main)(["--modle", "x"]) == 2
     said = capsys.readouterr().err
     assert "there is no flag --modle" in said and said.count("\n") == 1
+
+
+def test_version_is_said_and_nothing_begins(capsys):
+    assert run("--version", main=lambda config: pytest.fail("it must not begin")) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch(r"mech_absa (\d+\.\S+|of this folder)\n", said.out) and not said.err
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A command that can be taken up."""
+
+    resume: bool = False
+
+
+def test_sigterm_ends_with_one_sentence_and_gives_the_handler_back(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("it was not terminated")
+
+    assert command(Resumable, main, "prog", []) == 143
+    assert capsys.readouterr().err == (
+        "prog: terminated; give the same flags with --resume to go on\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_the_machine_refuses_is_one_sentence_and_what_a_library_raises_is_not_hidden(capsys):
+    def full(config):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/effects.parquet")
+
+    assert command(Resumable, full, "prog", []) == 2
+    assert capsys.readouterr().err == (
+        "prog: runs/x/effects.parquet: No space left on device; give the same flags with --resume "
+        "to go on\n"
+    )
+
+    def damaged(config):
+        raise OSError("Parquet magic bytes not found")  # a library's own has no number
+
+    with pytest.raises(OSError, match="magic bytes"):
+        run("--data", "x", main=damaged)
+
+
+def a_run(folder, command: str, **config):
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"key": "0", "command": command, "config": config}))
+    return str(folder)
+
+
+def test_a_preset_file_gives_the_defaults_and_flags_win(tmp_path, capsys):
+    folder = a_run(tmp_path / "a", "prog", data=["x", "y"], rank=9, rate=0.5)
+    for preset in (["--preset-file", folder], [f"--preset_file={folder}/run.json"]):
+        got = []
+        assert run(*preset, "--rate", "0.25", main=got.append) == 0, capsys.readouterr().err
+        assert got == [Config(("x", "y"), rank=9, rate=0.25)]
+
+
+@pytest.mark.parametrize(
+    "command_name, config, sentence",
+    [
+        ("other", {}, "is a run of other; a run of prog is needed"),
+        ("prog", {"soul": 1}, "names soul, and there is no such flag"),
+    ],
+)
+def test_a_preset_file_of_another_command_or_flag(command_name, config, sentence, tmp_path, capsys):
+    folder = a_run(tmp_path / "a", command_name, **config)
+    assert run("--data", "x", "--preset-file", folder) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert run("--data", "x", "--preset-file") == 2
+    assert "--preset-file needs a run folder or its run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_tables_are_never_cut_on_a_narrow_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    cells = ["L3.attn_out@query.last", "0.1234 to 0.5678", "<= 0.0001", "a sentence of some length"]
+    print_table(["site", "interval", "p", "note", "n"], [[*cells, None]], "A title")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(all(cell in line for cell in cells) for line in lines)
+    assert not any("…" in line for line in lines)

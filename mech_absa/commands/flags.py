@@ -52,6 +52,8 @@ class ReadFlags:
     """Leave bad rows out and count them, instead of stopping at the first."""
     null_targets: str = "drop"
     """Aspects without words (SemEval's NULL): drop, or category to ask about the category."""
+    ignore_case: bool = False
+    """Accept an aspect whose case differs in the sentence; ask as the sentence writes it."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class ReadFlags:
             "columns": named("--columns", self.columns),
             "labels": named("--meaning", self.meaning),
             "null_targets": self.null_targets,
+            "ignore_case": self.ignore_case,
         }
 
     def read(

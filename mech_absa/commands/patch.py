@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tyro.conf import OmitArgPrefixes
@@ -35,6 +35,7 @@ from ..patch.corruption import (
     Resample,
     as_corruption,
 )
+from ..patch.directions import BothDirections
 from ..patch.effects import Effects
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
@@ -45,7 +46,7 @@ from ..patch.self_check import self_check
 from ..patch.traced import read_frame, write_frame
 from ..progress import bar
 from ..readers import load_examples
-from ..records import RunFolder
+from ..records import RunFolder, atomic
 from ..sites import HEAD_KINDS, Site, parse_layers
 from ..stats import ADJUSTMENTS, spelled_p
 from . import before
@@ -147,6 +148,8 @@ class Config:
     """Level of the intervals."""
     adjustment: str = "maxt"
     """Correction of p-values: maxt or holm (family-wise), bh or by (false discoveries), or none."""
+    rule: Literal["mean", "pie", "tie"] = "mean"
+    """With --direction both, choose sites by PIE (denoise), TIE (noise) or their mean."""
     select_kind: OptionalText = None
     """Kind of state that sites are chosen from. Default: resid_post."""
     select_width: OptionalInt = None
@@ -256,6 +259,10 @@ def check_flags(config: Config) -> None:
         )
     if config.corruption in ("auto", "noise"):
         GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
+    if config.rule != "mean" and config.direction != "both":
+        raise ConfigError(
+            f"--rule {config.rule} was given with --direction {config.direction}; both is needed"
+        )
     config.reading.check()
     config.question.check(words=(3,))
     request_of(config)
@@ -438,9 +445,12 @@ def leave(
     importance = effects.importance(
         by="role", level=config.level, adjustment=config.adjustment, seed=config.seed
     )
-    selection = _select(importance, config)
+    both = BothDirections.of(effects) if "direction" in effects.frame else None
+    selection = _select(importance, config, both)
     effects.save(folder.path)
     importance.save(folder.path / "importance.csv")
+    if both is not None:
+        leave_interaction(both, config, folder.path)
     if selection is not None:
         selection.save(folder.path / "sites.json", traced_in(task.model, task.base, task.adapter))
     if config.figures:
@@ -457,6 +467,7 @@ def leave(
         "report.html",
         "figures",
         "importance.csv",
+        "interaction.csv",
         "sites.json",
         "effects.parquet",
         "run.json",
@@ -503,10 +514,23 @@ def record_of(
     }
 
 
-def _select(importance: ImportanceMap, config: Config) -> Selection | None:
+def leave_interaction(both: BothDirections, config: Config, folder: Path) -> None:
+    """Write `interaction.csv`: PIE, TIE and their difference for every cell of the map by role."""
+    table = both.table(level=config.level, adjustment=config.adjustment, seed=config.seed)
+    with atomic(folder / "interaction.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.8g")
+
+
+def _select(
+    importance: ImportanceMap, config: Config, both: BothDirections | None
+) -> Selection | None:
     kinds = set(importance.table["kind"])
     if config.select_kind is None and not kinds - set(HEAD_KINDS):
         return None  # heads have no neighbouring layers to choose
+    if both is not None and config.rule != "mean":
+        importance = both.by_rule(config.rule).importance(
+            by="role", level=config.level, adjustment="none", seed=config.seed
+        )
     return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, choices
 from .effects import Effects
 from .request import Direction
 
+RULES = ("mean", "pie", "tie")
+"""Effects that sites may be chosen by."""
 Column: TypeAlias = Float[np.ndarray, " row"]
 _SAME = ("model", "metric", "corruption", "by", "window")
 """What both traces must have in common."""
@@ -96,6 +98,33 @@ class BothDirections:
 
         return cls(one(Direction.DENOISE), one(Direction.NOISE))
 
+    def by_rule(self, rule: str) -> Effects:
+        """Return the effects that a rule of choice looks at: PIE, TIE or their mean.
+
+        Raises:
+            ConfigError: the rule is none of `RULES`.
+        """
+        if rule not in RULES:
+            raise ConfigError(f"unknown rule {rule!r}; accepted: {choices(RULES)}")
+        chosen = {"pie": self.pie, "tie": self.tie}.get(rule) or self.mean
+        return replace(chosen, about=chosen.about | {"rule": rule})
+
+    def table(self, **options: Any) -> pd.DataFrame:
+        """Return PIE, TIE and INT of every cell of a map by role, averaged over pairs.
+
+        Args:
+            options: of `ImportanceMap.of`: level, adjustment, draws, seed.
+
+        Returns:
+            columns kind, layer, head, role, pie, tie, interaction; the interval, p-values and counts are
+            those of the interaction.
+        """
+        table = self.interaction.importance(by="role", **options).table
+        table = table.rename(columns={"aie": "interaction"})
+        for at, (name, one) in enumerate((("pie", self.pie), ("tie", self.tie)), start=4):
+            table.insert(at, name, np.nanmean(one.matrix("role")[0], axis=0))
+        return table
+
     @property
     def mean(self) -> Effects:
         """Return the mean of PIE and TIE of every pair and cell."""
@@ -126,4 +155,4 @@ def _undirected(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns="direction").reset_index(drop=True)
 
 
-__all__ = ["BothDirections"]
+__all__ = ["RULES", "BothDirections"]

@@ -241,7 +241,7 @@ def select(
     role, window = candidates.spots[best]
     chosen = Selection(
         tuple(Site(layer, kind, None, role) for layer in window),
-        _rule(kind, width, _control_in_words(importance, control), left_out - {control}, level),
+        _rule(importance, kind, width, control, left_out - {control}, level),
         float(effect.mean[best]),
         float(effect.low[best]),
         float(effect.high[best]),
@@ -381,12 +381,24 @@ def _control_in_words(importance: ImportanceMap, control: str) -> str:
     return f"the role {control!r}" + (f", {each}" if each else "")
 
 
-def _rule(kind: str, width: int, control: str, left_out: set[str], level: float) -> str:
+def _effect_in_words(importance: ImportanceMap) -> str:
+    """Return which effect is compared, where a run has two."""
+    about = importance.about
+    rule = about.get("rule") or ("mean" if about.get("direction") == "both" else None)
+    if rule is None:
+        return "effect"
+    names = {"mean": "mean of PIE and TIE", "pie": "PIE, denoise", "tie": "TIE, noise"}
+    return f"effect ({names[str(rule)]})"
+
+
+def _rule(
+    importance: ImportanceMap, kind: str, width: int, control: str, left_out: set[str], level: float
+) -> str:
     """Return how sites are chosen, in a sentence."""
     layers = "layer" if width == 1 else f"{width} neighbouring layers"
     others = f", {', '.join(r for r in ROLES if r in left_out)} left out" if left_out else ""
     return (
-        f"the {layers} and the role with the largest mean {kind} effect whose {level:.0%} interval lies "
-        f"above 0 and above that of the control ({control}) in the same layers, confirmed over all "
-        f"candidates{others}"
+        f"the {layers} and the role with the largest mean {kind} {_effect_in_words(importance)} whose {level:.0%} interval lies "
+        f"above 0 and above that of the control ({_control_in_words(importance, control)}) in the same "
+        f"layers, confirmed over all candidates{others}"
     )

@@ -133,6 +133,8 @@ def refused(argv: list[str], capsys) -> str:
         (["--noise-draws", "0"], ["0 noise draws", "at least 1"]),
         (["--noise-span", "moon"], ["moon", "sentence"]),
         (["--direction", "up"], ["up", "denoise"]),
+        (["--rule", "pie"], ["--rule pie", "--direction denoise", "both is needed"]),
+        (["--direction", "both", "--rule", "int"], ["--rule", "int", "pie"]),
         (["--window", "0"], ["window 0", "1 or more"]),
         (["--window", "3", "--sites", "head"], ["window", "heads"]),
         (["--method", "guess"], ["guess", "exact"]),
@@ -473,3 +475,52 @@ def test_loop_and_wavefront_leave_the_same_effects(base, tmp_path):
 
 def test_selected_sites_parse():
     assert str(Site.parse("L3.resid_post@query.last")) == "L3.resid_post@query.last"
+
+
+def test_both_directions_leave_the_interaction_and_a_choice_by_rule(base, tmp_path):
+    """TIE - PIE of the table is that of the effects, and sites are chosen by the effect that was named."""
+    flags = [*base, *FAST, "--direction", "both", "--sites", "mlp_out", "--by", "role"]
+    records = {}
+    for rule in ("mean", "tie"):
+        out = tmp_path / rule
+        assert cli([*flags, "--rule", rule, "--out", str(out)]) == 0
+        records[rule] = json.loads((out / "sites.json").read_text())
+    frame = Effects.load(out).frame
+    means = frame.groupby(["direction", "kind", "layer", "role"], observed=True)["effect"].mean()
+    table = pd.read_csv(out / "interaction.csv")
+    for row in table.itertuples():
+        pie, tie = (means[way, row.kind, row.layer, row.role] for way in ("denoise", "noise"))
+        assert (row.pie, row.tie) == pytest.approx((pie, tie), rel=1e-6)
+        assert row.interaction == pytest.approx(tie - pie, abs=1e-8)
+    assert (
+        "mean of PIE and TIE" in records["mean"]["rule"] and "TIE, noise" in records["tie"]["rule"]
+    )
+    site = Site.parse(records["tie"]["sites"][0])
+    assert records["tie"]["aie"] == pytest.approx(means["noise", "mlp_out", site.layer, site.at])
+    importance = pd.read_csv(out / "importance.csv")
+    np.testing.assert_allclose(importance["aie"], (table["pie"] + table["tie"]) / 2, atol=1e-8)
+
+
+def test_case_is_ignored_only_on_request(base, tmp_path, capsys):
+    path = tmp_path / "cased.csv"
+    path.write_text("sentence,aspect,polarity\nThe Food was good .,food,positive\n")
+    flags = [*base, "--data", str(path), "--by", "role", *FAST, "--out", str(tmp_path / "run")]
+    assert "food" in refused(flags, capsys)
+    assert cli([*flags, "--ignore-case"]) == 0
+    assert Effects.load(tmp_path / "run").pairs["aspect"].tolist() == ["Food"]
+
+
+def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_path):
+    """Two files of nine examples each: the draw holds both, and follows the seed."""
+    other = tmp_path / "other.jsonl"
+    write_jsonl([replace(e, id=f"o{e.id}") for e in examples()], other)
+    drawn = {}
+    for name, more in {"a": ["--seed", "1"], "b": ["--seed", "2"], "head": ["--head"]}.items():
+        out = tmp_path / name
+        flags = ["--data", str(data), str(other), "--limit", "6", "--sites", "mlp_out", *FAST]
+        assert cli([*base, *flags, *more, "--by", "role", "--out", str(out)]) == 0
+        drawn[name] = pd.read_parquet(out / "pairs.parquet")["example_id"].tolist()
+    assert drawn["head"] == [e.id for e in examples()][:6]
+    for ids in (drawn["a"], drawn["b"]):
+        assert len(set(ids)) == 6 and 0 < sum(i.startswith("o") for i in ids) < 6
+    assert drawn["a"] != drawn["b"]

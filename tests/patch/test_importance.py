@@ -252,6 +252,16 @@ def test_both_directions_by_hand():
     table = both.interaction.importance(draws=20).table
     apart = tie.importance(draws=20).table["aie"] - pie.importance(draws=20).table["aie"]
     np.testing.assert_allclose(table["aie"], apart, atol=1e-15)
+    written = both.table(draws=20)
+    assert list(written.columns[:8]) == [
+        "kind", "layer", "head", "role", "pie", "tie", "interaction", "ci_low",
+    ]  # fmt: skip
+    np.testing.assert_allclose(written["tie"] - written["pie"], apart, atol=1e-15)
+    np.testing.assert_array_equal(written["interaction"], table["aie"])
+    by_rule = [both.by_rule(rule).frame["effect"].iloc[0] for rule in ("pie", "tie", "mean")]
+    assert by_rule == [a[0], b[0], (a[0] + b[0]) / 2]
+    with pytest.raises(ConfigError, match="unknown rule 'int'; accepted: mean, pie or tie"):
+        both.by_rule("int")
     with pytest.raises(ConfigError, match="accepted: denoise, then noise"):
         BothDirections(tie, pie)
     with pytest.raises(ConfigError, match="other cells"):

@@ -1,4 +1,4 @@
-"""`trace`: pairs -> Effects."""
+"""Trace pairs: measure the effect of every site and return `Effects`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ scored once, at the end, for the base model, the adapter of the first version, a
 
     python analyses/train_harder_adapter.py --out runs/harder
 
+With `--ranks 16 --rates 3e-3`, which were chosen so, no candidates are trained.
+
 The folder holds the edit, `choice.csv` with the candidates, and `scores.csv`. A run that was stopped
 goes on from its last checkpoint.
 """
@@ -42,7 +44,7 @@ class Config:
     rates: tuple[float, ...] = (1e-3, 3e-3)
     subset: int = 2000
     """Training examples per candidate."""
-    epochs: int = 3
+    epochs: int = 2
     """Of the last training."""
     seed: int = 0
     test_only: bool = False
@@ -62,7 +64,12 @@ def preset(model: Model, rank: int, rate: float, epochs: int) -> presets.Preset:
 
 
 def choose(model: Model, items: list[Example], config: Config) -> tuple[int, float]:
-    """Return the rank and the rate with the best validation accuracy; write all candidates."""
+    """Return the rank and the rate with the best validation accuracy; write all candidates.
+
+    Where one rank and one rate are given, there is nothing to choose.
+    """
+    if len(config.ranks) == len(config.rates) == 1:
+        return config.ranks[0], config.rates[0]
     file = config.out / "choice.csv"
     if file.exists():
         table = pd.read_csv(file)
@@ -106,7 +113,7 @@ def main(config: Config) -> None:
         edit = fit(
             model, items, preset(model, rank, rate, config.epochs), validation=0.05,
             seed=config.seed, checkpoint=config.out / "state.safetensors",
-            on_step=lambda p: print(p, flush=True) if p.step % 50 == 0 else None,
+            on_step=lambda p: print(f"step {p.step}", flush=True) if p.step % 100 == 0 else None,
         )  # fmt: skip
         save_edit(edit, config.out)
         print(json.dumps({"rank": rank, "rate": rate, "minutes": (time.time() - start) / 60}))

@@ -132,3 +132,20 @@ def test_results_of_other_shapes_stay_and_the_table_is_rewritten(tmp_path, monke
     )  # arithmetic, seconds
     with pytest.raises(ConfigError, match="unknown shape 'small'"):
         bench.main(bench.Config(("small",)))
+
+
+sys.path.insert(0, str(SCRIPT.parents[1]))
+tables = importlib.import_module("benchmarks.tables")
+SHOWN = [n for n in tables.TABLES if f"<!-- {n}: begin -->" in tables.README.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_tables_of_the_page_are_those_of_the_results(name):
+    assert tables.block(name) in tables.README.read_text("utf-8")
+
+
+def test_no_null_map_is_clear_more_often_than_the_page_promises():
+    """At most 5 % of 1,000 maps in every case; the docstring of `select` says so."""
+    result = json.loads((SCRIPT.parent / "results" / "selection.json").read_text())
+    assert result["maps"] == 1000 and len(result["rows"]) == 16
+    assert max(row["clear"] for row in result["rows"]) <= 0.05

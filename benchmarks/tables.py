@@ -1,0 +1,113 @@
+"""Write the tables of the simulated studies into `benchmarks/README.md`, from their result files.
+
+    python -m benchmarks.tables
+
+A table stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown, its first column aligned to the left.
+
+    >>> print(table(["a", "b"], [["x", 1]]))
+    | a | b |
+    |---|---:|
+    | x | 1 |
+    """
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return text.replace("| --- |", "|---|", 1).replace(" ---: |", "---:|")
+
+
+def percent(share: float) -> str:
+    """Return a share in percent with a digit where it is small.
+
+    >>> percent(0.002), percent(0.907), percent(0)
+    ('0.2', '91', '0')
+    """
+    return f"{100 * share:.1f}".replace("0.0", "0") if share < 0.0995 else f"{100 * share:.0f}"
+
+
+def selection(result: dict[str, Any]) -> str:
+    """Return how often sites are called clear on null maps, in percent of the maps."""
+    sizes = list(dict.fromkeys(r["sentences"] for r in result["rows"]))
+    cases = list(dict.fromkeys(r["nulls"] for r in result["rows"]))
+    of = {(r["nulls"], r["sentences"]): r for r in result["rows"]}
+    head = ["effects"] + [f"{rule}, {n} sentences" for rule in ("clear", "0.1.0") for n in sizes]
+    rows = [
+        [case, *(percent(of[case, n][rule]) for rule in ("clear", "before") for n in sizes)]
+        for case in cases
+    ]
+    return table(head, rows)
+
+
+def coverage(result: dict[str, Any]) -> str:
+    """Return the coverage of nominal 95 % intervals in percent."""
+    methods = ("percentile", "bca", "studentized", "auto", "ceiling")
+    rows = [
+        [r["effects"], r["clusters"], *(percent(r[m]) for m in methods)]
+        for r in result["intervals"]
+    ]
+    return table(["effects", "clusters", *methods], rows)
+
+
+def null_tests(result: dict[str, Any]) -> str:
+    """Return in how many null maps of 100 any cell is rejected at 0.05."""
+    rows = [
+        [r["effects"], r["clusters"], *(percent(r[m]) for m in ("maxt", "holm", "by"))]
+        for r in result["tests"]
+    ]
+    return table(["effects", "clusters", "max-T", "Holm", "BY"], rows)
+
+
+def stability(result: dict[str, Any]) -> str:
+    """Return the choices from ten pairs, a row per kind of data."""
+    rows = []
+    for s in result["summary"]:
+        agreement = "-" if s["agreement"] is None else f"{s['agreement']:.2f}"
+        rows.append(
+            [s["source"], s["draws"], f"{s['clear']} of {s['draws']}", f"{s['stability']:.2f}", agreement]
+        )  # fmt: skip
+    head = ["data", "draws of ten pairs", "clear", "stability, mean", "agreement of the draws"]
+    return table(head, rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "null-maps": ("selection.json", selection),
+    "coverage": ("coverage.json", coverage),
+    "null-tests": ("coverage.json", null_tests),
+    "stability": ("stability.json", stability),
+}
+"""Name of a table -> its result file, and what makes it."""
+
+
+def block(name: str) -> str:
+    """Return a table with the lines around it."""
+    file, make = TABLES[name]
+    result = json.loads((HERE / "results" / file).read_text(encoding="utf-8"))
+    return f"<!-- {name}: begin -->\n{make(result)}\n<!-- {name}: end -->"
+
+
+def main() -> None:
+    """Rewrite every table whose result is there."""
+    text = README.read_text(encoding="utf-8")
+    for name, (file, _) in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if (HERE / "results" / file).exists() and begin in text:
+            before, _, rest = text.partition(begin)
+            text = before + block(name) + rest.partition(end)[2]
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from mech_absa.commands.cli import command
+from mech_absa.commands.flags import ReadFlags, flag_names
 from mech_absa.commands.tables import print_table
 from mech_absa.errors import ConfigError, HookError
 
@@ -214,3 +215,12 @@ def test_tables_are_never_cut_on_a_narrow_terminal(columns, monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert any(all(cell in line for cell in cells) for line in lines)
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["patch", "train", "matrix", "evaluate", "doctor"])
+def test_every_command_that_reads_data_knows_how_data_is_read(name):
+    """--null-targets was missing in two of them."""
+    module = importlib.import_module(f"mech_absa.commands.{name}")
+    flags = {f.name for f in fields(ReadFlags)}
+    assert {"columns", "meaning", "skip_bad", "null_targets", "ignore_case"} <= flags
+    assert flags <= set(flag_names(module.Config))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -231,3 +233,26 @@ def test_aspect_swaps_on_mams(shared):
     for p in pairs:
         assert p.other.sentence == p.example.sentence and p.other.polarity != p.example.polarity
     assert Counterfactual().corrupted(examples[0], {}) == ()
+
+
+def test_the_lexicon_of_dmaste_has_the_opinions_of_its_training_part(shared):
+    """Its triplets, read another way: the commonest opinion of one polarity is one that stands there so."""
+    path = shared / "data/dmaste/electronics_train.txt"
+    if not path.exists():
+        path = sorted((shared / "data/dmaste").glob("*_train.txt"))[0]
+    by_hand: dict[str, Counter[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sentence, triplets, *_ = line.split("####")
+        words, seen = sentence.split(), set()
+        for aspect, opinion, label in ast.literal_eval(triplets):
+            known = tuple(aspect) in seen  # one opinion stands for an aspect, its first
+            seen.add(tuple(aspect))
+            if not known and -1 not in opinion and -1 not in aspect:
+                text = " ".join(words[opinion[0] : opinion[-1] + 1]).lower()
+                by_hand.setdefault(text, Counter())[label] += 1
+    lexicon = dict(Lexicon.of(ma.load_examples(path), least=3).expressions)
+    assert len(lexicon) > 20
+    short = {P.POSITIVE: "POS", P.NEGATIVE: "NEG", P.NEUTRAL: "NEU"}
+    for text, polarity in lexicon.items():
+        counts = by_hand[text]
+        assert counts[short[polarity]] >= 0.8 * counts.total() and counts.total() >= 3, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -239,6 +240,27 @@ def test_an_excerpt_has_no_averages(tmp_path):
         part.importance()
     effects(2, about={"kept": 2}).save(tmp_path / "whole")
     assert Effects.load(tmp_path / "whole").importance(draws=20).table["n"].max() == 2
+
+
+def test_a_map_is_loaded_from_its_run_with_the_effects_behind_it(tmp_path):
+    """From the folder sites can be chosen; from the table alone, or from an excerpt, they cannot."""
+    traced = effects(12, {(2, "query.last"): 0.5}, about={"kept": 12})
+    made = traced.importance(draws=50)
+    with pytest.raises(DataError, match="holds no map"):
+        ImportanceMap.load(tmp_path)
+    made.save(tmp_path / "importance.csv")
+    alone = ImportanceMap.load(tmp_path)
+    assert alone.values.size == 0 and len(alone.table) == len(made.table)
+    with pytest.raises(DataError, match="loaded without the effects"):
+        alone.select()
+    traced.save(tmp_path)
+    for path in (tmp_path, tmp_path / "importance.csv"):
+        whole = ImportanceMap.load(path)
+        np.testing.assert_allclose(whole.table["aie"], made.table["aie"], rtol=1e-7)
+        np.testing.assert_allclose(whole.values, made.values)
+        assert whole.select(width=1).sites == made.select(width=1).sites
+    replace(traced, about={"kept": 200}).save(tmp_path)
+    assert ImportanceMap.load(tmp_path).values.size == 0
 
 
 def test_both_directions_by_hand():

@@ -385,6 +385,17 @@ def test_numbers_are_quoted():
     assert len(QUOTES) >= 15
 
 
+def test_every_correction_names_tests_that_exist():
+    page = (DOCS / "corrections.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(line.split("|")[1]) for line in rows] == list(range(1, 15))
+    for line in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", line)
+        assert named, line
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 # ---- the reference ---------------------------------------------------------------------------------------------------------------
 
 

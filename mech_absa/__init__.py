@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         mixed_polarity,
         split_by_sentence,
     )
+    from .explore import Explorer, explore
     from .model import Model, load_model
     from .patch.corruption import (
         AspectSwap,
@@ -69,6 +70,7 @@ _HOMES = {
         "mixed_polarity",
         "split_by_sentence",
     ),
+    "explore": ("Explorer", "explore"),
     "model": ("Model", "load_model"),
     "patch.corruption": (
         "AspectSwap",

@@ -12,6 +12,7 @@ COMMANDS = {
     "matrix": ("matrix", "train on each domain and test on all, for methods and seeds"),
     "evaluate": ("evaluate", "score a model with and without edits, and their side effects"),
     "report": ("report", "write one page from the folders of several runs"),
+    "explore": ("explore", "trace a review and train small edits live, in the browser"),
     "doctor": ("doctor", "check this machine, a model and the engine, and what a trace will cost"),
     "verify": ("verify", "compare a model's logits with Hugging Face's"),
     "card": ("card", "show what the bundled model can do"),

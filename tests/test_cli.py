@@ -112,6 +112,7 @@ COMMANDS = (
     "verify",
     "doctor",
     "report",
+    "explore",
     "generate",
     "models",
 )

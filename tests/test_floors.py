@@ -24,7 +24,7 @@ FLOORS = {
     "prompts": 2, "model": 2,
     "scoring": 3, "edits": 3, "widgets": 3, "plots": 3, "report": 3,
     "patch": 4, "train": 4, "evaluate": 4,
-    "patching": 5, "": 5,
+    "patching": 5, "explore": 5, "": 5,
     "commands": 6,
     "__main__": 7,
 }  # fmt: skip

@@ -1,6 +1,8 @@
 // ---- single examples
 
-function decoded([step, text]) {
+function decoded(values) {
+  if (values instanceof Float64Array) return values;
+  const [step, text] = values;
   const bytes = atob(text);
   return Float64Array.from({ length: bytes.length }, (_, i) => { const b = bytes.charCodeAt(i) << 24 >> 24; return b === -128 ? NaN : b * step; });
 }
@@ -77,17 +79,22 @@ function tokenText(run, e, layer, kind) {
   return { text, at, limit, tokens };
 }
 
-function exampleMap(run, e, kind, parts, room) {
+// more: what a click opens, and which cell is chosen.
+function exampleMap(run, e, kind, parts, room, more) {
   const E = run.examples, name = E.kinds[kind];
   const map = grid({
     columns: E.layers, rows: parts.tokens.map(bare), rowClass: i => ROLE_CLASS(E.roles[e.r[i]]), limit: parts.limit, room,
-    label: "effects of one example, token by layer", corner: "token",
-    cell: (i, j) => ({ value: parts.at(i, j), text: `${bare(parts.tokens[i])} (${E.roles[e.r[i]]}), layer ${E.layers[j]}\neffect ${number(parts.at(i, j))}` }),
+    label: `${name}: effects of one example, token by layer`, corner: "token", open: more && more.open,
+    cell: (i, j) => ({ value: parts.at(i, j), chosen: more ? more.chosen(i, j) : false, text: `${bare(parts.tokens[i])} (${E.roles[e.r[i]]}), layer ${E.layers[j]}\neffect ${number(parts.at(i, j))}` }),
   });
   const file = fileName(`${e.id}-${name}`);
   const rows = () => [["token", "role", ...E.layers.map(l => "layer " + l)], ...parts.tokens.map((t, i) => [bare(t), E.roles[e.r[i]], ...E.layers.map((_, j) => parts.at(i, j))])];
-  return make("div", { class: "map" }, make("h4", {}, name), make("p", { class: "about" }, KIND_WORDS[name] || ""), scale(parts.limit, run.unit), map,
+  const ends = () => scale(typeof parts.limit === "function" ? parts.limit() : parts.limit, run.unit);
+  let bar = ends();
+  const box = make("div", { class: "map" }, make("h4", {}, name), make("p", { class: "about" }, KIND_WORDS[name] || ""), bar, map,
     make("div", { class: "gets" }, csvButton(file, rows), pngButton(file, done => done(pictureOf(map.firstChild, `${e.a}: ${e.g} (${name})`)))));
+  box.repaint = () => { const now = ends(); bar.replaceWith(now); bar = now; map.repaint(); };
+  return box;
 }
 
 function exampleBrowser(run, holder, article) {

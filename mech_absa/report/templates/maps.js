@@ -6,15 +6,19 @@ function grid({ columns, rows, rowClass, cell, limit, label, corner, open, room 
   const head = make("tr", {}, make("th", { scope: "col" }, corner || ""),
     ...columns.map((c, j) => make("th", { scope: "col" }, j % every ? "" : String(c))));
   const cells = [];
+  function paint(td, i, j) {
+    const { value, marked, chosen } = cell(i, j), most = typeof limit === "function" ? limit() : limit;
+    const none = value === null || value === undefined || Number.isNaN(value);
+    const strength = none ? 0 : Math.min(1, Math.abs(value) / (most || 1));
+    td.className = [none ? "none" : value < 0 ? "neg" : "", marked ? (strength > 0.55 ? "marked strong" : "marked") : "", chosen ? "chosen" : ""].join(" ").trim();
+    td.style.setProperty("--v", strength.toFixed(3));
+  }
   rows.forEach((name, i) => {
     const line = make("tr", {}, make("th", { scope: "row", class: rowClass ? rowClass(i) : null, title: name }, name));
     cells.push(columns.map((_, j) => {
-      const { value, marked, chosen } = cell(i, j);
-      const none = value === null || value === undefined || Number.isNaN(value);
-      const strength = none ? 0 : Math.min(1, Math.abs(value) / (limit || 1));
-      const td = make("td", { tabindex: i || j ? -1 : 0, class: [none ? "none" : value < 0 ? "neg" : "", marked ? (strength > 0.55 ? "marked strong" : "marked") : "", chosen ? "chosen" : ""].join(" ").trim() || null });
-      td.style.setProperty("--v", strength.toFixed(3));
+      const td = make("td", { tabindex: i || j ? -1 : 0 });
       td.dataset.at = i + "," + j;
+      paint(td, i, j);
       line.append(td);
       return td;
     }));
@@ -40,7 +44,9 @@ function grid({ columns, rows, rowClass, cell, limit, label, corner, open, room 
     to.focus();
   });
   if (open) table.addEventListener("click", e => { const td = e.target.closest("td"); if (td) { hush(); open(...td.dataset.at.split(",").map(Number)); } });
-  return make("div", { class: "scroll" }, table);
+  const box = make("div", { class: "scroll" }, table);
+  box.repaint = () => cells.forEach((row, i) => row.forEach((td, j) => paint(td, i, j)));
+  return box;
 }
 
 // Cells grow with the page: a map of few layers uses the room it has.

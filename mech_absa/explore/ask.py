@@ -192,4 +192,13 @@ def rounded(values: Tensor, digits: int = 6) -> list[float]:
     return [float(f"{v:.{digits}g}") for v in values.double().tolist()]
 
 
-__all__ = ["ID", "Question", "asked_examples", "corruption_of", "look", "pairs_of", "rounded"]
+__all__ = [
+    "ID",
+    "Question",
+    "asked_examples",
+    "clean_example",
+    "corruption_of",
+    "look",
+    "pairs_of",
+    "rounded",
+]

@@ -9,14 +9,16 @@ anywhere else: a content security policy forbids it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import json
 import secrets
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +33,18 @@ from ..examples import Example, Examples
 from ..metrics import METRICS
 from ..model import Model
 from ..prompts import PromptTemplate, Verbalizer
+from ..widgets import attention
 from ..words import expect, shown
 from . import page
-from .ask import Question, look, pairs_of
+from .again import recipe
+from .ask import Question, clean_example, look, pairs_of
+from .edits import Trained, by_rule, train_edit
 from .live import sweep
 from .session import Job, Session
 from .state import KINDS, METRIC_WORDS, State
 
 if TYPE_CHECKING:
+    from ..edits import Edit
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOOPBACK = "127.0.0.1"
@@ -49,6 +55,8 @@ HEARTBEAT = 0.5
 NOTEBOOKS = "http://localhost:* http://127.0.0.1:* https://localhost:* vscode-webview:"
 """Pages that may hold the explorer in a frame, where a notebook started it."""
 TRAIN, HELD = "builtin:restaurant/train", "builtin:restaurant/test"
+MOST_EDITS = 16
+"""Browsers whose edit is kept."""
 SHOWN = 200
 """Reviews that the page offers."""
 
@@ -65,6 +73,7 @@ class Site:
         token: of the address.
         framed: pages that may hold this one in a frame.
         words: of the command that loads the same model.
+        edits: what each browser has trained last.
     """
 
     question: Question
@@ -74,6 +83,19 @@ class Site:
     token: str
     framed: str
     words: tuple[str, ...]
+    edits: OrderedDict[str, Trained] = field(default_factory=OrderedDict)
+
+    def edit(self, client: str) -> Edit | None:
+        """Return the edit that a browser has trained last; None where it has none."""
+        found = self.edits.get(client)
+        return None if found is None else found.edit
+
+    def remember(self, client: str, edit: Trained) -> None:
+        """Keep the edit of a browser, and of the others the newest."""
+        self.edits[client] = edit
+        self.edits.move_to_end(client)
+        while len(self.edits) > MOST_EDITS:
+            self.edits.popitem(last=False)
 
 
 # ---- who may use it -----------------------------------------------------------------------------------
@@ -192,8 +214,8 @@ def application(site: Site, hosts: Callable[[str], bool]) -> ASGIApp:
         )
 
     async def seen(request: Request) -> Response:
-        state, _ = await _message(request)
-        return await _soon(site, lambda: look(site.question, state))
+        state, client = await _message(request)
+        return await _soon(site, lambda: look(site.question, state, site.edit(client)))
 
     async def trace(request: Request) -> Response:
         state, client = await _message(request)
@@ -204,15 +226,64 @@ def application(site: Site, hosts: Callable[[str], bool]) -> ASGIApp:
 
         return _stream(site, request, client, work)
 
+    async def ruled(request: Request) -> Response:
+        _, client = await _message(request)
+        return _stream(
+            site,
+            request,
+            client,
+            lambda job: by_rule(site.question, site.train, job.tell, job.breathe),
+        )
+
+    async def trained(request: Request) -> Response:
+        state, client = await _message(request)
+
+        def work(job: Job) -> None:
+            edit = train_edit(site.question, state, site.train, site.held, job.tell, job.breathe)
+            site.remember(client, edit)
+
+        return _stream(site, request, client, work)
+
+    async def again(request: Request) -> Response:
+        state, _ = await _message(request)
+        return await _soon(
+            site, lambda: recipe(site.question, state, site.words, site.train.source)
+        )
+
     app = Starlette(
         routes=[
             Route("/", start),
+            Route("/attention", functools.partial(_attention, site)),
             Route("/api/look", seen, methods=["POST"]),
             Route("/api/trace", trace, methods=["POST"]),
+            Route("/api/rule", ruled, methods=["POST"]),
+            Route("/api/train", trained, methods=["POST"]),
+            Route("/api/again", again, methods=["POST"]),
         ],
         exception_handlers={MechAbsaError: _refused},
     )
     return Guard(app, site.token, hosts)
+
+
+async def _attention(site: Site, request: Request) -> Response:
+    """Return a page with the attention patterns of a layer, for a frame that can reach nothing."""
+    state = State.from_link(request.query_params.get("state", ""))
+    q = site.question
+
+    def draw() -> str:
+        layer = state.layer if state.layer >= 0 else None
+        return attention(q.model, clean_example(q, state), layer, q.template).html
+
+    html = await asyncio.wrap_future(site.session.ask(draw))
+    parents = "'self'" if site.framed == "'none'" else f"'self' {site.framed}"
+    policy = (
+        "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        f"img-src data:; frame-ancestors {parents}"
+    )
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>attention</title><body>{html}'
+    )
+    return HTMLResponse(page, headers={"content-security-policy": policy})
 
 
 async def _refused(request: Request, error: Exception) -> Response:

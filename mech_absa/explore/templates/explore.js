@@ -1,8 +1,9 @@
 // ---- the explorer: the state of the page, what the server is asked, and what is drawn from its answers
 
 const $ = id => document.getElementById(id);
-const TEXTS = ["sentence", "aspect", "gold", "edited", "other", "foil", "scale", "draws", "span", "metric", "direction"];
-const DEFAULTS = { start: "-1", gold: "auto", corruption: "edit", foil: "auto", scale: "3.0", draws: "4", span: "all", kinds: "resid_post,attn_out,mlp_out", metric: "prob", direction: "denoise", seed: "0", epochs: "4", examples: "200" };
+const TEXTS = ["sentence", "aspect", "gold", "edited", "other", "foil", "scale", "draws", "span", "metric", "direction", "epochs", "examples", "layer"];
+const NUMBERS = ["scale", "draws", "epochs", "examples"];
+const DEFAULTS = { start: "-1", gold: "auto", corruption: "edit", foil: "auto", scale: "3.0", draws: "4", span: "all", kinds: "resid_post,attn_out,mlp_out", metric: "prob", direction: "denoise", seed: "0", epochs: "4", examples: "200", layer: "-1" };
 const CLIENT = Array.from(crypto.getRandomValues(new Uint8Array(12)), b => b.toString(16).padStart(2, "0")).join("");
 const get = name => kept(name) ?? DEFAULTS[name] ?? "";
 const set = (name, value) => keep(name, value === DEFAULTS[name] ? null : value);
@@ -48,10 +49,11 @@ function fillForm() {
   const kinds = get("kinds").split(",");
   for (const box of document.querySelectorAll("[name=kinds]")) box.checked = kinds.includes(box.value);
   for (const part of document.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(get("corruption"));
+  drawSites();
 }
 
 function readForm() {
-  for (const name of TEXTS) if (!["scale", "draws"].includes(name) || $(name).value !== "") set(name, $(name).value);
+  for (const name of TEXTS) if (!NUMBERS.includes(name) || $(name).value !== "") set(name, $(name).value);
   set("corruption", document.querySelector("[name=corruption]:checked").value);
   const kinds = [...document.querySelectorAll("[name=kinds]:checked")].map(b => b.value).join(",");
   if (kinds) set("kinds", kinds); else fillForm();
@@ -65,6 +67,8 @@ function startForm() {
   options($("gold"), [["auto", "the model's own"], ...polarities]);
   options($("foil"), [["auto", "the model's best other"], ...polarities]);
   options($("metric"), Object.entries(DATA.metrics));
+  options($("layer"), [["-1", "hidden"], ...Array.from({ length: DATA.layers }, (_, i) => [i, "layer " + i])]);
+  $("layer").addEventListener("change", () => { set("layer", $("layer").value); patterns(); });
   options($("pick"), [["", "your own"], ...DATA.reviews.map((r, i) => [i, `${r.aspect}: ${r.gold} · ${r.sentence.slice(0, 90)}`])]);
   $("pick").addEventListener("change", () => {
     const r = DATA.reviews[Number($("pick").value)];
@@ -88,7 +92,7 @@ function startForm() {
   });
   $("aspect").addEventListener("input", e => { if (e.isTrusted) set("start", null); });
   let timer = 0;
-  document.querySelectorAll("#review .form, #corrupted .form, #trace .form").forEach(form => form.addEventListener("input", e => {
+  document.querySelectorAll("#review .form, #corrupted .form, #trace .form, #epochs, #examples").forEach(form => form.addEventListener("input", e => {
     if (e.target === $("pick")) return;
     readForm();
     clearTimeout(timer);
@@ -97,6 +101,11 @@ function startForm() {
   document.addEventListener("keydown", e => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); trace(); } });
   $("go").addEventListener("click", trace);
   $("stop").addEventListener("click", () => { if (running) running.abort(); });
+  $("add").addEventListener("click", () => addSites([$("site").value.trim()]));
+  $("site").addEventListener("keydown", e => { if (e.key === "Enter" && !e.ctrlKey) { e.preventDefault(); addSites([$("site").value.trim()]); } });
+  $("rule").addEventListener("click", ruled);
+  $("train").addEventListener("click", train);
+  $("halt").addEventListener("click", () => { if (running) running.abort(); });
   fillForm();
 }
 
@@ -151,15 +160,49 @@ async function changed() {
     problem(unreachable(error));
   }
   enable();
+  patterns();
+  if (traced) recipe();
+}
+
+// ---- attention, by CircuitsVis, in a frame of its own that can reach nothing
+
+let framed = "";
+
+function patterns() {
+  const layer = get("layer"), link = new URLSearchParams({ sentence: get("sentence"), aspect: get("aspect"), start: get("start"), gold: get("gold"), layer });
+  const wanted = layer === "-1" || !seen ? "" : link.toString();
+  if (wanted === framed) return;
+  framed = wanted;
+  $("patterns").replaceChildren(...(wanted ? [make("iframe", { title: `attention of layer ${layer}`, sandbox: "allow-scripts", src: "attention?" + new URLSearchParams({ token: DATA.token, state: wanted }) })] : []));
 }
 
 // ---- the map
 
-let running = null, traced = null;
+let running = null, busy = "", traced = null;
 
 function enable() {
   $("go").disabled = Boolean(running) || !seen || seen.problem !== "";
-  $("stop").disabled = !running;
+  $("stop").disabled = !running || busy !== "trace";
+  $("rule").disabled = Boolean(running);
+  $("train").disabled = Boolean(running) || !kept("sites");
+  $("halt").disabled = !running || busy === "trace";
+}
+
+// A long job: one at a time; told answers its events. Returns "stopped", "failed" or "done".
+async function long(what, path, body, told) {
+  running = new AbortController();
+  busy = what;
+  enable();
+  problem("");
+  let outcome = "stopped";
+  try {
+    await follow(path, body, running.signal, { ...told, error: d => { outcome = "failed"; problem(d.sentence); } });
+    if (outcome !== "failed") outcome = "done";
+  } catch (error) { if (error.name !== "AbortError") { outcome = "failed"; problem(unreachable(error)); } }
+  running = null;
+  busy = "";
+  enable();
+  return outcome;
 }
 
 function empty(start, s) {
@@ -171,26 +214,18 @@ function empty(start, s) {
 
 async function trace() {
   if (running || $("go").disabled) return;
-  running = new AbortController();
-  enable();
-  problem("");
   const s = seen, asked = state();
+  let said = "";
   $("progress").value = 0;
   $("status").textContent = "starting …";
-  let outcome = "stopped";
-  try {
-    await follow("api/trace", { state: asked }, running.signal, {
-      waiting: d => { $("status").textContent = `${d.ahead} before you`; },
-      start: d => { traced = empty(d, s); traced.state = asked; drawMaps(); },
-      base: d => { traced.base[d.direction] = d; },
-      cells: d => { take(d); repaint(); tellProgress(d); },
-      done: d => { traced.whole = true; outcome = `${d.cells.toLocaleString("en")} cells in ${number(d.seconds, 2)} s`; $("progress").value = 1; },
-      error: d => { outcome = ""; problem(d.sentence); },
-    });
-  } catch (error) { if (error.name !== "AbortError") { outcome = ""; problem(unreachable(error)); } }
-  $("status").textContent = outcome === "stopped" && traced ? `stopped; ${Math.round(100 * $("progress").value)} % is here` : outcome;
-  running = null;
-  enable();
+  const outcome = await long("trace", "api/trace", { state: asked }, {
+    waiting: d => { $("status").textContent = `${d.ahead} before you`; },
+    start: d => { traced = empty(d, s); traced.state = asked; drawMaps(); },
+    base: d => { traced.base[d.direction] = d; },
+    cells: d => { take(d); repaint(); tellProgress(d); },
+    done: d => { traced.whole = true; said = `${d.cells.toLocaleString("en")} cells in ${number(d.seconds, 2)} s`; $("progress").value = 1; },
+  });
+  $("status").textContent = outcome === "stopped" ? `stopped; ${Math.round(100 * $("progress").value)} % is here` : said;
   if (traced) { drawMaps(); openNamed(); recipe(); }
 }
 
@@ -267,7 +302,9 @@ function openCell(kind, layer, at) {
     return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "label probabilities, " + way }, make("table", { class: "probs cellprobs" }, make("caption", { class: "soft" }, `Probability of the labels, ${way}; effect ${number(T.effect[way][index], 4)} (${T.unit})`),
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "label"), make("th", { scope: "col", class: "n" }, words[0]), make("th", { scope: "col", class: "n" }, words[1]), make("th", { scope: "col", class: "n" }, "change"), make("td", {}))), make("tbody", {}, ...rows)));
   });
-  $("cell").replaceChildren(make("h3", {}, `${name}: ${KIND_WORDS[kind]}, layer ${layer}${head >= 0 ? ", head " + head : ""}, at `, make("b", {}, bare(T.s.tokens[at])), ` (${T.s.roles[at]})`), ...parts);
+  const site = `L${layer}.${kind}${head >= 0 ? head : ""}@${T.s.roles[at]}`;
+  $("cell").replaceChildren(make("h3", {}, `${name}: ${KIND_WORDS[kind]}, layer ${layer}${head >= 0 ? ", head " + head : ""}, at `, make("b", {}, bare(T.s.tokens[at])), ` (${T.s.roles[at]})`), ...parts,
+    make("button", { type: "button", onclick: () => addSites([site]) }, `edit at ${site}`));
   repaint();
 }
 
@@ -291,7 +328,105 @@ function record() {
   return { model: DATA.model, state: traced.state, whole: traced.whole, unit: traced.unit, labels: DATA.labels, tokens: traced.s.tokens, roles: traced.s.roles, clean: traced.s.clean, corrupted: traced.s.corrupted, base: traced.base, columns, rows };
 }
 
-async function recipe() {}
+async function recipe() {
+  const box = $("recipe");
+  let told;
+  try { told = await (await ask("api/again", { state: traced.state.sentence === get("sentence") ? { ...traced.state, ...Object.fromEntries(["sites", "epochs", "examples"].filter(n => kept(n)).map(n => [n, kept(n)])) } : traced.state })).json(); } catch { return; }
+  const block = (title, text, name, file) => [make("h3", {}, title), make("pre", { tabindex: "0" }, text), make("div", { class: "gets" },
+    make("button", { type: "button", class: "get", "aria-label": "copy: " + title, onclick: e => { navigator.clipboard.writeText(text).then(() => { e.target.textContent = "copied"; }, () => {}); } }, "copy"),
+    file ? make("button", { type: "button", class: "get", onclick: () => download(file, new Blob([text], { type: name })) }, "save " + file) : null)];
+  box.replaceChildren(
+    ...(told.command ? [...block("Command", told.command, "text/plain", null), ...block("Its data", told.data, "application/x-ndjson", told.file)] : []),
+    ...(told.train ? block("Training of the edit", told.train, "text/plain", null) : []), ...block("Python", told.python, "text/x-python", "review.py"));
+}
+
+// ---- sites and a small edit
+
+function sites() { return get("sites").split(",").filter(Boolean); }
+
+function drawSites() {
+  $("sites").replaceChildren(...sites().map(site => make("li", {}, make("code", {}, site), " ", make("button", { type: "button", class: "get", "aria-label": "remove " + site, onclick: () => setSites(sites().filter(s => s !== site)) }, "×"))));
+  if (!sites().length) $("sites").replaceChildren(make("li", { class: "soft" }, "No sites yet: click a cell of the map, type one, or let the rule choose."));
+}
+
+function setSites(list) { keep("sites", [...new Set(list)].join(",")); drawSites(); enable(); if (traced) recipe(); }
+
+function addSites(list) {
+  const bad = list.find(s => !/^L\d+\.[a-z_]+?\d*@[a-z.]+$/.test(s));
+  if (bad !== undefined) { problem(`${bad || "nothing"} is no site with a role; sites look like L3.resid_post@query.last`); return; }
+  problem("");
+  $("site").value = "";
+  setSites([...sites(), ...list]);
+}
+
+async function ruled() {
+  let found = null;
+  $("trained").value = 0;
+  $("training").textContent = "tracing training reviews …";
+  const outcome = await long("rule", "api/rule", { state: state() }, {
+    waiting: d => { $("training").textContent = `${d.ahead} before you`; },
+    progress: d => { $("trained").value = d.done / d.total; },
+    chosen: d => { found = d; },
+  });
+  $("training").textContent = outcome === "done" ? "" : outcome;
+  if (!found) return;
+  setSites(found.sites);
+  $("ruled").textContent = `Mean effect ${number(found.aie)} [${number(found.low)}, ${number(found.high)}] over ${found.pairs} pairs of ${found.sentences} training sentences; ${found.clear ? "clear" : "not clear"}. Rule: ${found.rule}. ${found.warnings.join(". ")}`;
+}
+
+function curve(history, steps) {
+  // The loss of every step, and its mean over the last ten.
+  const W = 640, H = 200, L = 44, B = 26, top = Math.max(...history) * 1.05 || 1;
+  const x = i => L + (W - L - 8) * (i + 1) / Math.max(steps, 1), y = v => 8 + (H - B - 8) * (1 - v / top);
+  const svg = (tag, props, text) => { const node = document.createElementNS("http" + "://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(props)) node.setAttribute(k, v); if (text !== undefined) node.textContent = text; return node; };
+  const smooth = history.map((_, i) => { const part = history.slice(Math.max(0, i - 9), i + 1); return part.reduce((a, b) => a + b, 0) / part.length; });
+  const path = values => values.map((v, i) => `${x(i).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
+  const chart = svg("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "loss by step" });
+  for (const v of [0, top / 2, top]) chart.append(svg("line", { class: "rule", x1: L, x2: W - 8, y1: y(v), y2: y(v) }), svg("text", { class: "axis", x: L - 6, y: y(v) + 4, "text-anchor": "end" }, number(v, 2)));
+  chart.append(svg("text", { class: "axis", x: L, y: H - 6 }, "step 1"), svg("text", { class: "axis", x: W - 8, y: H - 6, "text-anchor": "end" }, `step ${steps}`));
+  const line = (values, look) => { const part = svg("polyline", { class: "line " + look, points: path(values) }); chart.append(part); };
+  line(history, "quiet");
+  line(smooth, "c0");
+  return make("figure", {}, make("figcaption", {}, "Loss: -log of the right label's share; the line is the mean of ten steps"), chart);
+}
+
+async function train() {
+  const history = [];
+  let steps = 1, tested = null, drawnAt = 0;
+  $("trained").value = 0;
+  $("training").textContent = "starting …";
+  $("tested").replaceChildren();
+  const outcome = await long("train", "api/train", { state: state() }, {
+    waiting: d => { $("training").textContent = `${d.ahead} before you`; },
+    plan: d => { steps = d.steps; },
+    step: d => {
+      history.push(d.loss);
+      $("trained").value = d.step / steps;
+      $("training").textContent = `step ${d.step} of ${steps}, loss ${number(d.loss)}`;
+      if (performance.now() - drawnAt > 80) { drawnAt = performance.now(); $("curve").replaceChildren(curve(history, steps)); }
+    },
+    tested: d => { tested = d; },
+  });
+  if (history.length) $("curve").replaceChildren(curve(history, steps), make("div", { class: "gets" }, csvButton("loss", () => [["step", "loss"], ...history.map((v, i) => [i + 1, v])]), pngButton("loss", done => chartPicture($("curve").querySelector("svg"), done))));
+  $("training").textContent = outcome === "done" ? `${steps} steps` : outcome === "stopped" ? `stopped after ${history.length} steps; no edit is kept` : "";
+  if (!tested) return;
+  showTested(tested);
+  changed();
+}
+
+function showTested(d) {
+  const between = name => `${number(100 * d.intervals[name][0], 3)} to ${number(100 * d.intervals[name][1], 3)} %`;
+  const share = n => `${n} of ${d.n} (${number(100 * n / d.n, 3)} %)`, mark = (r, name) => make("td", { class: r[name] === r.gold ? "ok" : "bad" }, r[name]);
+  const filters = { all: () => true, fixed: r => r.base !== r.gold && r.edited === r.gold, broken: r => r.base === r.gold && r.edited !== r.gold };
+  const body = make("tbody", {}), draw = name => body.replaceChildren(...d.rows.filter(filters[name]).map(r => make("tr", {}, make("td", { class: "wide" }, r.sentence), make("td", {}, r.aspect), make("td", {}, r.gold), mark(r, "base"), mark(r, "edited"))));
+  const select = make("select", { "aria-label": "rows" }, ...Object.keys(filters).map(name => make("option", { value: name }, `${name} (${d.rows.filter(filters[name]).length})`)));
+  select.addEventListener("change", () => draw(select.value));
+  draw("all");
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["review", "aspect", "right", "base", "edited"].map(t => make("th", { scope: "col" }, t)))), body);
+  $("tested").replaceChildren(make("h3", {}, `Held-out reviews: base ${share(d.right.base)} right, edited ${share(d.right.edited)}`),
+    make("p", { class: "soft" }, `${d.parameters.toLocaleString("en")} parameters. ${d.left_out ? d.left_out + " reviews that stand in the training data were left out. " : ""}An edit changes other answers too: mech-absa evaluate --side-effects measures how much. 95 % intervals: base ${between("base")}, edited ${between("edited")}.`),
+    make("div", { class: "picker" }, make("label", {}, "show ", select), csvButton("held-out", () => [["review", "aspect", "right", "base", "edited"], ...d.rows.map(r => [r.sentence, r.aspect, r.gold, r.base, r.edited])])), make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "held-out reviews" }, table));
+}
 
 // ---- begin
 

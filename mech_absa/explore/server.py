@@ -44,8 +44,9 @@ from .session import Job, Session
 from .state import KINDS, METRIC_WORDS, State
 
 if TYPE_CHECKING:
-    from ..edits import Edit
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from ..edits import Edit
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 64 << 10

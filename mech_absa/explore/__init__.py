@@ -8,6 +8,8 @@
 | `state` | what the page shows, as a link that opens it again |
 | `ask` | a state -> the clean and the corrupted run, and the probability of every label |
 | `live` | the exact map, told in parts as the engine finishes them |
+| `edits` | sites by the written rule, a small edit trained while you look, base against edited |
+| `again` | the command, the Python code and the data that make a map again |
 | `session` | one thread that owns the model; browsers take turns |
 | `server` | the routes, and who may use them |
 | `page` | the page; its maps are those of the report |

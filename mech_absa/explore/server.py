@@ -433,7 +433,7 @@ class Explorer:
         self.url = f"http://{shown_host}:{self.port}/?token={site.token}"
         config = uvicorn.Config(
             application(site, allowed_hosts(host, self.port)), log_level="error", access_log=False,
-            lifespan="off", timeout_graceful_shutdown=2, server_header=False, date_header=False,
+            lifespan="off", timeout_keep_alive=75, timeout_graceful_shutdown=2, server_header=False, date_header=False,
         )  # fmt: skip
         self._server = _Server(config)
         self._server.closing = self.session.close

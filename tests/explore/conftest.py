@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from support.explorer import Client
 
 import mech_absa as ma
+from mech_absa.explore import live
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,21 @@ def browser():
 @pytest.fixture
 def client(explorer, browser) -> Client:
     return browser(explorer.url)
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """Hold every sweep at its second part until it is stopped; an event says that it is there."""
+    reached = threading.Event()
+    take = live.Board.seen
+
+    def slow(self, part):
+        take(self, part)
+        self.flush()
+        reached.set()
+        while True:
+            self.breathe()
+            threading.Event().wait(0.002)
+
+    monkeypatch.setattr(live.Board, "seen", slow)
+    return reached

@@ -86,6 +86,7 @@ def train():
     return ma.load_examples("builtin:restaurant/train")
 
 
+@pytest.mark.slow
 def test_an_edit_is_that_of_fit_and_is_told_step_by_step(question, train):
     events = []
     state = State(**REVIEW, sites=("L3.resid_post@query.last",), epochs=1, examples=48)
@@ -134,6 +135,7 @@ def test_a_stopped_training_leaves_no_edit(question, train):
     assert events == ["plan", "step"]
 
 
+@pytest.mark.slow
 def test_the_rule_is_that_of_select(question, train):
     events = []
     sites = edits.by_rule(question, train, lambda *e: events.append(e), nothing)

@@ -10,6 +10,7 @@ import pytest
 from mech_absa.errors import ConfigError
 from mech_absa.explore.session import MOST_WAITING, Session
 
+pytestmark = pytest.mark.timeout(900)
 SOON = 60
 """Seconds after which a test gives up; nothing is timed."""
 

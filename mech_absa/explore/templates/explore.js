@@ -11,10 +11,13 @@ const set = (name, value) => keep(name, value === DEFAULTS[name] ? null : value)
 function state(more) { return { ...Object.fromEntries(STATE), ...more }; }
 
 async function ask(path, body, signal) {
-  const answer = await fetch(path, {
+  const send = () => fetch(path, {
     method: "POST", signal, headers: { "content-type": "application/json", authorization: "Bearer " + DATA.token },
     body: JSON.stringify({ client: CLIENT, ...body }),
   });
+  // A connection that was idle may be closed at the moment it is used again: the second try opens a new one.
+  const answer = await send().catch(error => { if (error.name === "AbortError") throw error; return send(); })
+    .catch(error => { throw error.name === "AbortError" ? error : new Error("the explorer does not answer; is it still running?"); });
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
     throw new Error(told.error);
@@ -39,7 +42,6 @@ async function follow(path, body, signal, told) {
 }
 
 function problem(text) { $("problem").textContent = text || ""; $("problem").hidden = !text; }
-function unreachable(error) { return error instanceof TypeError ? "the explorer does not answer; is it still running?" : error.message; }
 
 // ---- the form and the address hold the same state
 
@@ -157,7 +159,7 @@ async function changed() {
   } catch (error) {
     if (turn !== asking) return;
     seen = null;
-    problem(unreachable(error));
+    problem(error.message);
   }
   enable();
   patterns();
@@ -198,7 +200,7 @@ async function long(what, path, body, told) {
   try {
     await follow(path, body, running.signal, { ...told, error: d => { outcome = "failed"; problem(d.sentence); } });
     if (outcome !== "failed") outcome = "done";
-  } catch (error) { if (error.name !== "AbortError") { outcome = "failed"; problem(unreachable(error)); } }
+  } catch (error) { if (error.name !== "AbortError") { outcome = "failed"; problem(error.message); } }
   running = null;
   busy = "";
   enable();
@@ -268,7 +270,7 @@ function drawMaps() {
   views.push(make("button", { type: "button", class: "get", onclick: () => download("map.json", new Blob([JSON.stringify(record(), null, 1)], { type: "application/json" })) }, "JSON"));
   views.push(make("button", { type: "button", class: "get", onclick: () => download("map.csv", new Blob([csvOf(cellRows())], { type: "text/csv" })) }, "CSV of all cells"));
   $("views").replaceChildren(...views);
-  $("views").hidden = false;
+  $("views").hidden = $("maps-title").hidden = false;
   const room = roomFor($("maps"), T.kinds.length);
   drawn = T.kinds.map((kind, k) => exampleMap(T.run, T.e, k, { at: (i, j) => valueAt(T, kind, j, i), limit: () => peak(T, kind), tokens: T.s.tokens }, room,
     { open: (i, j) => openCell(kind, j, i), chosen: (i, j) => get("cell") === cellName(kind, j, i) }));

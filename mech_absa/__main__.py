@@ -10,6 +10,7 @@ COMMANDS = {
     "patch": ("patch", "find the layers, tokens and components that carry an aspect's sentiment"),
     "train": ("train", "train a low-rank edit at chosen sites"),
     "matrix": ("matrix", "train on each domain and test on all, for methods and seeds"),
+    "compare": ("compare", "train the same edit where selectors say and at random places"),
     "evaluate": ("evaluate", "score a model with and without edits, and their side effects"),
     "report": ("report", "write one page from the folders of several runs"),
     "explore": ("explore", "trace a review and train small edits live, in the browser"),

@@ -95,6 +95,19 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         **_LATER,
     ),
+    "compare": obj(
+        {
+            "command": {"const": "compare"},
+            **_COMMON,
+            "model": MODEL,
+            "data": ACCOUNT,
+            "test_data": ACCOUNT,
+            "selectors": ANY_OBJECT,
+            "random_places": some(some(COUNT)),
+            "trainings": COUNT,
+        },
+        **_LATER,
+    ),
     "evaluate": obj(
         {
             "command": {"const": "evaluate"},

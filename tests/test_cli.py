@@ -107,6 +107,7 @@ COMMANDS = (
     "patch",
     "train",
     "train.matrix",
+    "compare",
     "evaluate",
     "evaluate.card",
     "verify",
@@ -124,7 +125,7 @@ def test_no_command_knows_a_flag_that_is_not(name, capsys):
         f"mech_absa.{name}"
         + (
             ""
-            if name in ("verify", "generate", "models", "doctor", "evaluate.card")
+            if name in ("verify", "generate", "models", "doctor", "evaluate.card", "compare")
             else ".__main__"
         )
     )

@@ -24,13 +24,20 @@ FLOORS = {
     "prompts": 2, "model": 2,
     "scoring": 3, "edits": 3, "widgets": 3, "plots": 3, "report": 3,
     "patch": 4, "train": 4, "evaluate": 4,
-    "patching": 5, "explore": 5, "": 5,
+    "patching": 5, "explore": 5, "select": 5, "": 5,
     "commands": 6,
     "__main__": 7,
 }  # fmt: skip
 """Room -> floor. A folder is one room; `""` is the package's own `__init__.py`; every `__main__.py` is a command, on the top floor."""
 
-COMMANDS = {("evaluate", "card"), ("verify",), ("generate",), ("models",), ("doctor",)}
+COMMANDS = {
+    ("evaluate", "card"),
+    ("verify",),
+    ("generate",),
+    ("models",),
+    ("doctor",),
+    ("compare",),
+}
 """Modules that are commands without being called `__main__`."""
 NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "model")}
 """(room, what it must not import) although the floors alone would allow it."""

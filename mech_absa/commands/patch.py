@@ -230,10 +230,14 @@ def read_data(config: Config) -> Examples:
 
 def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
     """Return the model with the adapter's weights merged, and the adapter's name."""
+    return with_adapter(config.adapter, model)
+
+
+def with_adapter(name: str, model: Model) -> tuple[Model, str | None]:
+    """Return a model with the adapter of a name merged, and its name; `auto` and `none` as in --adapter."""
     from ..edits import load_edit
     from ..edits.store import bundled_edit
 
-    name = config.adapter
     if name == "auto":
         name = "none" if bundled_edit(model) is None else "bundled"
     if name == "none":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_models import tiny_folder
 
-from mech_absa.commands import card, evaluate, generate, matrix, patch, report, train
+from mech_absa.commands import card, compare, evaluate, generate, matrix, patch, report, train
 from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.schemas import SCHEMAS, problem
 
@@ -76,6 +76,20 @@ def runs(tmp_path_factory) -> Path:
     run(train, *asked, "--data", learn, "--test", test, *edit, "--out", f"{home}/edit")
     methods = ["--methods", "zero_shot", "both@1", "--seeds", "0", "--epochs", "1"]
     run(matrix, *asked, "--train", learn, "--test", test, *methods, "--out", f"{home}/matrix")
+    short = [
+        "--corruption",
+        "zero",
+        "--width",
+        "1",
+        "--places",
+        "1",
+        "--looks",
+        "4",
+        "--budgets",
+        "4x1",
+    ]
+    short += ["--rates", "1", "--samples", "2", "--selectors", "last", "--validation", "0.4"]
+    run(compare, *asked, "--data", learn, "--test", test, *short, "--out", f"{home}/compare")
     scored = [
         "--edit",
         "none",
@@ -98,7 +112,7 @@ def test_every_json_file_is_strict_and_fits_its_schema(runs):
     named = {p.name for p in files}
     assert set(SCHEMAS) <= named, "a schema that no command leaves a file for"
     commands = {json.loads(p.read_text())["command"] for p in files if p.name == "run.json"}
-    assert commands == {"patch", "train", "train.matrix", "evaluate", "evaluate.card"}
+    assert commands == {"patch", "train", "train.matrix", "compare", "evaluate", "evaluate.card"}
     for path in files:
         value = strict(path)
         assert problem(value, SCHEMAS[path.name]) is None, (

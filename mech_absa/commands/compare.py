@@ -1,0 +1,456 @@
+"""`mech-absa compare`, or `python -m mech_absa.compare`: do selectors name better places than chance?
+
+    mech-absa compare --selectors exact lens probe last --budgets 64x2 --out runs/compare
+
+Every selector ranks layers on training reviews. Then the same edit is trained at the best layers of
+each of them and at random places, each with a learning rate tuned there, on several samples, and
+scored on test rows. Leaves `selectors.csv` (a row per selector, edit and budget), `places.csv`,
+`trainings.csv`, `rankings.csv`, `agreement.csv`, `report.md`, a figure, and `run.json`. A killed run
+is taken up with `--resume`: trainings that were finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tyro.conf import OmitArgPrefixes
+
+from ..errors import ConfigError, DataError
+from ..evaluate.caveats import caveats
+from ..examples import Examples, content_hash, split_by_sentence
+from ..model import Model, load_model
+from ..patch.corruption import as_corruption
+from ..progress import bar
+from ..records import RunFolder, fingerprint, write_text
+from ..select import SELECTORS, Evidence, SiteRanking, selector
+from ..select.compared import Landscape, agreement_table, compare_selectors, place_table
+from ..select.trainings import (
+    RATES,
+    Budget,
+    Data,
+    Layers,
+    Settings,
+    Trainings,
+    all_places,
+    frame_of,
+    random_places,
+)
+from ..train import presets
+from .cli import command, out_folder, tell_left_out, warn
+from .flags import (
+    FREE,
+    ModelFlags,
+    OptionalFloat,
+    OptionalInt,
+    OptionalPath,
+    QuestionFlags,
+    ReadFlags,
+    RunFlags,
+    Sources,
+    at_least,
+    join,
+    one_of,
+    recorded,
+    share,
+)
+from .matrix import once
+from .patch import with_adapter
+from .train import places as positions_of
+
+FREE_TOO = (*FREE, "memory", "trainings", "minutes")
+"""Flags that may change when a comparison is resumed."""
+DEFAULT = ("exact", "relp", "lens", "probe", "middle", "first", "last")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train the same edit where selectors say and at random places, and compare.
+
+    Examples:
+      mech-absa compare --selectors exact lens last --budgets 64x2 --out runs/compare
+      mech-absa compare --data train.xml --test test.xml --model gpt2 --places 20
+    """
+
+    data: Sources = ("builtin:restaurant/train",)
+    """Training files: selectors look at them, rates are tuned and edits trained on them."""
+    test: Sources = ("builtin:restaurant/test",)
+    """Test files: every edit is scored on them once, and nothing is chosen by them."""
+    limit_test: OptionalInt = 320
+    """Test on at most this many examples of each source, drawn at random."""
+    selectors: tuple[str, ...] = DEFAULT
+    """Which selectors: exact, exact_noise, writes, atp, atpstar, relp, ig, lens, probe, taylor1, taylor2, saap, fluctuation, cka, jola,
+    lofit, middle, first, last or random."""
+    looks: int = 120
+    """Training examples that a selector looks at."""
+    adapter: str = "auto"
+    """A trained edit whose weights are merged into the model that selectors look at: a folder, bundled, or none. auto is bundled for the
+    bundled model and none otherwise. The edits that are compared train the model without it."""
+    corruption: str = "counterfactual"
+    """Of the pairs of causal selectors: noise, counterfactual, aspect-swap, mean, zero or resample."""
+    edits: tuple[str, ...] = ("both",)
+    """Which edits, as in mech-absa train --preset: both, lora_o, loreft and so on."""
+    width: int = 2
+    """Layers of a place: the best ones of each selector."""
+    places: OptionalInt = None
+    """Random places, drawn from all sets of as many layers. Default: all of them, where there are at most 100."""
+    minutes: OptionalFloat = None
+    """Begin no other random place after this many minutes; the places of selectors are always trained. Random places come in a random
+    order, so that those that were trained are a random sample."""
+    budgets: tuple[str, ...] = ("64x2",)
+    """How long an edit trains, as EXAMPLESxEPOCHS; 0 examples are all."""
+    rates: tuple[float, ...] = RATES
+    """The preset's learning rates are tried times each of these, at every place."""
+    samples: int = 5
+    """Training samples of each place."""
+    validation: float = 0.125
+    """Share of the training sentences on which learning rates are tuned."""
+    position: str = presets.LAST_OF_QUERY
+    """Where representations are edited: a role or a position."""
+    rank: int = 4
+    """Of every edit."""
+    seed: int = 0
+    """Of the samples, the split and the random places."""
+    memory: float = 1.0
+    """GiB for activations that are computed once."""
+    trainings: OptionalPath = None
+    """A folder that keeps finished trainings beyond this run: a later run on the same model, data and seed, with other selectors or
+    budgets, trains only what is missing. Default: inside --out, until the run ends."""
+    reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
+    question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
+    run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
+
+    def __post_init__(self) -> None:
+        if not self.data or not self.test or not self.selectors:
+            raise ConfigError("--data, --test and --selectors each need at least one")
+        for name in self.selectors:
+            one_of("--selectors", name, list(SELECTORS))
+        for name in self.edits:
+            one_of("--edits", name, presets.METHODS)
+        for flag in ("selectors", "edits", "budgets", "rates"):
+            once(f"--{flag}", getattr(self, flag))
+        at_least(1, limit_test=self.limit_test, looks=self.looks, width=self.width)
+        at_least(1, places=self.places, rank=self.rank)
+        at_least(0, minutes=self.minutes)
+        share("--validation", self.validation)
+        self.settings.check()
+        as_corruption(self.corruption)
+        presets.range_sites((0,), [self.settings.position])
+        self.reading.check()
+        self.question.check()
+
+    @property
+    def settings(self) -> Settings:
+        """What is trained."""
+        return Settings(
+            self.edits,
+            tuple(Budget.parse(b) for b in self.budgets),
+            self.rates,
+            self.samples,
+            self.seed,
+            positions_of((self.position,))[0],
+            self.rank,
+            self.question.prompt,
+            self.question.verbalizer,
+            int(self.memory * 2**30),
+        )
+
+
+MOST_PLACES = 100
+"""All places are trained where there are no more; this many are drawn where there are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything that is loaded and checked before the first training.
+
+    Attributes:
+        config: the flags.
+        train, tests: the data.
+        parts: training rows split into those that samples are drawn from and validation, and test rows.
+        model: the base.
+        evidence: what selectors get.
+        adapter: name of what was merged.
+        random: random places.
+        notes: warnings.
+    """
+
+    config: Config
+    train: Examples
+    tests: Examples
+    parts: Data
+    model: Model
+    evidence: Evidence
+    adapter: str | None
+    random: tuple[Layers, ...]
+    notes: list[str]
+
+
+def prepare(config: Config) -> Task:
+    """Load the data and the model.
+
+    Raises:
+        MechAbsaError: an input is not accepted; nothing has been written then.
+    """
+    train = join([_read(source, config, None) for source in config.data])
+    tests = join([_read(source, config, config.limit_test) for source in config.test])
+    learn, held = split_by_sentence(train.items, config.validation, config.seed)
+    if not learn or not held or not len(tests):
+        raise DataError(
+            f"{len(learn)} training, {len(held)} validation and {len(tests)} test examples are left; "
+            "at least one of each is needed"
+        )
+    m = config.model
+    model = load_model(m.model, device=m.device, dtype=m.dtype)
+    all_places(config.width, model.n_layers)
+    drawn = random_places(config.width, model.n_layers, config.places or MOST_PLACES, config.seed)
+    random.Random(config.seed).shuffle(drawn)
+    adapted, adapter = with_adapter(config.adapter, model)
+    config.question.verbalizer.label_ids(model.tokenizer, config.question.prompt)
+    seen = random.Random(config.seed).sample(list(learn), min(config.looks, len(learn)))
+    evidence = Evidence(
+        adapted,
+        tuple(seen),
+        model,
+        as_corruption(config.corruption),
+        config.question.prompt,
+        config.question.verbalizer,
+        seed=config.seed,
+        width=config.width,
+    )
+    notes = caveats(train.items, [tests])
+    parts = Data(learn, held, tests.items)
+    return Task(config, train, tests, parts, model, evidence, adapter, tuple(drawn), notes)
+
+
+def main(config: Config) -> Path:
+    """Rank, train, compare, and write the folder.
+
+    Raises:
+        MechAbsaError: an input is not accepted; nothing has been written then.
+    """
+    folder = RunFolder(out_folder(config, "compare"), recorded(config), config.run.resume, FREE_TOO)
+    if folder.finished:
+        return folder.path
+    task = prepare(config)
+    folder.bind({"model": task.model.sha256, "data": [task.train.sha256, task.tests.sha256]})
+    rankings = rank(task)
+    chosen = [ranking.top_layers(config.width) for ranking in rankings]
+    trainings = Trainings(
+        task.model,
+        task.parts,
+        config.settings,
+        [*chosen, *task.random],
+        folder.part("trainings") if config.trainings is None else config.trainings / key(task),
+    )
+    folder.open()
+    if not config.run.quiet:
+        warn(task.notes)
+    with bar("trainings", trainings.total, config.run.quiet) as advance:
+        seconds = math.inf if config.minutes is None else 60 * config.minutes
+        rows = frame_of(trainings.run(advance, chosen, seconds))
+    compared = write_tables(task, folder, rankings, rows)
+    folder.finish(record_of(task, rankings, rows))
+    if not config.run.quiet:
+        show(compared)
+        print(f"written to {folder.path}\n{conclusion(compared)}")
+    return folder.path
+
+
+def key(task: Task) -> str:
+    """Return the name of the folder of trainings that this run can share: what they all depend on."""
+    s, parts = task.config.settings, task.parts
+    return fingerprint(
+        {
+            "model": task.model.sha256,
+            "dtype": str(task.model.dtype),
+            "rows": [content_hash(rows) for rows in (parts.train, parts.held, parts.test)],
+            "seed": s.seed,
+            "position": s.position,
+            "rank": s.rank,
+            "template": s.template.text,
+            "labels": [word for _, word in s.verbalizer.words],
+            "separator": s.verbalizer.separator,
+        }
+    )[:16]
+
+
+def rank(task: Task) -> list[SiteRanking]:
+    """Return the ranking of every selector."""
+    with bar("selectors", len(task.config.selectors), task.config.run.quiet) as advance:
+        rankings = []
+        for name in task.config.selectors:
+            rankings.append(selector(name)(task.evidence))
+            advance(1)
+    return rankings
+
+
+def write_tables(
+    task: Task, folder: RunFolder, rankings: Sequence[SiteRanking], rows: pd.DataFrame
+) -> pd.DataFrame:
+    """Write tables, figures and the report; return a row per selector, edit and budget."""
+    compared, places, agreement = [], [], agreement_table(rankings)
+    for (edit, budget), part in rows.groupby(["edit", "budget"], sort=False):
+        landscape = Landscape.of(part, task.random)
+        task.notes.extend(f"{edit}, {budget}: lost at layers {p}" for p in landscape.lost)
+        trained = int(landscape.random.sum())
+        if trained < len(task.random):
+            task.notes.append(
+                f"{edit}, {budget}: {trained} of {len(task.random)} random places were trained"
+            )
+        compared.append(compare_selectors(rankings, task.config.width, landscape, task.config.seed))
+        places.append(place_table(landscape))
+        for table in (compared[-1], places[-1]):
+            table.insert(0, "edit", edit)
+            table.insert(1, "budget", budget)
+    whole = pd.concat(compared, ignore_index=True)
+    tables = {
+        "selectors.csv": whole,
+        "places.csv": pd.concat(places, ignore_index=True),
+        "trainings.csv": rows,
+        "rankings.csv": pd.concat([r.to_pandas() for r in rankings], ignore_index=True),
+    }
+    for name, table in tables.items():
+        folder.write(name, partial(table.to_csv, index=False, float_format="%.6g"))
+    folder.write("agreement.csv", partial(agreement.to_csv, float_format="%.4g"))
+    if task.config.run.report:
+        draw(task, folder, whole, agreement)
+        folder.write("report.md", lambda path: write_text(path, report(task, whole)))
+    return whole
+
+
+def draw(task: Task, folder: RunFolder, whole: pd.DataFrame, agreement: pd.DataFrame) -> None:
+    """Write a figure per edit and budget."""
+    from ..plots.compare import selectors
+    from ..plots.style import save
+
+    for (edit, budget), table in whole.groupby(["edit", "budget"], sort=False):
+        note = f"{facts(task)}; {edit} with {budget} (examples x epochs)"
+        figure = selectors(table, agreement, note=note)
+        save(figure, folder.path / "figures" / f"selectors_{edit}_{budget}")
+
+
+def facts(task: Task) -> str:
+    """Say what was compared, for a figure and a report."""
+    c = task.config
+    return (
+        f"{task.model.name}, {task.train.source}, {len(task.parts.test)} test rows, {c.width} layers "
+        f"per place, {c.samples} training samples"
+    )
+
+
+def report(task: Task, whole: pd.DataFrame) -> str:
+    """Return the report as Markdown."""
+    lines = [
+        "# Selectors against random places",
+        "",
+        f"{facts(task)}. A selector looked at {len(task.evidence.examples)} training examples. The",
+        "difference is in points of accuracy from the mean of the random places, with a 95 % t interval over",
+        "training samples; p is one-sided, corrected by Holm over the selectors. The share is that of random",
+        "places that are at most as accurate.",
+    ]
+    for (edit, budget), table in whole.groupby(["edit", "budget"], sort=False):
+        lines += [
+            "",
+            f"## {edit}, {budget}",
+            "",
+            "| selector | layers | accuracy | difference | p | share | regret | rho (p) |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in table.itertuples(index=False):
+            lines.append(
+                f"| {r.selector} | {r.layers} | {100 * r.accuracy:.1f} | {100 * r.difference:+.1f} "
+                f"[{100 * r.low:.1f}, {100 * r.high:.1f}] | {r.p_adjusted:.3f} | {r.share:.2f} | "
+                f"{100 * r.regret:.1f} | {r.rho:.2f} ({r.p_rho:.3f}) |"
+            )
+    if task.notes:
+        lines += ["", "## Warnings", "", *(f"- {note}" for note in task.notes)]
+    return "\n".join([*lines, ""])
+
+
+def record_of(task: Task, rankings: Sequence[SiteRanking], rows: pd.DataFrame) -> dict[str, Any]:
+    """Return what run.json says of a comparison."""
+    model = task.model
+    return {
+        "command": "compare",
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "parameters": model.n_parameters,
+            "device": str(model.device),
+        },
+        "adapter": task.adapter,
+        "data": task.train.account(),
+        "test_data": task.tests.account(),
+        "selectors": {
+            r.selector: {
+                "layers": list(r.top_layers(task.config.width)),
+                "layer_scores": r.layer_scores.tolist(),
+                "pool": r.pool,
+                **r.about,
+            }
+            for r in rankings
+        },
+        "random_places": [list(p) for p in task.random],
+        "trainings": len(rows),
+        "warnings": task.notes,
+    }
+
+
+def show(compared: pd.DataFrame) -> None:
+    """Print the comparison, a row per selector, edit and budget."""
+    from .tables import print_table
+
+    names = [
+        "selector",
+        "edit",
+        "budget",
+        "layers",
+        "accuracy",
+        "difference",
+        "interval",
+        "p",
+        "share",
+    ]
+    rows = [
+        [
+            r.selector,
+            r.edit,
+            r.budget,
+            r.layers,
+            f"{100 * r.accuracy:.1f}",
+            f"{100 * r.difference:+.1f}",
+            f"[{100 * r.low:.1f}, {100 * r.high:.1f}]",
+            f"{r.p_adjusted:.3f}",
+            f"{r.share:.2f}",
+        ]
+        for r in compared.itertuples(index=False)
+    ]
+    print_table(names, rows, "Selectors against random places, in points of accuracy")
+
+
+def conclusion(compared: pd.DataFrame) -> str:
+    """Say in one line what came out."""
+    better = compared[(compared["p_adjusted"] < 0.05) & (compared["difference"] > 0)]
+    if better.empty:
+        return "No selector's place is better than random places after correction."
+    names = ", ".join(dict.fromkeys(better["selector"]))
+    return f"Better than random places after correction: {names}."
+
+
+def _read(source: str, config: Config, limit: int | None) -> Examples:
+    examples = config.reading.read(source, limit)
+    tell_left_out(examples)
+    return examples
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return command(Config, main, "mech_absa.compare", argv)

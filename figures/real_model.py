@@ -11,7 +11,12 @@ from .tables import NONE, Table
 
 PAPER = "9-14"
 """Layers of 30 that correspond to the paper's 10-15 of 32."""
-ASPECTS = ("aspect in the sentence", "aspect in the question")
+WORDS = {
+    "aspect": "aspect in the sentence", "query": "aspect in the question", "opinion": "opinion words",
+    "rest": "rest of the sentence", "template": "template", "answer": "last token",
+}  # fmt: skip
+"""Groups of roles, in words."""
+ASPECTS = ("aspect", "query")
 
 
 def _map(study: Study, what: str) -> Shown:
@@ -23,7 +28,7 @@ def _map(study: Study, what: str) -> Shown:
     bands = study.table("bands.csv")
     rows = bands[(bands["kind"] == "resid_post") & (bands["layers"] == PAPER)].set_index("roles")
     means = [
-        f"{roles} {rows.loc[roles, 'aie']:.3f} [{rows.loc[roles, 'ci_low']:.3f}, "
+        f"{WORDS[roles]} {rows.loc[roles, 'aie']:.3f} [{rows.loc[roles, 'ci_low']:.3f}, "
         f"{rows.loc[roles, 'ci_high']:.3f}]"
         for roles in ASPECTS
         if roles in rows.index
@@ -80,7 +85,7 @@ def bands(*found: Study | None) -> Shown:
         rows = []
         for roles, group in table.groupby("roles", sort=False):
             by = group.set_index("layers")
-            rows.append((str(roles), *(_interval(by.loc[b]) for b in layers)))
+            rows.append((WORDS[str(roles)], *(_interval(by.loc[b]) for b in layers)))
         blocks.append((_name(study), tuple(rows)))
     says = [_claim(study) for study in present]
     caption = (
@@ -105,7 +110,7 @@ def _claim(study: Study) -> str:
     table = study.table("bands.csv")
     rows = table[(table["kind"] == "resid_post") & (table["layers"] == PAPER)].set_index("roles")
     parts = [
-        f"{roles} {row['minus_others']:+.3f} [{row['minus_low']:+.3f}, {row['minus_high']:+.3f}]"
+        f"{WORDS[roles]} {row['minus_others']:+.3f} [{row['minus_low']:+.3f}, {row['minus_high']:+.3f}]"
         for roles in ASPECTS
         if roles in rows.index
         for row in [rows.loc[roles]]

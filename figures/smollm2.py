@@ -82,7 +82,7 @@ class Sizes:
     """Longest sentence that is traced."""
     pool: int = 600
     """Rows of each kind from which pairs are taken."""
-    test: int = 300
+    test: int = 200
     """Rows of each test file."""
     train: int = 200
     """Training rows a domain of the edits."""
@@ -203,12 +203,12 @@ def edits(data: Path, sizes: Sizes) -> Study:
 BANDS = {"0-5": (0, 5), "9-14": (9, 14), "15-20": (15, 20), "24-29": (24, 29)}
 """Layers that are compared, six in each; 9-14 of 30 are the paper's 10-15 of 32."""
 GROUPS = {
-    "aspect in the sentence": ("aspect.first", "aspect.middle", "aspect.last"),
-    "aspect in the question": ("query.first", "query.middle", "query.last"),
+    "aspect": ("aspect.first", "aspect.middle", "aspect.last"),
+    "query": ("query.first", "query.middle", "query.last"),
     "opinion": ("opinion",),
-    "rest of the sentence": ("before", "after"),
+    "rest": ("before", "after"),
     "template": ("template",),
-    "last token": ("answer",),
+    "answer": ("answer",),
 }
 """Roles that are averaged together."""
 

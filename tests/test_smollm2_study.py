@@ -74,11 +74,11 @@ def test_means_over_bands_by_hand():
     values = np.array([[1.0, 0.0, 5.0, 4.0], [3.0, 2.5, np.nan, np.nan]])
     importance = SimpleNamespace(table=table, values=values, clusters=np.array(["a", "b"]))
     found = smollm2.banded(importance).set_index(["roles", "layers"])
-    one = found.loc[("aspect in the sentence", "9-14")]
+    one = found.loc[("aspect", "9-14")]
     assert one["aie"] == 2.0 and one["minus_others"] == 0.75 and one["n"] == 2
-    two = found.loc[("aspect in the question", "15-20")]
+    two = found.loc[("query", "15-20")]
     assert two["aie"] == 4.0 and two["minus_others"] == -1.0 and two["n"] == 1
-    assert ("aspect in the sentence", "0-5") not in found.index
+    assert ("aspect", "0-5") not in found.index
 
 
 def test_every_step_is_a_command_that_its_module_takes(data, tmp_path):

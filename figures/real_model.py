@@ -69,7 +69,7 @@ def opinion_swap(study: Study) -> Shown:
 
 
 @shows(
-    "smollm2_bands",
+    "table_smollm2_bands",
     "SmolLM2: the paper's layers beside others",
     "smollm2/noise",
     may=("smollm2/aspect_swap", "smollm2/opinion_swap"),
@@ -120,7 +120,7 @@ def _claim(study: Study) -> str:
     )
 
 
-@shows("smollm2_accuracy", "SmolLM2: accuracy on the test files", "smollm2/accuracy")
+@shows("table_smollm2_accuracy", "SmolLM2: accuracy on the test files", "smollm2/accuracy")
 def accuracy(study: Study) -> Shown:
     """Tabulate the accuracy of the adapter beside the model as it is and the majority class."""
     table = study.table("scores.csv")

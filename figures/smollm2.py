@@ -77,7 +77,9 @@ class Sizes:
     """How much of everything."""
 
     pairs: int = 100
-    """Pairs of each trace."""
+    """Pairs of each trace of a swap."""
+    noise: int = 60
+    """Pairs of the trace with noise, whose cells all differ from 0 and cost more."""
     words: int = 30
     """Longest sentence that is traced."""
     pool: int = 600
@@ -90,7 +92,7 @@ class Sizes:
     """Test rows a domain of the edits."""
 
 
-FAST = Sizes(pairs=2, words=12, pool=60, test=4, train=8, edit_test=4)
+FAST = Sizes(pairs=2, noise=2, words=12, pool=60, test=4, train=8, edit_test=4)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -160,15 +162,20 @@ QUESTIONS = {
 def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> Study:
     """Return the trace of one corruption in one direction."""
     rows = reproduce._near(work / "rows")
+    swap = {"sites": KINDS, "limit": sizes.pairs}
+    lexicon = str(rows / "lexicon.jsonl")
     more = {
-        "noise": {"corruption": "noise", "noise_draws": 1},
-        "aspect_swap": {"corruption": "aspect-swap"},
-        "opinion_swap": {"corruption": "opinion-swap", "lexicon": str(rows / "lexicon.jsonl")},
+        "noise": {
+            "sites": KINDS[:1],
+            "limit": sizes.noise,
+            "corruption": "noise",
+            "noise_draws": 1,
+        },
+        "aspect_swap": {**swap, "corruption": "aspect-swap"},
+        "opinion_swap": {**swap, "corruption": "opinion-swap", "lexicon": lexicon},
     }
-    step = reproduce._trace(
-        "trace", model=MODEL, data=str(rows / f"{name}.jsonl"), by="role", limit=sizes.pairs,
-        sites=KINDS, direction=direction, **more[name],
-    )  # fmt: skip
+    flags = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role"}
+    step = reproduce._trace("trace", **flags, direction=direction, **more[name])
     called = name if direction == "denoise" else f"{name}_{direction}"
     return Study(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
 

@@ -102,6 +102,8 @@ class Study:
             )
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
+        if self.run.get("command") == "evaluate":
+            return f"{self.run['config']['limit']} rows of each file"
         seeds = sorted({s for r in self.record["runs"].values() for s in r["config"]["seeds"]})
         sizes = {
             part: sorted({d[part]["examples"] for d in self.run["domains"].values()})

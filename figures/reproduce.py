@@ -384,11 +384,12 @@ REAL = ("trace_real", "matrix_real")
 
 
 def keep_map(study: Study, work: Path, results: Path) -> None:
-    """The averaged map and the sites that were chosen from it."""
+    """The averaged map and the sites that were chosen from it, where any were."""
     folder = work / study.steps[0].name
     _table(pd.read_csv(folder / "importance.csv"), results / "importance.csv")
     for name in ("sites.json", "about.json"):
-        write_json(results / name, json.loads((folder / name).read_text(encoding="utf-8")))
+        if (folder / name).exists():
+            write_json(results / name, json.loads((folder / name).read_text(encoding="utf-8")))
 
 
 def keep_trace(study: Study, work: Path, results: Path) -> None:

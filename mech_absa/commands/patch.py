@@ -450,7 +450,7 @@ def leave(
         by="role", level=config.level, adjustment=config.adjustment, seed=config.seed
     )
     both = BothDirections.of(effects) if "direction" in effects.frame else None
-    selection = _select(importance, config, both)
+    selection = _chosen(task, importance, both, say)
     effects.save(folder.path)
     importance.save(folder.path / "importance.csv")
     if both is not None:
@@ -523,6 +523,21 @@ def leave_interaction(both: BothDirections, config: Config, folder: Path) -> Non
     table = both.table(level=config.level, adjustment=config.adjustment, seed=config.seed)
     with atomic(folder / "interaction.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.8g")
+
+
+def _chosen(
+    task: Task, importance: ImportanceMap, both: BothDirections | None, say: Callable[..., None]
+) -> Selection | None:
+    """Return the sites; None, with a warning in the record, where no effect leaves a choice.
+
+    So it is with aspect-swap where only the question differs: what stands before it is exactly 0.
+    """
+    try:
+        return _select(importance, task.config, both)
+    except DataError as error:
+        task.notes.append(f"no sites were chosen: {error}")
+        say(f"mech_absa.patch: {task.notes[-1]}")
+        return None
 
 
 def _select(

@@ -525,3 +525,16 @@ def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_p
     for ids in (drawn["a"], drawn["b"]):
         assert len(set(ids)) == 6 and 0 < sum(i.startswith("o") for i in ids) < 6
     assert drawn["a"] != drawn["b"]
+
+
+def test_a_trace_without_a_choice_of_sites_keeps_its_map(base, tmp_path, capsys):
+    """Where only the question differs, what stands before it is exactly 0, and no role is left."""
+    out = tmp_path / "run"
+    words = ["--corruption", "aspect-swap", "--by", "role", "--sites", "resid_post"]
+    assert cli([*base, *words, "--out", str(out)]) == 0
+    assert "no sites were chosen: every resid_post effect" in capsys.readouterr().out
+    record = json.loads((out / "run.json").read_text())
+    assert record["sites"] is None and "no sites were chosen" in record["warnings"][-1]
+    table = pd.read_csv(out / "importance.csv").groupby("role")["aie"]
+    assert (table.max() == table.min())["before"] and not (table.max() == table.min())["query.last"]
+    assert not (out / "sites.json").exists() and (out / "report.html").exists()

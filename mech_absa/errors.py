@@ -24,6 +24,9 @@ class MechAbsaError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(bounded(message))
+
 
 class DataError(MechAbsaError):
     """A file, a line or a record that cannot be read as examples.
@@ -82,6 +85,28 @@ class SelfCheckError(MechAbsaError):
     """An identity that must hold in every run did not; never a user's fault."""
 
     exit_code = 1
+
+
+LONGEST = 2000
+"""Characters of a message; a value of a hostile file may be a hundred megabytes long."""
+
+
+def bounded(message: str) -> str:
+    """Return a message of at most `LONGEST` characters that can be printed.
+
+    Args:
+        message: of any length; where it is cut, its beginning and its end stay.
+
+    Example:
+        >>> len(bounded("x" * 10**7))
+        2000
+        >>> bounded("half a pair: \ud800")
+        'half a pair: \\ud800'
+    """
+    if len(message) > LONGEST:
+        half = LONGEST // 2
+        message = f"{message[: half - 3]} ... {message[-half + 2 :]}"
+    return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def choices(options: Iterable[object]) -> str:

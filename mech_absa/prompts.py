@@ -79,15 +79,19 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         try:
-            fields = [
-                name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None
-            ]
+            parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
             raise PromptError(
                 f"template {self.text!r} does not parse ({error}); write {{{{ and }}}} for braces"
             ) from None
-        for name in fields:
-            if name not in ("sentence", "aspect"):
+        fields = [name for _, name, _, _ in parts if name is not None]
+        for _, name, spec, conversion in parts:
+            if spec or conversion:
+                raise PromptError(
+                    f"template {self.text!r} formats the field {{{name}}}; accepted: {{sentence}} and "
+                    "{aspect} without : or !"
+                )
+            if name not in ("sentence", "aspect", None):
                 raise PromptError(
                     f"template {self.text!r} has an unknown field {{{name}}}; accepted: {{sentence}} and {{aspect}}"
                 )

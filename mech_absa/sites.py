@@ -61,7 +61,9 @@ KINDS = tuple(HOOKS)
 HEAD_KINDS = ("head", "q", "k", "v")
 """Kinds of which a layer has one per head (per key/value head for k and v)."""
 
-_PATTERN = re.compile(r"L(?P<layer>\d+)\.(?P<kind>[a-z_]+?)(?P<head>\d+)?(?:@(?P<at>[-\w.]+))?")
+_PATTERN = re.compile(
+    r"L(?P<layer>[0-9]{1,9})\.(?P<kind>[a-z_]+?)(?P<head>[0-9]{1,9})?(?:@(?P<at>[-\w.]{1,40}))?"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -120,7 +122,11 @@ class Site:
                 f"{text!r} is no site; sites look like L5.resid_post, L5.head3 or L5.attn_out@query.last"
             )
         text_at: str | None = match["at"]
-        at = int(text_at) if text_at is not None and re.fullmatch(r"-?\d+", text_at) else text_at
+        at = (
+            int(text_at)
+            if text_at is not None and re.fullmatch(r"-?[0-9]{1,9}", text_at)
+            else text_at
+        )
         return cls(
             int(match["layer"]),
             match["kind"],
@@ -188,14 +194,15 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
         return tuple(named[text])
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise SiteError(f"{text!r} names no layers; accepted: 3, 2-5, 0,2-4, {choices(named)}")
-        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if max(layers) >= n_layers:
-        raise SiteError(
-            f"layer {max(layers)} was asked for; the model has {n_layers} layers, 0 to {n_layers - 1}"
-        )
+        last = int(match[2] or match[1])
+        if last >= n_layers:  # before the range is made: it may have a billion numbers
+            raise SiteError(
+                f"layer {last} was asked for; the model has {n_layers} layers, 0 to {n_layers - 1}"
+            )
+        layers.update(range(int(match[1]), last + 1))
     return tuple(sorted(layers))
 
 

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from support.tiny_models import ARCHITECTURES, tiny_folder
 
+# No test depends on wall time: a neighbour may hold the processor for seconds.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -18,7 +18,7 @@ import pytest
 from mech_absa.commands.cli import command
 from mech_absa.commands.flags import ReadFlags, flag_names
 from mech_absa.commands.tables import print_table
-from mech_absa.errors import ConfigError, HookError
+from mech_absa.errors import LONGEST, ConfigError, DataError, HookError
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,14 @@ def test_exit_codes(error, code, capsys):
 
     assert run("--data", "x", main=fail) == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_message_has_an_end_and_can_be_printed():
+    """A value of a hostile file may be as long as the file, and hold half of a surrogate pair."""
+    text = str(ConfigError("begin " + "x" * 10**7 + " end"))
+    assert len(text) == LONGEST and text.startswith("begin ") and text.endswith(" end")
+    assert str(ConfigError("y" * LONGEST)) == "y" * LONGEST
+    str(DataError("half \ud800", "a\udcff.jsonl", 3)).encode()
 
 
 COMMANDS = (

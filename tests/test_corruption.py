@@ -54,7 +54,7 @@ def test_what_is_no_corruption_is_refused_in_one_sentence(value, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, 1e300])
 def test_a_noise_scale_is_a_finite_number(scale):
     with pytest.raises(ConfigError, match="a finite number, 0 or more"):
         GaussianNoise(scale=scale)

@@ -342,6 +342,12 @@ def test_devices_that_are_not_here():
         load_model(tiny_folder("gpt2"), device=f"cuda:{n}")
 
 
+@pytest.mark.parametrize("n", [0, 2, -1])
+def test_more_devices_than_there_are(n):
+    with refused(f"n_devices {n} was given; cpu offers 1 here, so 1 is accepted", ConfigError):
+        load_model(tiny_folder("gpt2"), device="cpu", n_devices=n)
+
+
 def test_dtypes_that_are_none():
     with refused(
         "unknown dtype 'int8'; accepted: float32, bfloat16, float16 or float64", ConfigError

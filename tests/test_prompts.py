@@ -283,6 +283,8 @@ def test_the_parts_of_a_prompt_are_where_it_says():
             "has an unknown field {label}; accepted: {sentence} and {aspect}",
         ),
         ("{sentence} {aspect} {}", "has an unknown field {}; accepted"),
+        ("{sentence:>1000000000} {aspect}", "formats the field {sentence}; accepted"),
+        ("{sentence} {aspect!r}", "formats the field {aspect}; accepted"),
         ("{sentence} {aspect} {", "does not parse"),
         ("{sentence} {aspect} }", "does not parse"),
     ],

@@ -74,6 +74,8 @@ def test_by_hand(text, site, hook):
         "L5.resid_post.x",
         "L5 .mlp_out",
         "l5.mlp_out",
+        "L²^.mlp_out",
+        f"L{'9' * 50}.mlp_out",
     ],
 )
 def test_what_is_no_site(text):
@@ -162,7 +164,9 @@ def test_layers_are_the_union_of_the_ranges(ranges):
     )
 
 
-@pytest.mark.parametrize("text", ["", "a", "5-2", "1-", "-1", "1,,2", "1.5", "0-3-5"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "5-2", "1-", "-1", "1,,2", "1.5", "0-3-5", "0-9999999999", "²", "٣"]
+)
 def test_what_names_no_layers(text):
     with pytest.raises(
         SiteError,
@@ -173,7 +177,9 @@ def test_what_names_no_layers(text):
         parse_layers(text, 12)
 
 
-@pytest.mark.parametrize(("text", "layer"), [("12", 12), ("0,4-99", 99)])
+@pytest.mark.parametrize(
+    ("text", "layer"), [("12", 12), ("0,4-99", 99), ("0-999999999", 999_999_999)]
+)
 def test_layers_beyond_the_model(text, layer):
     with pytest.raises(
         SiteError, match=f"layer {layer} was asked for; the model has 12 layers, 0 to 11"

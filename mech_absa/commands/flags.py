@@ -207,6 +207,8 @@ def check_numbers(config: Any) -> None:
     for name, value in flat(config).items():
         flag = "--" + name.replace("_", "-")
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (str, Path)) and "\0" in str(number):
+                raise ConfigError(f"{flag} holds a null character; text and paths have none")
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{flag} {number} was given; a finite number is needed")
             if name in ("seed", "seeds") and not 0 <= number <= LARGEST_SEED:

@@ -57,6 +57,7 @@ def load_model(
         'bundled'
     """
     chosen = _device(device)
+    _check_devices(n_devices, chosen)
     kind = _dtype(dtype)
     source: str | None = None
     if isinstance(model, tuple):
@@ -112,6 +113,16 @@ def _device(device: str) -> torch.device:
             f"device {device!r} was asked for; this machine has {torch.cuda.device_count()} CUDA devices"
         )
     return chosen
+
+
+def _check_devices(n_devices: int, device: torch.device) -> None:
+    """Refuse more accelerators than there are."""
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not 1 <= n_devices <= there:
+        raise ConfigError(
+            f"n_devices {n_devices} was given; {device.type} offers {there} here, so 1"
+            + (f" to {there} are accepted" if there > 1 else " is accepted")
+        )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -19,7 +19,6 @@ rest of the package asks a corruption through its methods and never tests its cl
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -182,6 +181,10 @@ class Corruption:
 
 # ---- noise ------------------------------------------------------------------------------------------
 
+MOST_DRAWS = 10_000
+LARGEST_SCALE = 1e6
+"""Beyond these the noise of one pair fills the memory, or overflows float32."""
+
 
 @dataclass(frozen=True)
 class GaussianNoise(Corruption):
@@ -213,13 +216,15 @@ class GaussianNoise(Corruption):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.scale, (int, float)) and 0 <= self.scale < math.inf):
+        if not (isinstance(self.scale, (int, float)) and 0 <= self.scale <= LARGEST_SCALE):
             given = f"{self.scale:g}" if isinstance(self.scale, (int, float)) else shown(self.scale)
             raise ConfigError(
-                f"a noise scale of {given} was given; it must be a finite number, 0 or more"
+                f"a noise scale of {given} was given; it must be a finite number, 0 or more, up to {LARGEST_SCALE:g}"
             )
-        if not (isinstance(self.draws, int) and self.draws >= 1):
-            raise ConfigError(f"{self.draws} noise draws were asked for; at least 1 is needed")
+        if not (isinstance(self.draws, int) and 1 <= self.draws <= MOST_DRAWS):
+            raise ConfigError(
+                f"{self.draws} noise draws were asked for; accepted: 1 to {MOST_DRAWS:,}"
+            )
         object.__setattr__(self, "span", NoiseSpan.parse(self.span, "noise span"))
 
     def sigma(self, model: Model, prompts: Sequence[Tokenised]) -> float:

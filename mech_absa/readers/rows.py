@@ -395,6 +395,8 @@ class Reading:
 
 def occurrences(sentence: str, aspect: str, ignore_case: bool = False) -> list[Span]:
     """Return every place of the characters of `aspect` in `sentence`, overlapping ones too."""
+    if len(aspect) > len(sentence):  # an expression of megabytes takes minutes to compile
+        return []
     if ignore_case:
         # A lookahead finds overlapping places; lower() may change lengths and so shift offsets.
         pattern = re.compile(f"(?=({re.escape(aspect)}))", re.IGNORECASE)

@@ -25,7 +25,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import MechAbsaError, RunFolderError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from filelock import FileLock
 
 SCHEMA = 2
@@ -177,6 +178,40 @@ def read_json(
     if schema is not None and (wrong := problem(value, schema)) is not None:
         raise error(f"{path} is damaged: {wrong}")
     return value
+
+
+def read_table(
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    error: type[MechAbsaError] = RunFolderError,
+) -> pd.DataFrame:
+    """Read a table that this package wrote, and check it by `schemas.TABLES`.
+
+    Args:
+        path: of a CSV or parquet file.
+        columns: of a parquet file; all where None.
+        error: class of what is raised.
+
+    Raises:
+        MechAbsaError: it cannot be read, or does not look like the schema of its name.
+    """
+    import pandas as pd
+
+    from .schemas import TABLES, table_problem
+
+    path = Path(path)
+    csv = path.suffix == ".csv"
+    try:
+        table = pd.read_csv(path) if csv else pd.read_parquet(path, columns=columns)
+    except FileNotFoundError:
+        raise error(f"there is no file {path}") from None
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as failure:
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise error(f"{path} is damaged ({reason}); make the run again") from None
+    schema = TABLES.get(path.name)
+    if schema is not None and (wrong := table_problem(table, schema, not csv)) is not None:
+        raise error(f"{path} is damaged ({wrong}); make the run again")
+    return table
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,15 +1,19 @@
-"""Describe the JSON files of a run folder, as JSON Schema.
+"""Describe the files of a run folder, as JSON Schema.
 
 One schema per file, in Python so that this package and its documentation share them; `SCHEMAS`
-names the file of each. A schema names what a reader needs and leaves room for more, so that a file
-of a later version still opens. `records.read_json` checks files; `published` gives the schemas as
-files to publish.
+names the JSON file of each, `TABLES` the tables, whose schema is that of one row. A schema names
+what a reader needs and leaves room for more, so that a file of a later version still opens.
+`records.read_json` and `records.read_table` check files; `published` gives the schemas as files to
+publish.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -156,7 +160,13 @@ ABOUT = obj(
         "unit": TEXT,
         "method": TEXT,
         "by": TEXT,
-    }
+    },
+    kept=COUNT,
+    level=MAYBE_NUMBER,
+    window=COUNT,
+    template=MAYBE_TEXT,
+    labels=some(TEXT),
+    changed_roles={"type": ["array", "null"], "items": TEXT},
 )
 EDIT = obj(
     {
@@ -183,7 +193,139 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "side_effects.json": SIDE_EFFECTS,
     "card.json": CARD,
 }
-"""File of a run folder -> its schema."""
+"""JSON file of a run folder -> its schema."""
+
+WHOLE: dict[str, Any] = {"type": "integer"}
+MAYBE_WHOLE: dict[str, Any] = {"type": ["integer", "null"]}
+TEXTS = some(TEXT)
+_CELL: dict[str, Any] = {"kind": TEXT, "layer": COUNT}
+_SCORED: dict[str, Any] = {
+    "n": COUNT,
+    "accuracy": MAYBE_NUMBER,
+    "accuracy_low": MAYBE_NUMBER,
+    "accuracy_high": MAYBE_NUMBER,
+    "majority": MAYBE_NUMBER,
+}
+
+TABLES: dict[str, dict[str, Any]] = {
+    "effects.parquet": obj(
+        {
+            "example_id": TEXT,
+            **_CELL,
+            "head": MAYBE_WHOLE,
+            "position": MAYBE_WHOLE,
+            "role": TEXT,
+            "patched": MAYBE_NUMBER,
+            "effect": MAYBE_NUMBER,
+        },
+        clean=MAYBE_NUMBER,
+        corrupted=MAYBE_NUMBER,
+        draw_sd=MAYBE_NUMBER,
+    ),
+    "controls.parquet": obj({"example_id": TEXT, **_CELL, "size": COUNT, "effect": MAYBE_NUMBER}),
+    "pairs.parquet": obj(
+        {
+            "example_id": TEXT,
+            "sentence": TEXT,
+            "aspect": TEXT,
+            "polarity": TEXT,
+            "tokens": TEXTS,
+            "roles": TEXTS,
+            "labels": TEXTS,
+            "p_clean": some(NUMBER),
+            "clean": MAYBE_NUMBER,
+            "corrupted": MAYBE_NUMBER,
+        },
+        cluster=MAYBE_TEXT,
+    ),
+    "importance.csv": obj(
+        {
+            **_CELL,
+            "head": MAYBE_WHOLE,
+            "aie": MAYBE_NUMBER,
+            "ci_low": MAYBE_NUMBER,
+            "ci_high": MAYBE_NUMBER,
+            "p_adjusted": MAYBE_NUMBER,
+            "n": COUNT,
+        },
+        p=MAYBE_NUMBER,
+        role=TEXT,
+        position=WHOLE,
+    ),
+    "history.csv": obj({}, step=COUNT, epoch=MAYBE_NUMBER, loss=MAYBE_NUMBER),
+    "scores.csv": obj({"system": TEXT, "data": TEXT, "subset": TEXT, **_SCORED}),
+    "predictions.parquet": obj(
+        {
+            "system": TEXT,
+            "data": TEXT,
+            "id": TEXT,
+            "sentence": TEXT,
+            "aspect": TEXT,
+            "gold": TEXT,
+            "predicted": MAYBE_TEXT,
+            "correct": FLAG,
+        }
+    ),
+    "matrix.csv": obj(
+        {"method": TEXT, "train": MAYBE_TEXT, "test": TEXT, "seed": COUNT, "accuracy": MAYBE_NUMBER}
+    ),
+    "summary.csv": obj({"method": TEXT, "trainable": MAYBE_NUMBER}),
+}
+"""Table of a run folder -> the schema of one of its rows."""
+
+
+def table_problem(table: pd.DataFrame, schema: Mapping[str, Any], written: bool) -> str | None:
+    """Say where a table differs from the schema of its rows; None where it does not.
+
+    Args:
+        table: of a run folder.
+        schema: of a row.
+        written: whether the file keeps types, as parquet does; a CSV file holds any value as text.
+    """
+    columns = {str(c) for c in table.columns}
+    if len(columns) < len(table.columns):
+        return "a column comes twice"
+    for name in schema["required"]:
+        if name not in columns:
+            return f"it has no column {name}"
+    for name, one in schema["properties"].items():
+        if name in columns and not _fits(table[name], one, written):
+            kinds = one["type"] if isinstance(one["type"], list) else [one["type"]]
+            return f"the column {name} holds other values than {' or '.join(kinds)}"
+    return None
+
+
+def _fits(column: pd.Series, one: Mapping[str, Any], written: bool) -> bool:
+    """Whether every value of a column is of a type that the schema of its cells names."""
+    import pandas as pd
+
+    kinds = one["type"] if isinstance(one["type"], list) else [one["type"]]
+    if "null" not in kinds and bool(column.isna().any()):
+        return False
+    found = pd.api.types.infer_dtype(column, skipna=True)
+    if found == "empty" or (found == "floating" and bool(column.isna().all())):
+        return True
+    if "array" in kinds:
+        inner = str if one["items"] == TEXT else float
+        return all(_holds(cell, inner) for cell in column)
+    if "string" in kinds:
+        return found == "string" or not written
+    if "boolean" in kinds:
+        return found == "boolean"
+    if "integer" in kinds:
+        present = column.dropna()
+        whole = found == "integer" or (found == "floating" and bool((present % 1 == 0).all()))
+        return whole and bool((present >= one.get("minimum", -(2**62))).all())
+    return found in ("integer", "floating")
+
+
+def _holds(cell: Any, kind: type) -> bool:
+    """Whether a cell is a list of texts, or of numbers."""
+    if not hasattr(cell, "tolist"):
+        return False
+    values = cell.tolist()
+    wanted = str if kind is str else (int, float)
+    return isinstance(values, list) and all(isinstance(v, wanted) for v in values)
 
 
 def problem(value: Any, schema: Mapping[str, Any]) -> str | None:
@@ -204,4 +346,7 @@ def published() -> dict[str, dict[str, Any]]:
     return {
         f"{name.removesuffix('.json')}.schema.json": {"$schema": DIALECT, "title": name, **schema}
         for name, schema in SCHEMAS.items()
+    } | {
+        f"{name}.row.schema.json": {"$schema": DIALECT, "title": f"a row of {name}", **schema}
+        for name, schema in TABLES.items()
     }

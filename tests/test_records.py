@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from jsonschema import Draft202012Validator
@@ -27,13 +28,14 @@ from mech_absa.records import (
     finite,
     plain,
     read_json,
+    read_table,
     sha256_bytes,
     sha256_file,
     versions,
     write_json,
     write_text,
 )
-from mech_absa.schemas import SCHEMAS, STATE
+from mech_absa.schemas import SCHEMAS, STATE, TABLES, published
 
 
 def names(folder: Path) -> set[str]:
@@ -173,6 +175,37 @@ def test_json_that_cannot_be_read(tmp_path):
 
 def test_every_schema_is_a_schema():
     for schema in (*SCHEMAS.values(), STATE):
+        Draft202012Validator.check_schema(schema)
+
+
+def test_tables_are_checked_by_the_schema_of_a_row(tmp_path):
+    row = {"kind": "mlp_out", "layer": 2, "head": -1, "aie": 0.5, "ci_low": 0.1, "ci_high": 0.9}
+    good = pd.DataFrame([row | {"p_adjusted": np.nan, "n": 3, "role": "answer"}])
+    path = tmp_path / "importance.csv"
+    good.to_csv(path, index=False)
+    assert len(read_table(path)) == 1
+    good.assign(head=np.nan).to_csv(path, index=False)
+    assert read_table(path)["head"].isna().all(), "older runs leave the head empty"
+    for change, words in (
+        ({"aie": "high"}, "the column aie holds other values than number or null"),
+        ({"layer": 1.5}, "the column layer holds other values than integer"),
+        ({"n": None}, "the column n holds other values than integer"),
+    ):
+        good.assign(**change).to_csv(path, index=False)
+        with pytest.raises(RunFolderError, match=words):
+            read_table(path)
+    for data in (b"", b"\xff\xfe\x00", b'"'):
+        path.write_bytes(data)
+        with pytest.raises(RunFolderError, match=r"importance\.csv is damaged"):
+            read_table(path)
+    with pytest.raises(DataError, match="there is no file"):
+        read_table(tmp_path / "effects.parquet", error=DataError)
+
+
+def test_published_schemas_are_schemas_of_every_file():
+    names = {name.partition(".")[0] for name in published()}
+    assert names == {n.partition(".")[0] for n in (*SCHEMAS, *TABLES)}
+    for schema in published().values():
         Draft202012Validator.check_schema(schema)
 
 

@@ -120,7 +120,7 @@ def load_tokenizer(source: str) -> Any:
             "a", add_special_tokens=False
         ).input_ids:  # transformers makes an empty one where the files are missing
             raise ValueError("its vocabulary is empty")
-    except _DAMAGED as error:
+    except Exception as error:  # the tokenizers library raises plain exceptions
         if gguf:
             needed = "a whole GGUF file with a byte-level BPE or SentencePiece vocabulary is needed"
         elif Path(source).is_dir():

@@ -19,6 +19,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ..errors import ConfigError, DataError, choices
+from ..records import atomic, read_table
 from ..sites import ROLES, Site, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, support
 from .selection import CONTROL, Selection, select
@@ -178,8 +179,6 @@ class ImportanceMap:
 
     def save(self, path: str | Path) -> None:
         """Write `importance.csv`."""
-        from ..records import atomic
-
         with atomic(path) as temporary:
             self.table.to_csv(temporary, index=False, float_format="%.8g")
 
@@ -201,7 +200,7 @@ class ImportanceMap:
         file = folder / "importance.csv" if folder.is_dir() else folder
         if not file.exists():
             raise DataError(f"{folder} holds no map (importance.csv is missing)")
-        table = pd.read_csv(file)
+        table = read_table(file, error=DataError)
         table["head"] = table["head"].fillna(-1).astype(int)
         if not (file.parent / "about.json").exists():
             return cls(table, np.empty((0, len(table))), np.empty(0), {})

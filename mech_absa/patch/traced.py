@@ -6,7 +6,6 @@ maps, so that neither needs to import the other.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, DataError
-from ..records import atomic, write_json
+from ..records import atomic, read_json, read_table, write_json
+from ..schemas import ABOUT
 from ..sites import HEAD_KINDS, ROLES, Site
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Traced:
                 raise DataError(
                     f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch"
                 )
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "about.json", ABOUT, DataError)
         pairs = read_frame(folder / "pairs.parquet")
         if (about.get("kept") or 0) > len(pairs):
             about["excerpt_of"] = about["kept"]
@@ -157,7 +157,12 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def read_frame(path: str | Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
+    """Read a table of a trace.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    return read_table(path, error=DataError)
 
 
 def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:

@@ -18,10 +18,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import (
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    UndefinedError,
+    select_autoescape,
+)
 from markupsafe import Markup
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..records import write_text
 from . import maps
 from .runs import WORDS, Run, read_runs
@@ -82,7 +88,27 @@ def environment() -> Environment:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page of some runs as text."""
+    """Return the page of some runs as text.
+
+    Raises:
+        DataError: a file of a run holds other values than the page can show.
+    """
+    try:
+        return _rendered(runs)
+    except BROKEN as error:
+        folders = ", ".join(str(r.path) for r in runs[:3])
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{folders}: the files do not describe a finished run ({type(error).__name__}: {reason}); make the run again"
+        ) from error
+
+
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError)
+"""What values of a wrong type or size in a run's files cause while a page is made of them."""
+
+
+def _rendered(runs: Sequence[Run]) -> str:
+    """Return the page; errors of any kind where a file of a run holds other values than expected."""
     budget = maps.BUDGET // max(1, sum(r.kind == "trace" for r in runs))
     views = [VIEWS[r.kind](r, budget) for r in runs]
     for i, view in enumerate(views):

@@ -7,7 +7,6 @@ selection, no side effects) is absent here too, never a made-up value.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..errors import DataError
+from ..records import read_json, read_table
+from ..schemas import ABOUT, ANY_OBJECT, SITES
 
 Kind = Literal["trace", "train", "evaluate", "matrix"]
 SIGNS: dict[str, Kind] = {
@@ -74,6 +75,8 @@ NEEDED = {
     "evaluate": ("scores.csv",),
     "matrix": ("matrix.csv", "summary.csv"),
 }
+NOTES = {"about.json": ABOUT, "sites.json": SITES}
+"""What a page needs of JSON files; of others, that they hold an object."""
 EFFECT_COLUMNS = ["example_id", "kind", "layer", "head", "position", "role", "patched", "effect"]
 
 
@@ -103,19 +106,11 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         path = folder / file
         if not path.is_file():
             continue
-        try:
-            if path.suffix == ".json":
-                notes[file] = json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".csv":
-                tables[file] = pd.read_csv(path)
-            else:
-                tables[file] = pd.read_parquet(
-                    path, columns=EFFECT_COLUMNS if file == "effects.parquet" else None
-                )
-        except (ValueError, OSError, KeyError) as error:
-            raise DataError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); make the run again"
-            ) from None
+        if path.suffix == ".json":
+            notes[file] = read_json(path, NOTES.get(file, ANY_OBJECT), DataError)
+        else:
+            columns = EFFECT_COLUMNS if file == "effects.parquet" else None
+            tables[file] = read_table(path, columns, DataError)
     for file in ("effects.parquet", "importance.csv"):
         if file in tables:
             tables[file] = with_whole_numbers(tables[file])

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -366,6 +367,40 @@ def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):
     assert (folder / "edit.json").read_text() == kept and not (folder / "report.html").exists()
     (folder / "history.csv").unlink()
     assert leave_report(folder) == folder / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "spoil", "words"),
+    [
+        ("trace", "effects.parquet", lambda t: t.drop(columns="role"), "effects.parquet is damaged"),
+        ("trace", "effects.parquet", lambda t: t.assign(layer="two"), "layer holds other values"),
+        ("trace", "importance.csv", lambda t: t.assign(layer=-1), "layer holds other values"),
+        ("trace", "importance.csv", lambda t: t.drop(columns="n"), "it has no column n"),
+        ("trace", "pairs.parquet", lambda t: t.assign(roles="answer"), "roles holds other values"),
+        ("trace", "pairs.parquet", lambda t: t.assign(roles=[["verb"]] * len(t)), "do not describe"),
+        ("evaluate", "scores.csv", lambda t: t.assign(accuracy="good"), "accuracy holds other values"),
+        ("evaluate", "predictions.parquet", lambda t: t.assign(correct=1.5), "correct holds other"),
+        ("matrix", "summary.csv", lambda t: t.drop(columns="method"), "it has no column method"),
+    ],
+)  # fmt: skip
+def test_a_damaged_table_is_one_sentence(runs, tmp_path, kind, file, spoil, words):
+    folder = shutil.copytree(runs[kind], tmp_path / "run")
+    path = folder / file
+    csv = path.suffix == ".csv"
+    table = spoil(pd.read_csv(path) if csv else pd.read_parquet(path))
+    table.to_csv(path, index=False) if csv else table.to_parquet(path, index=False)
+    with pytest.raises(DataError, match=words) as caught:
+        write_report(folder, tmp_path / "page.html")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1, "a": 2}', "[" * 9999])
+def test_a_damaged_json_file_is_one_sentence(runs, tmp_path, text):
+    folder = shutil.copytree(runs["trace"], tmp_path / "run")
+    (folder / "about.json").write_text(text)
+    with pytest.raises(DataError, match=r"about\.json(:1)? is damaged"):
+        write_report(folder)
 
 
 def test_a_comparison_sets_runs_side_by_side(pages, runs):

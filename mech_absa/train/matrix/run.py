@@ -14,7 +14,6 @@ compare places cluster by it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -34,7 +33,8 @@ from ...evaluate.scores import score
 from ...examples import Example, Examples
 from ...model import Model
 from ...prompts import PromptTemplate, Verbalizer
-from ...records import write_json
+from ...records import read_json, write_json
+from ...schemas import COUNT, TEXT, obj, some
 from ...scoring import question
 from ...sites import Site, parse_layers
 from .. import presets
@@ -264,7 +264,7 @@ def run_matrix(
         for method, seed in grid.trainings(domain):
             part = None if parts is None else parts / f"{method}-{domain.name}-{seed}.json"
             if part is not None and part.exists():
-                rows += json.loads(part.read_text(encoding="utf-8"))
+                rows += read_json(part, ROWS)
             else:
                 new = _train_and_test(model, grid, (domain, method, seed), cache, tests)
                 if part is not None:
@@ -336,6 +336,8 @@ COLUMNS = (
     "share", "seconds", "steps", "stopped", "diverged", "warnings", "peak_memory_bytes",
 )  # fmt: skip
 """Columns of a row, in order."""
+ROWS = some(obj({"method": TEXT, "train": TEXT, "test": TEXT, "seed": COUNT}))
+"""What a part of a matrix looks like."""
 SCORED = (
     "n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "majority", "nll", "recall_positive", "recall_negative", "recall_neutral",
     "accuracy_unseen", "leaked",

@@ -10,15 +10,17 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
     <!-- names: fit Preset -->                  a table of public names: what each is, with a link to its home
     <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
 
-`figures/readme_heatmap.png` becomes a file of the site. As a Griffe extension (`House`), shapes
-such as `Float[Tensor, "batch pos"]` stay as they are written (a string in them is a list of axes,
-not a forward reference), and `a, b: what they are` in a docstring speaks of both.
+`figures/readme_heatmap.png` and the JSON schemas of `mech_absa.schemas` become files of the site. As a
+Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they are written (a
+string in them is a list of axes, not a forward reference), and `a, b: what they are` in a docstring
+speaks of both.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -145,6 +147,11 @@ def on_files(files: Any, config: Any) -> Any:
 
     for uri, path in PICTURES.items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))
+    from mech_absa.schemas import published
+
+    for name, schema in published().items():
+        text = json.dumps(schema, indent=2) + "\n"
+        files.append(File.generated(config, f"schemas/{name}", content=text))
     return files
 
 

@@ -92,7 +92,7 @@ LONGEST = 2000
 
 
 def bounded(message: str) -> str:
-    """Return a message of at most `LONGEST` characters that can be printed.
+    """Return a message of one line and at most `LONGEST` characters that can be printed.
 
     Args:
         message: of any length; where it is cut, its beginning and its end stay.
@@ -100,12 +100,13 @@ def bounded(message: str) -> str:
     Example:
         >>> len(bounded("x" * 10**7))
         2000
-        >>> bounded("half a pair: \ud800")
-        'half a pair: \\ud800'
+        >>> bounded("one" + chr(10) + "two")
+        'one two'
     """
     if len(message) > LONGEST:
         half = LONGEST // 2
         message = f"{message[: half - 3]} ... {message[-half + 2 :]}"
+    message = " ".join(message.splitlines())  # a line end of a quoted value would make it two lines
     return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

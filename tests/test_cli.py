@@ -16,7 +16,7 @@ from typing import Literal
 import pytest
 
 from mech_absa.commands.cli import command
-from mech_absa.commands.flags import ReadFlags, flag_names
+from mech_absa.commands.flags import ReadFlags, flag_names, preset_defaults
 from mech_absa.commands.tables import print_table
 from mech_absa.errors import LONGEST, ConfigError, DataError, HookError
 
@@ -103,11 +103,34 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", "four"),
+        ("rank", True),
+        ("rank", 1.5),
+        ("rate", None),
+        ("schedule", "zz"),
+        ("data", "x"),
+        ("data", [1]),
+    ],
+)
+def test_a_preset_file_with_a_value_of_another_type(tmp_path, name, value):
+    record = {"key": "k", "command": "prog", "config": {"data": ["x"], name: value}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=f"gives --{name} the value"):
+        preset_defaults(Config, tmp_path, "prog")
+    record["config"] = {"data": ["x"], "rank": 2}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert preset_defaults(Config, tmp_path, "prog") == Config(("x",), rank=2)
+
+
 def test_a_message_has_an_end_and_can_be_printed():
     """A value of a hostile file may be as long as the file, and hold half of a surrogate pair."""
     text = str(ConfigError("begin " + "x" * 10**7 + " end"))
     assert len(text) == LONGEST and text.startswith("begin ") and text.endswith(" end")
     assert str(ConfigError("y" * LONGEST)) == "y" * LONGEST
+    assert str(ConfigError("a field {x\ny}")) == "a field {x y}"
     str(DataError("half \ud800", "a\udcff.jsonl", 3)).encode()
 
 

@@ -12,7 +12,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from tyro.conf import arg
 
@@ -288,7 +298,27 @@ def _fill(config: Any, saved: Mapping[str, Any]) -> Any:
             values[f.name] = _fill(group, saved)
         elif f.name in saved and f.name not in UNRECORDED:
             values[f.name] = _value(str(f.type), saved[f.name])
+            if not _is(values[f.name], get_type_hints(config)[f.name]):
+                flag = "--" + f.name.replace("_", "-")
+                raise ConfigError(
+                    f"the preset file gives {flag} the value {saved[f.name]!r:.80}, which the flag does not accept"
+                )
     return config(**values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is one of a flag's type."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is(v, inner[0]) for v in value)
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _value(kind: str, value: Any) -> Any:

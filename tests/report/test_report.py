@@ -495,7 +495,7 @@ def test_no_run_no_page(tmp_path, capsys):
     folder = trace_folder(tmp_path / "t", made_effects(3, 2, ("attn_out",)))
     (folder / "about.json").write_text("{")
     assert cli([str(folder)]) == 2
-    assert "about.json is damaged" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert "about.json:1 is damaged" in (said := capsys.readouterr().err) and said.count("\n") == 1
     (folder / "about.json").unlink()
     assert cli([str(folder)]) == 2 and "only part of a trace run" in capsys.readouterr().err
     assert not (folder / "report.html").exists()

@@ -212,12 +212,13 @@ class Edit(nn.Module):
             intervention.settle()
 
     def check(self, model: Model) -> None:
-        """Check that this edit was made for `model`.
+        """Check that this edit was made for `model`, or for the same weights in float32.
 
         Raises:
             EditError: it was made for another.
         """
-        if model.sha256 != self.sha256:
+        # The second is looked at only where the first differs: it loads the weights again.
+        if self.sha256 != model.sha256 and self.sha256 != model.float32_sha256:
             raise EditError(
                 f"this edit was made for {self.base} (weights {self.sha256[:12]}), and {model.name} has other weights "
                 f"({model.sha256[:12]}); load the model it was made for"

@@ -31,6 +31,7 @@ from ..metrics import Need
 from ..prompts import adds_bos
 from ..sites import KINDS, Site
 from .backend import Backend
+from .convert import hooked_from_hf
 from .hashes import weights_hash
 from .hooked import HookedBackend
 from .huggingface import load_hf
@@ -174,6 +175,23 @@ class Model:
         call.
         """
         return weights_hash(self.hooked)
+
+    @cached_property
+    def float32_sha256(self) -> str | None:
+        """Return the hash that the weights have in float32, before they were rounded to this dtype.
+
+        An edit made in float32 knows its model by that hash. The weights are loaded again, once.
+
+        Returns:
+            the hash; None for a float32 model, one from memory, and one whose weights are no longer
+            those of its source (an edit was merged).
+        """
+        if self.source is None or self.dtype == torch.float32:
+            return None
+        wide = hooked_from_hf(load_hf(self.source, torch.float32), torch.float32)
+        known = weights_hash(wide)
+        rounded = torch.nn.Module.to(wide, self.dtype)
+        return known if weights_hash(rounded) == self.sha256 else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights as TransformerLens names them."""

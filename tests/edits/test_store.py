@@ -61,6 +61,20 @@ def test_another_base_is_refused(llama, tmp_path, arch):
         load_edit(tmp_path, tiny_model(arch))
 
 
+def test_an_edit_of_float32_knows_its_model_in_bfloat16(tmp_path):
+    wide = load_model(tiny_folder("llama"))
+    edit = loud(wide, Part("lora", "L1.W_O"))
+    save_edit(edit, tmp_path)
+    half = load_model(tiny_folder("llama"), dtype="bfloat16")
+    assert half.sha256 != wide.sha256 == half.float32_sha256 and wide.float32_sha256 is None
+    merged = load_edit(tmp_path, half).merged(half)
+    assert merged.dtype == torch.bfloat16 and merged.sha256 != half.sha256
+    with pytest.raises(EditError, match="other weights"):
+        load_edit(tmp_path, merged)
+    with pytest.raises(EditError, match="other weights"):
+        load_edit(tmp_path, load_model(tiny_folder("gpt2"), dtype="bfloat16"))
+
+
 def flip(path, at=-3):
     data = bytearray(path.read_bytes())
     data[at] ^= 1

@@ -362,15 +362,15 @@ def model_folders(folder: Path) -> Callable[[random.Random], Any]:
 TARGETS = {
     t.name: t
     for t in (
-        Target("readers", readers),
         Target("words", words),
-        Target("flags", flags, 0.2),
+        Target("readers", readers),
         Target("sites", sites_files),
-        Target("edits", edits, 0.3),
         Target("records", records, 0.5),
-        Target("run folders", run_folders, 0.03),
-        Target("gguf", gguf_files, 0.01),
-        Target("models", model_folders, 0.01),
+        Target("edits", edits, 0.3),
+        Target("run folders", run_folders, 0.02),
+        Target("flags", flags, 0.04),
+        Target("gguf", gguf_files, 0.004),
+        Target("models", model_folders, 0.004),
     )
 }
 

@@ -11,7 +11,9 @@
 | `edits` | sites by the written rule, a small edit trained while you look, base against edited |
 | `again` | the command, the Python code and the data that make a map again |
 | `session` | one thread that owns the model; browsers take turns |
-| `server` | the routes, and who may use them |
+| `guard` | who may use it |
+| `routes` | what is served |
+| `server` | the explorer as an object |
 | `page` | the page; its maps are those of the report |
 """
 

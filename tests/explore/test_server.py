@@ -12,7 +12,7 @@ from support.explorer import REVIEW
 
 import mech_absa as ma
 from mech_absa.errors import ConfigError
-from mech_absa.explore import live, server
+from mech_absa.explore import guard, live, server
 from mech_absa.explore.session import Session
 
 pytestmark = pytest.mark.timeout(900)  # a stream that never ends fails here
@@ -66,9 +66,9 @@ def test_another_host_is_refused_even_with_the_token(client, host):
 
 
 def test_hosts():
-    own = server.allowed_hosts("127.0.0.1", 80)
+    own = guard.allowed_hosts("127.0.0.1", 80)
     assert own("127.0.0.1:80") and own("localhost:80") and not own("10.0.0.1:80") and not own("")
-    everywhere = server.allowed_hosts("0.0.0.0", 80)
+    everywhere = guard.allowed_hosts("0.0.0.0", 80)
     assert everywhere("10.0.0.1:80") and everywhere("[::1]:80")
     assert not everywhere("evil.example:80") and not everywhere("10.0.0.1:81")
 
@@ -87,7 +87,7 @@ def test_large_and_damaged_messages_are_refused(client):
         told = json.loads(answer.read())
         assert answer.status == status and sentence in told["error"]
     headers = {"authorization": f"Bearer {client.token}"}
-    for size in (str(server.MOST_BYTES + 1), "-1", "many"):  # said before a byte of it is sent
+    for size in (str(guard.MOST_BYTES + 1), "-1", "many"):  # said before a byte of it is sent
         answer = client.request("POST", "/api/look", None, headers | {"content-length": size})
         assert answer.status in (400, 413)
 

@@ -58,6 +58,14 @@ class Explorer:
 
     Raises:
         ConfigError: the host or the port cannot be had.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> reviews = ma.load_examples("builtin:restaurant/test")
+        >>> explorer = ma.Explorer(ma.load_model(), train=reviews, held=reviews).start()
+        >>> explorer.url == f"http://127.0.0.1:{explorer.port}/?token={explorer.url[-32:]}"
+        True
+        >>> explorer.close()
     """
 
     def __init__(

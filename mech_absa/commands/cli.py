@@ -215,6 +215,14 @@ def warn(notes: Sequence[str]) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
 
+def warn_of_crowd(quiet: bool) -> None:
+    """Warn before long work where other processes use the cores that this one's threads wait for."""
+    from . import machine
+
+    if not quiet and (crowded := machine.crowded()) is not None:
+        warn([crowded])
+
+
 def tell_left_out(data: Any) -> None:
     """Print on the error stream what a reader left out, and where the first of it stands."""
     for problem in data.problems[:3]:

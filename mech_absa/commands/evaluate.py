@@ -33,7 +33,7 @@ from ..model import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..records import RunFolder, plain, sha256_file, write_json
 from ..scoring import Applicable
-from .cli import command, out_folder, report, tell_left_out, warn
+from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     ModelFlags,
@@ -50,6 +50,9 @@ from .flags import (
     recorded,
     share,
 )
+
+MOST_DRAWS = 1_000_000
+"""More draws of a bootstrap change no printed digit and may not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Config:
         if self.texts is not None and not self.side_effects:
             raise ConfigError("--texts was given without --side-effects, which alone reads it")
         at_least(1, limit=self.limit, batch_size=self.batch_size, draws=self.draws)
+        if self.draws > MOST_DRAWS:
+            raise ConfigError(f"--draws is {self.draws}; accepted: 1 to {MOST_DRAWS:,}")
         share("--level", self.level)
         for name, values in (("--data", self.data), ("--edit", self.edit)):
             if repeated := next((v for v in values if values.count(v) > 1), None):
@@ -215,6 +220,7 @@ def main(config: Config) -> Path:
         print(f"{folder.path} already holds this run, whole; nothing to do")
         return folder.path
     folder.open()
+    warn_of_crowd(config.run.quiet)
     results = evaluate_all(task)
     notes = [
         *caveats(task.seen, data),

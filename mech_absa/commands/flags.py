@@ -217,6 +217,8 @@ def check_numbers(config: Any) -> None:
     for name, value in flat(config).items():
         flag = "--" + name.replace("_", "-")
         for number in value if isinstance(value, tuple) else (value,):
+            if name in ("template", "labels", "separator") and number is not None:
+                _check_text(flag, number)
             if isinstance(number, (str, Path)) and "\0" in str(number):
                 raise ConfigError(f"{flag} holds a null character; text and paths have none")
             if isinstance(number, float) and not math.isfinite(number):
@@ -230,6 +232,14 @@ def check_numbers(config: Any) -> None:
     layers = flat(config).get("layers")
     if isinstance(layers, str) and re.search(r"\d{5}", layers):
         raise ConfigError(f"--layers {layers[:40]} was given; layers are numbered from 0 to 9999")
+
+
+def _check_text(flag: str, text: str) -> None:
+    """Refuse text that no tokenizer reads: an argument that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{flag} {text!r} is not UTF-8 text") from None
 
 
 def join(parts: Sequence[Examples]) -> Examples:

@@ -37,7 +37,7 @@ from ..train.matrix import (
 )
 from ..train.presets import Preset
 from ..world import DOMAINS
-from .cli import command, out_folder, report, tell_left_out, warn
+from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     ModelFlags,
@@ -167,6 +167,7 @@ def main(config: Config) -> Path:
     if folder.finished:
         return folder.path
     folder.open()
+    warn_of_crowd(config.run.quiet)
     rows = train_all(task, folder)
     table, short = pd.DataFrame(rows), summary(rows)
     folder.write("matrix.csv", partial(table.to_csv, index=False))

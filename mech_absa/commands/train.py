@@ -43,7 +43,7 @@ from ..train.fit import fit
 from ..train.memory import peak
 from ..train.prefix import PrefixCache
 from ..train.presets import Loss, Preset, Schedule
-from .cli import command, out_folder, report, tell_left_out, warn
+from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     ModelFlags,
@@ -245,6 +245,7 @@ def main(config: Config) -> Path:
         return _ended(folder.path, TrainingRecord.from_json(record["edit"]))
     if first and not config.run.quiet:
         warn(task.notes)
+    warn_of_crowd(config.run.quiet or not first)
     edit = learn(task, folder, first)
     if not first:
         return folder.path

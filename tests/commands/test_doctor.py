@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from support.tiny_models import tiny_folder
 
 from mech_absa import ZeroAblation, load_examples, load_model, make_pairs
 from mech_absa.commands import before, doctor, machine
-from mech_absa.commands.cli import parse
+from mech_absa.commands.cli import parse, warn_of_crowd
 from mech_absa.errors import SelfCheckError
 from mech_absa.patch.plan import Plan
 
@@ -128,11 +130,22 @@ def test_every_trouble_has_its_advice_and_a_sound_machine_has_none(name, seen):
     assert sentence in only
 
 
-def test_a_crowded_machine_is_told_before_a_sweep(monkeypatch):
+def test_a_crowded_machine_is_told_before_a_sweep(monkeypatch, capsys):
     monkeypatch.setattr(machine, "crowded", lambda: "the machine is crowded")
     assert before.of_the_machine() == ["the machine is crowded"]
+    warn_of_crowd(quiet=False)
+    warn_of_crowd(quiet=True)
+    assert capsys.readouterr().err == "warning: the machine is crowded\n"
     monkeypatch.setattr(machine, "crowded", lambda: None)
     assert before.of_the_machine() == []
+    warn_of_crowd(quiet=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["train", "matrix", "evaluate"])
+def test_every_long_command_tells_of_a_crowded_machine(name):
+    module = importlib.import_module(f"mech_absa.commands.{name}")
+    assert "warn_of_crowd(" in inspect.getsource(module.main)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def refuse(files, tmp_path, capsys):
         (("--seed", "-1"), "--seed is -1; accepted: 0 to 4294967295"),
         (("--memory", "-1"), "--memory is -1.0; accepted: 0 or more"),
         (("--clip", "-1"), "clip is -1.0; accepted: 0 or more"),
+        (("--separator", "\ud800"), "--separator '\\ud800' is not UTF-8 text"),
         (("--clip", "nan"), "--clip nan was given; a finite number is needed"),
         (("--patience", "-1"), "patience is -1"),
         (
@@ -132,6 +133,7 @@ def test_a_sites_file_that_does_not_fit(refuse, tmp_path, command, content, word
         (("--seeds", "x"), "--seeds"),
         (("--methods", "both@1", "both@1"), "--methods names both@1 more than once"),
         (("--methods", "magic@1"), "unknown preset 'magic'"),
+        (("--methods", "zero_shot@2"), "zero_shot trains nothing, so it takes no place"),
         (("--methods", "@1"), "methods look like both@sites"),
         (("--methods", "zero_shot", "both@7"), "layer 7 was asked for"),
         (("--methods", "zero_shot", "both"), "none were given; give --sites"),
@@ -199,6 +201,7 @@ def test_a_folder_in_use_is_refused_by_all(files, tmp_path, capsys):
     [
         (("--seed", "-1"), "--seed is -1; accepted: 0 to 4294967295"),
         (("--draws", "0"), "--draws is 0; accepted: 1 or more"),
+        (("--draws", "2000000"), "--draws is 2000000; accepted: 1 to 1,000,000"),
         (("--limit", "0"), "limit is 0"),
         (("--dtype", "q"), "unknown dtype 'q'"),
         (("--decode", "quick"), "'quick' for argument '--decode'"),

@@ -85,6 +85,10 @@ class Method:
             raise ConfigError(
                 f"--methods names {text!r}; methods look like both@sites, lora@all, loreft@2-3 or zero_shot"
             )
+        if preset == ZERO_SHOT and where:
+            raise ConfigError(
+                f"--methods names {text!r}; {ZERO_SHOT} trains nothing, so it takes no place"
+            )
         return cls(preset, where or "sites")
 
     def __str__(self) -> str:

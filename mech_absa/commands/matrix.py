@@ -95,6 +95,8 @@ class Config:
     """Share of the training sentences on which the best epoch is chosen; 0 keeps the last."""
     memory: float = 1.0
     """GiB for activations that are computed once."""
+    baselines: bool = True
+    """Also score simple baselines, trained on the same examples."""
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -172,11 +174,16 @@ def main(config: Config) -> Path:
     table, short = pd.DataFrame(rows), summary(rows)
     folder.write("matrix.csv", partial(table.to_csv, index=False))
     folder.write("summary.csv", partial(short.to_csv, index=False))
+    simple = baselines_of(task)
+    if simple is not None:
+        folder.write("baselines.csv", partial(simple.to_csv, index=False))
     task.notes.extend(broken(table))
     folder.finish(record_of(task), report(config))
     if not config.run.quiet:
         warn(task.notes)
         show(short)
+        if simple is not None:
+            show_baselines(simple)
         print(f"written to {folder.path}\n{conclusion(short)}")
     return folder.path
 
@@ -245,6 +252,15 @@ def broken(table: pd.DataFrame) -> list[str]:
     ]
 
 
+def baselines_of(task: Task) -> pd.DataFrame | None:
+    """Return the scores of simple baselines on every pair of domains, if they are wanted."""
+    if not task.config.baselines:
+        return None
+    from ..evaluate.baselines import across
+
+    return across([(d.name, d.train, d.test) for d in task.domains])
+
+
 def record_of(task: Task) -> dict[str, Any]:
     """Return what run.json says of a matrix."""
     model = task.model
@@ -274,6 +290,19 @@ def show(short: pd.DataFrame) -> None:
     names = [str(short.columns[i]).replace("_", " ") for i in used]
     print_table(
         names, [[row[i] for i in used] for row in rows], "Trained on each domain, tested on all"
+    )
+
+
+def show_baselines(table: pd.DataFrame) -> None:
+    """Print the mean accuracy of every baseline on its own domain and on others."""
+    from .tables import print_table
+
+    rows = []
+    for name, of in table.groupby("baseline", sort=False):
+        own, others = of[of["in_domain"]]["accuracy"], of[~of["in_domain"]]["accuracy"]
+        rows.append([name, _cell(float(own.mean())), _cell(float(others.mean()))])
+    print_table(
+        ["baseline", "accuracy in", "accuracy out"], rows, "Simple baselines, same training data"
     )
 
 

@@ -128,6 +128,35 @@ def beside(
     return scores
 
 
+def across(domains: Sequence[tuple[str, Examples, Examples]]) -> pd.DataFrame:
+    """Return the baselines of every training domain on every test domain, one row each.
+
+    Args:
+        domains: name, training and test examples of each.
+
+    Returns:
+        columns baseline, train, test, in_domain, n, accuracy, macro_f1. Baselines of one training domain
+        are trained once.
+    """
+    import pandas as pd
+
+    rows = []
+    together = [e for _, _, test in domains for e in test]
+    for name, train, _ in domains:
+        for answers in baseline_predictions(train, together):
+            first = 0
+            for other, _, test in domains:
+                last = first + len(test)
+                part = Predictions(tuple(test), answers.answers[first:last], answers.name, other)
+                first = last
+                known = score(part, draws=1).all
+                rows.append(
+                    {"baseline": answers.name, "train": name, "test": other, "in_domain": name == other,
+                     "n": known.n, "accuracy": known.accuracy.value, "macro_f1": known.macro_f1.value}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def _own_train(source: str) -> Examples | None:
     """Return the train file that belongs to `builtin:.../test`; None for any other source."""
     if not source.startswith("builtin:") or source.replace(":", "/").split("/")[-1] != "test":

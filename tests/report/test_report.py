@@ -355,6 +355,7 @@ def test_the_matrix_is_that_of_the_table(pages, runs):
     for row in short.itertuples():
         assert f"{row.method} {row.trainable:,}" in said and f"{100 * row.accuracy_in:.1f}" in said
     assert "rest: 4 of 100 rows of x_test.jsonl" in said and "majority 60.0 60.0" in said
+    assert "nearest <opinion> 71.0 62.0 53.0 44.0" in said
 
 
 def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):

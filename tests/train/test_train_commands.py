@@ -423,6 +423,14 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     )
     leaked = {(r["train"], r["test"]): r["leaked"] for _, r in of.iterrows()}
     assert leaked == {("a", "a"): 0, ("a", "b"): 4, ("b", "a"): 3, ("b", "b"): 1}
+    beside = pd.read_csv(tmp_path / "run" / "baselines.csv")
+    parts = {"a": (WORDING[:5], WORDING[5:]), "b": (WORDING[3:], WORDING[:4])}
+    for row in beside[beside["baseline"] == "majority"].itertuples():
+        train = [e.polarity for e in parts[row.train][0]]
+        test = [e.polarity for e in parts[row.test][1]]
+        most = max(Polarity, key=train.count)
+        assert row.accuracy == pytest.approx(test.count(most) / len(test)) and row.n == len(test)
+    assert len(beside[beside["baseline"] == "words around the aspect"]) == 4
     short = pd.read_csv(tmp_path / "run" / "summary.csv").set_index("method")
     hand = of[of["in_domain"]].groupby("seed")["accuracy"].mean()
     assert short.loc["both@2", "accuracy_in"] == pytest.approx(hand.mean()) and short.loc[

@@ -35,6 +35,7 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
     ]  # fmt: skip
     return basics(run) | {
         "conclusion": conclusion(rows), "facts": fact_rows(facts), "domains": both, "summary": rows,
+        "baselines": baseline_rows(run.tables.get("baselines.csv")),
         "chart": interval_chart(spread(rows), "accuracy (%)"), "maps": domain_maps(table), "data": {"kind": "matrix"},
     }  # fmt: skip
 
@@ -70,6 +71,20 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         }
     )
     return lines
+
+
+def baseline_rows(table: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """Return mean accuracy and macro-F1 of every baseline in domain and across; none of an older run."""
+    if table is None:
+        return []
+    rows = []
+    for name, of in table.groupby("baseline", sort=False):
+        row: dict[str, Any] = {"name": str(name)}
+        for where, part in (("in", of[of["in_domain"]]), ("out", of[~of["in_domain"]])):
+            for metric in ("accuracy", "macro_f1"):
+                row[f"{metric}_{where}"] = float(part[metric].mean()) if len(part) else None
+        rows.append(row)
+    return rows
 
 
 def summary_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -377,6 +377,19 @@ def support(values: ArrayLike, clusters: ArrayLike | None = None) -> Int[np.ndar
     return count
 
 
+def skewed(values: ArrayLike, clusters: ArrayLike | None = None) -> Bool[np.ndarray, "*cell"]:
+    """Return which cells have clusters that are skewed about the mean by more than `SKEWED`.
+
+    Sign flips find too much in such cells where nothing is there: see `cell_tests`.
+
+    Example:
+        >>> skewed(np.array([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0], [9.0, 0.0]]))
+        array([ True, False])
+    """
+    sums, counts, shape = _cluster_sums(values, clusters)
+    return _skewed(sums, counts).reshape(shape)
+
+
 def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*cell"]:
     """Return p-values corrected for their number; NaN stays NaN and counts as no test.
 

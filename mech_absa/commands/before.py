@@ -5,7 +5,7 @@ the result can show.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,21 @@ def warnings(p: Plan, examples: Examples) -> list[str]:
             f"sites are chosen on {tests[0]}, which is named test data: score edits at these sites on other rows"
         )
     return notes
+
+
+def of_the_map(about: Mapping[str, Any]) -> list[str]:
+    """Return what weakens the p-values of a map, a sentence each.
+
+    Args:
+        about: of an `ImportanceMap`.
+    """
+    cells, of = about.get("skewed_cells") or 0, about.get("tested_cells") or 0
+    if not cells:
+        return []
+    return [
+        f"{cells} of {of} cells have skewed effects; sign-flip p-values of such cells are too small too often, so read their "
+        "intervals and single pairs"
+    ]
 
 
 def of_the_machine() -> list[str]:

@@ -462,10 +462,12 @@ def leave(
 
         save_trace_figures(importance, folder.path / "figures", selection, effects)
     seconds = time.time() - started
+    extra["skewed_cells"] = importance.about["skewed_cells"]
     folder.finish(record_of(task, effects, selection, extra, seconds), report(config))
     if config.run.quiet:
         return
     print_map(importance, effects, selection)
+    warn(before.of_the_map(importance.about))
     say(f"\n{len(effects):,} effects of {len(effects.pairs)} pairs in {seconds:.1f} s")
     names = (
         "report.html",

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from ..errors import ConfigError, DataError, choices
 from ..records import atomic, read_table
 from ..sites import ROLES, Site, sites_file, traced_in
-from ..stats import cell_tests, cluster_bootstrap, resolution, support
+from ..stats import cell_tests, cluster_bootstrap, resolution, skewed, support
 from .selection import CONTROL, Selection, select
 from .traced import Traced, cell_site
 
@@ -124,6 +124,8 @@ class ImportanceMap:
             "n_pairs": len(effects.pairs),
             "n_sentences": k,
             "p_floor": tests.floor,
+            "tested_cells": tested,
+            "skewed_cells": int((skewed(values, clusters) & ~np.isnan(tests.p)).sum()),
             "resolution": str(resolution(k, tested, adjustment)),
         }
         return cls(table, values, clusters, about, effects.matched(cells))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mech_absa.commands.before import of_the_map
 from mech_absa.errors import ConfigError, DataError, SiteError
 from mech_absa.patch.directions import BothDirections
 from mech_absa.patch.effects import Effects
@@ -114,6 +115,21 @@ def test_p_values_of_true_effects_survive_the_adjustment_and_others_do_not():
     assert table[true]["p_adjusted"].iloc[0] <= 0.05
     assert (table[~true]["p_adjusted"] > 0.05).all()
     assert (table["p_adjusted"] >= table["p"]).all()
+
+
+def test_skewed_cells_are_counted_and_named():
+    """One pair of twelve carries all of a cell's effect; the others of the map are normal or 0."""
+    traced = effects(12)
+    alone = (traced.frame["role"] == "opinion") & (traced.frame["layer"] == 2)
+    value = np.where(traced.frame["example_id"] == "e3", 1.0, 0.0)
+    frame = traced.frame.assign(effect=np.where(alone, value, traced.frame["effect"]))
+    frame.loc[frame["role"] == "before", "effect"] = 0.0
+    about = replace(traced, frame=frame).importance(draws=50).about
+    normal_ones = effects(12).importance(draws=50).about["skewed_cells"]
+    assert about["tested_cells"] == 4 * LAYERS and 1 <= about["skewed_cells"] <= normal_ones + 1
+    (note,) = of_the_map(about)
+    assert note.startswith(f"{about['skewed_cells']} of {4 * LAYERS} cells have skewed effects")
+    assert of_the_map({"skewed_cells": 0, "tested_cells": 9}) == []
 
 
 def test_zero_cells_are_no_hypotheses():

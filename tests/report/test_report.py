@@ -150,6 +150,7 @@ def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
     assert "Jaccard index of 0.50" in said and "too few" in said
     cells = len(importance_of(effects))
     assert f"Resolution: 6 sentences and {cells} cells" in said and "no cell can reach 0.05" in said
+    assert f"3 of {cells} tested cells have skewed effects" in said
 
 
 @pytest.mark.parametrize("kind", ("trace", "evaluate", "comparison"))

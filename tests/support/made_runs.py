@@ -168,6 +168,7 @@ def trace_folder(
         | {
             "pairs": {k: effects.about[k] for k in keys},
             "self_checks": effects.about["self_checks"],
+            "skewed_cells": 3,
         },
     )
 

@@ -108,7 +108,14 @@ def resolution_words(run: Run, sentences: int) -> list[dict[str, str]]:
     if adjustment not in ADJUSTMENTS or not tested or not sentences:
         return []
     limit = resolution(sentences, tested, adjustment)
-    return [{"text": f"Resolution: {limit}.", "look": "" if limit.possible else "warn"}]
+    lines = [{"text": f"Resolution: {limit}.", "look": "" if limit.possible else "warn"}]
+    if skewed := digits(run.record.get("skewed_cells")):
+        text = (
+            f"{int(skewed)} of {tested} tested cells have skewed effects. Their p-values are too small too often: sign flips "
+            "assume effects symmetric about 0 where nothing is there. Read their intervals and single examples."
+        )
+        lines.append({"text": text, "look": "warn"})
+    return lines
 
 
 def choice_words(sites: dict[str, Any]) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from mech_absa.errors import ConfigError
 from mech_absa.examples import Example, Examples, Polarity
 from mech_absa.model import load_model
 from mech_absa.patch.importance import load_sites, traced_in
+from mech_absa.readers import load_examples
 from mech_absa.report import page
 from mech_absa.sites import Site
 from mech_absa.train import Training, matrix
@@ -424,10 +425,9 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     leaked = {(r["train"], r["test"]): r["leaked"] for _, r in of.iterrows()}
     assert leaked == {("a", "a"): 0, ("a", "b"): 4, ("b", "a"): 3, ("b", "b"): 1}
     beside = pd.read_csv(tmp_path / "run" / "baselines.csv")
-    parts = {"a": (WORDING[:5], WORDING[5:]), "b": (WORDING[3:], WORDING[:4])}
     for row in beside[beside["baseline"] == "majority"].itertuples():
-        train = [e.polarity for e in parts[row.train][0]]
-        test = [e.polarity for e in parts[row.test][1]]
+        train = [e.polarity for e in load_examples(files[f"{row.train}_train"])]
+        test = [e.polarity for e in load_examples(files[f"{row.test}_test"])]
         most = max(Polarity, key=train.count)
         assert row.accuracy == pytest.approx(test.count(most) / len(test)) and row.n == len(test)
     assert len(beside[beside["baseline"] == "words around the aspect"]) == 4

@@ -270,6 +270,26 @@ TABLES: dict[str, dict[str, Any]] = {
         {"method": TEXT, "train": MAYBE_TEXT, "test": TEXT, "seed": COUNT, "accuracy": MAYBE_NUMBER}
     ),
     "summary.csv": obj({"method": TEXT, "trainable": MAYBE_NUMBER}),
+    "matrix_baselines.csv": obj(
+        {
+            "baseline": TEXT,
+            "train": TEXT,
+            "test": TEXT,
+            "in_domain": FLAG,
+            "accuracy": MAYBE_NUMBER,
+            "macro_f1": MAYBE_NUMBER,
+        }
+    ),
+    "interaction.csv": obj(
+        {
+            **_CELL,
+            "head": MAYBE_WHOLE,
+            "pie": MAYBE_NUMBER,
+            "tie": MAYBE_NUMBER,
+            "interaction": MAYBE_NUMBER,
+        },
+        role=TEXT,
+    ),
 }
 """Table of a run folder -> the schema of one of its rows."""
 

@@ -176,7 +176,7 @@ def main(config: Config) -> Path:
     folder.write("summary.csv", partial(short.to_csv, index=False))
     simple = baselines_of(task)
     if simple is not None:
-        folder.write("baselines.csv", partial(simple.to_csv, index=False))
+        folder.write("matrix_baselines.csv", partial(simple.to_csv, index=False))
     task.notes.extend(broken(table))
     folder.finish(record_of(task), report(config))
     if not config.run.quiet:

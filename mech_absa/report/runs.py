@@ -67,7 +67,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "aggregate.csv",
         "side_effects.json",
     ),
-    "matrix": ("matrix.csv", "summary.csv", "baselines.csv"),
+    "matrix": ("matrix.csv", "summary.csv", "matrix_baselines.csv"),
 }
 NEEDED = {
     "trace": ("effects.parquet", "pairs.parquet", "importance.csv", "about.json"),

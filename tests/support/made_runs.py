@@ -355,7 +355,7 @@ def matrix_folder(folder: Path, seed: int = 0) -> Path:
          "accuracy": 0.71 if a == b else 0.62, "macro_f1": 0.53 if a == b else 0.44}
         for a, b in pairs
     ]  # fmt: skip
-    pd.DataFrame(simple).to_csv(folder / "baselines.csv", index=False)
+    pd.DataFrame(simple).to_csv(folder / "matrix_baselines.csv", index=False)
     account = {"source": "x_train.jsonl", "examples": 480, "classes": {"positive": 300}}
     record = {"model": {"name": "made-up-12l", "parameters": 1234567}, "trainings": 9, "sites": ["L5.resid_post@query.last"],
               "domains": {d: {"train": account, "test": account | {"source": "x_test.jsonl"}} for d in ("lapt&op", "rest")},

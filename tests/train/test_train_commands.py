@@ -424,7 +424,7 @@ def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypa
     )
     leaked = {(r["train"], r["test"]): r["leaked"] for _, r in of.iterrows()}
     assert leaked == {("a", "a"): 0, ("a", "b"): 4, ("b", "a"): 3, ("b", "b"): 1}
-    beside = pd.read_csv(tmp_path / "run" / "baselines.csv")
+    beside = pd.read_csv(tmp_path / "run" / "matrix_baselines.csv")
     for row in beside[beside["baseline"] == "majority"].itertuples():
         train = [e.polarity for e in load_examples(files[f"{row.train}_train"])]
         test = [e.polarity for e in load_examples(files[f"{row.test}_test"])]

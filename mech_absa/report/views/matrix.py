@@ -35,7 +35,7 @@ def matrix_view(run: Run, budget: int) -> dict[str, Any]:
     ]  # fmt: skip
     return basics(run) | {
         "conclusion": conclusion(rows), "facts": fact_rows(facts), "domains": both, "summary": rows,
-        "baselines": baseline_rows(run.tables.get("baselines.csv")),
+        "baselines": baseline_rows(run.tables.get("matrix_baselines.csv")),
         "chart": interval_chart(spread(rows), "accuracy (%)"), "maps": domain_maps(table), "data": {"kind": "matrix"},
     }  # fmt: skip
 

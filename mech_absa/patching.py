@@ -188,7 +188,7 @@ def _by_engine(
         (layer, kind): cache[_any_head(layer, kind).hook_name].to(x)
         for layer in {s.layer for s in sites}
     }
-    rows = _rows(model, cells, sites, source, _first_difference(x, cache), len(tokens), x.shape[1])
+    rows = _rows(model, cells, sites, source, _first_difference(x, cache), x.shape[1])
     walk = Walk(model, Grid(tuple(sites)), Unpatched(states, last), source, MEMORY)
     patched = last[:, -1].expand(len(sites), -1, -1).clone()
     for p in _chunks(model, rows):
@@ -242,7 +242,6 @@ def _rows(
     sites: list[Site],
     source: dict[tuple[int, str], Tensor],
     first_difference: Int[Tensor, " batch"],
-    batch: int,
     length: int,
 ) -> Rows:
     """List the rows to compute: the cells that can change the logits of the last position."""

@@ -97,7 +97,7 @@ def batch_attention(
         positions = torch.arange(length, device=x.device)
         q, k, v = model.qkv(layer, x, positions, taps, reads)
         if fused and is_plain(model, layer, length):
-            return _fused(model, layer, q, k, v, positions, reads)
+            return _fused(model, layer, q, k, v, reads)
         return model.attend(layer, q, k, v, positions if reads is None else reads)
 
     return attention
@@ -117,12 +117,12 @@ def _fused(
     q: Float[Tensor, "batch q_pos head d_head"],
     k: Float[Tensor, "batch pos kv d_head"],
     v: Float[Tensor, "batch pos kv d_head"],
-    positions: Int[Tensor, " pos"],
     reads: Int[Tensor, "batch q_pos"] | None,
 ) -> Float[Tensor, "batch q_pos head d_head"]:
     """Return z of every head by torch's attention kernel."""
     mask = None
     if reads is not None:
+        positions = torch.arange(k.shape[1], device=k.device)
         mask = rearrange(positions <= reads[..., None], "batch read pos -> batch 1 read pos")
     if (group := q.shape[2] // k.shape[2]) > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)

@@ -230,7 +230,7 @@ class Reading:
             row[names["polarity"]],
             span,
             line,
-            id,
+            id=id,
             domain=str(domain or ""),
             **more,
         )
@@ -242,6 +242,7 @@ class Reading:
         label: object,
         span: Span | None,
         line: int,
+        *,
         id: str = "",
         domain: str = "",
         opinion: Span | None = None,
@@ -307,7 +308,7 @@ class Reading:
         words = category.lower().replace("_", " ").split("#")
         aspect = " ".join(w for w in words if w != "general" or len(words) == 1)
         if self.null_targets == "category":
-            self.add(sentence, aspect, label, None, line, id)
+            self.add(sentence, aspect, label, None, line, id=id)
         else:
             self.polarity(label)  # an unknown label is an error even where the opinion is left out
             self.left_out[reason] += 1

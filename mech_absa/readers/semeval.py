@@ -103,7 +103,7 @@ def _add(sentence: Element, element: Element, line: int, id: str, reading: Readi
         reading.add_null_target(text, _attribute(element, "category"), label, line, id)
         return
     span = (whole(_attribute(element, "from"), "from"), whole(_attribute(element, "to"), "to"))
-    reading.add(text, _as_in(text, span, term), label, span, line, id)
+    reading.add(text, _as_in(text, span, term), label, span, line, id=id)
 
 
 def _on_whole_texts(root: Element) -> list[tuple[str, Element]]:

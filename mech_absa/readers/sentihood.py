@@ -40,10 +40,10 @@ def read(data: bytes, reading: Reading) -> None:
                 label, id = field(opinion, "sentiment", "an opinion"), f"{reading.stem}:{n}.{k}"
                 if aspect != "general":
                     name = f"{aspect} of {target}"
-                    reading.add(text, name, label, None, line, id)
+                    reading.add(text, name, label, None, line, id=id)
                     continue
                 places = occurrences(text, target)
                 if not target.strip() or not places:
                     problem = f"the location {shown(target)} does not stand in {shown(text)}"
                     raise DataError(problem)
-                reading.add(text, target, label, places[0], line, id)
+                reading.add(text, target, label, places[0], line, id=id)

@@ -48,7 +48,7 @@ def read(data: bytes, reading: Reading) -> None:
                 term = " ".join(words[first:end])
                 span = (start, start + len(term))
                 id = f"{reading.stem}:{n}.{k}"
-                reading.add(" ".join(words), term, label, span, line, id)
+                reading.add(" ".join(words), term, label, span, line, id=id)
 
 
 def is_line(line: str) -> bool:

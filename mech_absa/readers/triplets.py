@@ -171,7 +171,7 @@ def _merged(judgements: list[Judgement], reading: Reading) -> Iterator[Judgement
 def _add(sentence: str, j: Judgement, line: int, id: str, reading: Reading) -> None:
     if j.aspect is not None:
         term = sentence[slice(*j.aspect)]
-        reading.add(sentence, term, j.label, j.aspect, line, id, opinion=j.opinion)
+        reading.add(sentence, term, j.label, j.aspect, line, id=id, opinion=j.opinion)
     elif j.category:
         reading.add_null_target(sentence, j.category, j.label, line, id)
     else:

@@ -43,7 +43,7 @@ def read(data: bytes, reading: Reading) -> None:
                     field(target, "sentiment", "a target"),
                     (begin, end),
                     line,
-                    f"{reading.stem}:{n}.{k}",
+                    id=f"{reading.stem}:{n}.{k}",
                 )
 
 

@@ -567,6 +567,36 @@ def run(config: Config) -> None:
     """
     all_studies = studies(FAST if config.fast else Sizes(), config.me_absc)
     known = [s.name for s in all_studies]
+    _check(config, known)
+    chosen = [s for s in all_studies if not config.only or s.name in config.only]
+    started, runner, failed = time.perf_counter(), Runner(config), []
+    if chosen[0].name != TRACED:
+        runner.traced.set()
+    with ThreadPoolExecutor(config.jobs) as pool:
+        going: dict[str, list[Future[tuple[str, float]]]] = {
+            study.name: [pool.submit(runner.run, study, step) for step in study.steps]
+            for study in chosen
+        }
+        for study in chosen:
+            try:
+                _keep(config, study, [future.result() for future in going[study.name]], known)
+            except MechAbsaError as error:
+                failed.append(str(error))
+                print(f"{study.name} failed: {error}", file=sys.stderr, flush=True)
+            finally:
+                if study.name == TRACED:
+                    runner.traced.set()
+    print(f"{time.perf_counter() - started:.0f} s for {len(chosen)} studies")
+    if config.me_absc is None and not config.only:
+        print(f"left as they are, for they need --me-absc: {', '.join(REAL)}")
+    if failed:
+        raise MechAbsaError(
+            f"{len(failed)} of {len(chosen)} studies failed; the first: {failed[0]}"
+        )
+
+
+def _check(config: Config, known: list[str]) -> None:
+    """Reject a study that does not exist, or that lacks its data."""
     for name in config.only:
         if name in REAL and config.me_absc is None:
             raise ConfigError(
@@ -582,51 +612,24 @@ def run(config: Config) -> None:
         raise ConfigError(
             f"--me-absc {config.me_absc} holds no {missing[0]}_train.json; the folder of the paper's data is needed"
         )
-    chosen = [s for s in all_studies if not config.only or s.name in config.only]
+
+
+def _keep(config: Config, study: Study, done: list[tuple[str, float]], known: list[str]) -> None:
+    """Keep the results of a study, its record, and the (command, seconds) of its steps."""
     names = {str(config.kept): "figures/results", str(_near(config.kept)): "figures/results"}
     if config.me_absc is not None:
         names |= {str(config.me_absc): "me_absc"}
     names |= {f"{ROOT}/": ""}
-    started, runner, failed = time.perf_counter(), Runner(config), []
-    if chosen[0].name != TRACED:
-        runner.traced.set()
-    with ThreadPoolExecutor(config.jobs) as pool:
-        going: dict[str, list[Future[tuple[str, float]]]] = {
-            study.name: [pool.submit(runner.run, study, step) for step in study.steps]
-            for study in chosen
-        }
-        for study in chosen:
-            try:
-                done = [future.result() for future in going[study.name]]
-                work, results = config.work / study.name, config.kept / study.name
-                study.keep(study, work, results)
-                commands = {
-                    step.name: said for step, (said, _) in zip(study.steps, done, strict=True)
-                }
-                seconds = {
-                    step.name: taken for step, (_, taken) in zip(study.steps, done, strict=True)
-                }
-                write_json(
-                    results / "run.json", scrubbed(record(study, work, commands, seconds), names)
-                )
-                _note_times(config.kept / "times.csv", study.name, seconds, known)
-                print(
-                    f"{study.name}: {sum(seconds.values()):.0f} s in {len(done)} steps, kept in {_near(results)}",
-                    flush=True,
-                )
-            except MechAbsaError as error:
-                failed.append(str(error))
-                print(f"{study.name} failed: {error}", file=sys.stderr, flush=True)
-            finally:
-                if study.name == TRACED:
-                    runner.traced.set()
-    print(f"{time.perf_counter() - started:.0f} s for {len(chosen)} studies")
-    if config.me_absc is None and not config.only:
-        print(f"left as they are, for they need --me-absc: {', '.join(REAL)}")
-    if failed:
-        raise MechAbsaError(
-            f"{len(failed)} of {len(chosen)} studies failed; the first: {failed[0]}"
-        )
+    work, results = config.work / study.name, config.kept / study.name
+    study.keep(study, work, results)
+    commands = {step.name: said for step, (said, _) in zip(study.steps, done, strict=True)}
+    seconds = {step.name: taken for step, (_, taken) in zip(study.steps, done, strict=True)}
+    write_json(results / "run.json", scrubbed(record(study, work, commands, seconds), names))
+    _note_times(config.kept / "times.csv", study.name, seconds, known)
+    print(
+        f"{study.name}: {sum(seconds.values()):.0f} s in {len(done)} steps, kept in {_near(results)}",
+        flush=True,
+    )
 
 
 def _note_times(path: Path, study: str, seconds: Mapping[str, float], order: list[str]) -> None:

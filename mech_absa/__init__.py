@@ -1,5 +1,5 @@
-"""mech_absa: find where a language model carries the sentiment of an aspect, and train low-rank
-edits there.
+"""mech_absa: trace which activations carry the sentiment of an aspect in a language model, train
+low-rank edits at chosen places, and measure what they change.
 
     import mech_absa as ma
     model    = ma.load_model()

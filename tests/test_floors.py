@@ -231,12 +231,58 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+LONGEST, MOST_ARGUMENTS = 50, 6
+AS_GIVEN = {("patching.py", "generic_activation_patch")}
+"""Functions with the signature of another library."""
+
+
+def oversized(root: Path) -> list[str]:
+    """Functions with too many lines of code or too many positional arguments, a sentence each."""
+    found = []
+    for path, _, tree in modules(root):
+        lines = (root / path).read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            documented = ast.get_docstring(node) is not None
+            start = node.body[0].end_lineno if documented else node.lineno - 1
+            head = range(node.lineno - 1, node.body[0].lineno - 1) if documented else ()
+            code = [lines[i].strip() for i in (*head, *range(start or 0, node.end_lineno or 0))]
+            length = sum(bool(line) and not line.startswith("#") for line in code)
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+            arguments = len(names) - (names[:1] in (["self"], ["cls"]))
+            where = f"mech_absa/{path}:{node.lineno} {node.name}"
+            if length > LONGEST:
+                found.append(f"{where} has {length} lines of code; at most {LONGEST} are allowed")
+            if arguments > MOST_ARGUMENTS and (path, node.name) not in AS_GIVEN:
+                found.append(f"{where} has {arguments} positional arguments")
+    return found
+
+
 # ---- the package keeps the rules ----------------------------------------------------------------------------------------------
 
 
 def test_the_package_keeps_every_rule():
     assert len(list(modules(PACKAGE))) > 20, "the package was not found"
     assert violations(PACKAGE) == []
+
+
+def test_functions_are_short():
+    assert oversized(PACKAGE) == []
+
+
+def test_a_long_function_is_seen(tmp_path):
+    body = '    """Text.\n\n    More.\n    """\n    # why\n\n' + "    x = 1\n"
+    (tmp_path / "a.py").write_text(f"def f(a, b, c, d, e, *, g):\n{body * 1}" + "    x = 1\n" * 48)
+    assert oversized(tmp_path) == []
+    (tmp_path / "a.py").write_text(
+        f"class A:\n    def f(self, a, b, c, d, e, f, g): ...\ndef f():\n{body}"
+        + "    x = 1\n" * 49
+    )
+    assert oversized(tmp_path) == [
+        "mech_absa/a.py:3 f has 51 lines of code; at most 50 are allowed",
+        "mech_absa/a.py:2 f has 7 positional arguments",
+    ]
 
 
 def test_the_table_is_no_longer_than_the_house():

@@ -453,5 +453,9 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str, width: int = 80) -> str:
-    """Return `text` cut to at most `width` characters, so that messages stay readable."""
+    """Return `text` cut to at most `width` characters, so that messages stay readable.
+
+    Half of a surrogate pair, which no file can hold, is written as its escape.
+    """
+    text = text[: width + 1].encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= width else text[: width - 1] + "…"

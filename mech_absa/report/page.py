@@ -50,6 +50,14 @@ def write_report(folder: str | Path | Iterable[str | Path], out: str | Path | No
     Raises:
         ConfigError: no folder was given.
         DataError: a folder holds no finished run.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> import tempfile
+        >>> edit = ma.load_edit("bundled")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ma.write_report(ma.save_edit(edit, folder)).name
+        'report.html'
     """
     folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(f) for f in folder]
     if not folders:

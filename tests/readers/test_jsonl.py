@@ -338,6 +338,24 @@ def test_a_bad_line_is_named(write, line, came, accepted):
     assert skipped.problems == (message,) and skipped.left_out == {"bad line": 1}
 
 
+HALVES = [
+    """{"sentence":"Good food","aspect":"food","polarity":"\\ud800"}""",
+    """{"\\ud800":1}""",
+    """{"sentence":"Good food","aspect":"\\ud800","polarity":"positive"}""",
+    """{"sentence":"Good food","aspect":"food","polarity":"positive","id":"\\udfff"}""",
+]
+
+
+@pytest.mark.parametrize("line", HALVES)
+def test_half_of_a_surrogate_pair_is_counted_and_its_message_can_be_written(write, line):
+    path = write("x.jsonl", GOOD + "\n" + line + "\n")
+    examples = load_examples(path, skip_bad=True)
+    assert len(examples) == 1 and examples.left_out == {"bad line": 1}
+    json.dumps(examples.account(), ensure_ascii=False).encode("utf-8")
+    (problem,) = examples.problems
+    assert problem.startswith(f"{path}:2: ") and "\\ud" in problem
+
+
 def test_nothing_but_bad_lines_is_an_error_even_when_skipping(write):
     path = write("x.jsonl", "{\n{\n")
     with pytest.raises(

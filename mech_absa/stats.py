@@ -31,11 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
-from scipy.stats import norm, permutation_test, rankdata
-from sklearn.metrics import roc_auc_score
-from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
+from scipy.special import ndtr, ndtri
 
 from .errors import ConfigError, choices
 
@@ -402,6 +398,8 @@ def adjust(p: ArrayLike | float, method: str = "holm") -> Float[np.ndarray, "*ce
     Raises:
         ConfigError: another method; `maxt` needs the data, see `cell_tests`.
     """
+    from statsmodels.stats.multitest import multipletests
+
     if method not in ADJUSTMENTS or method == "maxt":
         accepted = [m for m in ADJUSTMENTS if m != "maxt"]
         raise ConfigError(f"unknown adjustment {method!r}; accepted: {choices(accepted)}")
@@ -491,6 +489,8 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
     Args:
         correct_a, correct_b: `[n]`, true (or 1) where that system is right.
     """
+    from statsmodels.stats.contingency_tables import mcnemar as mcnemar_test
+
     right_a, right_b = _vectors(correct_a, correct_b)
     if not np.isin([right_a, right_b], (0, 1)).all():
         raise ConfigError(
@@ -504,7 +504,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemar:
         few = only_a + only_b < 25
         return McNemar(only_a, only_b, float(only_a) if few else 0.0, 1.0, few)
     exact = only_a + only_b < 25
-    result = _mcnemar(
+    result = mcnemar_test(
         [[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]], exact=exact, correction=True
     )
     return McNemar(only_a, only_b, float(result.statistic), float(result.pvalue), exact)
@@ -519,6 +519,8 @@ def wilson(k: ArrayLike | int, n: ArrayLike | int, level: float = 0.95) -> Inter
     Args:
         k, n: `[*cell]`, of one shape or broadcast.
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     _check(level=level)
     k, n = np.asarray(k, dtype=float), np.asarray(n, dtype=float)
     try:
@@ -556,6 +558,8 @@ def spearman_interval(
     Raises:
         ConfigError: shapes that differ, or fewer than 3 pairs.
     """
+    from scipy.stats import permutation_test
+
     _check(level=level, draws=draws)
     x, y = _pairs(x, y)
     n = len(x)
@@ -595,6 +599,8 @@ def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
     Raises:
         ConfigError: shapes that differ, or cells that are all true or all false.
     """
+    from sklearn.metrics import roc_auc_score
+
     s, t = _pairs(scores, truth)
     if set(np.unique(t)) != {0.0, 1.0}:
         raise ConfigError(
@@ -696,7 +702,7 @@ def _bca(
     known = (~np.isnan(drawn)).sum(axis=0)
     below = (drawn < mean).sum(axis=0) + 0.5 * (drawn == mean).sum(axis=0)
     share = np.clip(below / known, 0.5 / known, 1 - 0.5 / known)
-    bias = norm.ppf(share)
+    bias = ndtri(share)
     with np.errstate(invalid="ignore", divide="ignore"):
         left = (sums.sum(axis=0) - sums) / (counts.sum(axis=0) - counts)
         d = np.nanmean(left, axis=0) - left
@@ -704,8 +710,8 @@ def _bca(
         pull = np.where(squares > 0, cubes / (6 * squares**1.5), 0.0)
     ends = np.empty((2, drawn.shape[1]))
     ordered = np.sort(drawn, axis=0)  # NaN last
-    for row, z in enumerate(norm.ppf([(1 - level) / 2, (1 + level) / 2])):
-        q = norm.cdf(bias + (bias + z) / (1 - pull * (bias + z)))
+    for row, z in enumerate(ndtri([(1 - level) / 2, (1 + level) / 2])):
+        q = ndtr(bias + (bias + z) / (1 - pull * (bias + z)))
         at = q * (known - 1)
         low = np.floor(at).astype(int)
         high = np.minimum(low + 1, known - 1)
@@ -816,7 +822,8 @@ def _saddlepoint(x: Float[np.ndarray, "k cell"], one_sided: bool) -> Float[np.nd
     curve = (x**2 / np.cosh(np.clip(u * x, -300, 300)) ** 2).sum(axis=0)
     w = np.sqrt(2 * np.maximum(u * goal - cumulant, 1e-300))
     v = u * np.sqrt(np.maximum(curve, 1e-300))
-    tail = norm.sf(w) + norm.pdf(w) * (1 / v - 1 / w)
+    density = np.exp(-(w**2) / 2) / np.sqrt(2 * np.pi)
+    tail = ndtr(-w) + density * (1 / v - 1 / w)
     # The formula is for continuous sums; the observed pattern itself is one more, which keeps p honest.
     one = np.where(edge, least, np.maximum(tail, 0) + least)
     p: np.ndarray = np.minimum(1.0, one if one_sided else 2 * one)
@@ -877,6 +884,8 @@ def _unit_ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return ranks, centred and of length 1, so that a dot product is Spearman's correlation; NaN
     for a constant x.
     """
+    from scipy.stats import rankdata
+
     ranks = rankdata(x)
     ranks -= ranks.mean()
     length = np.sqrt(ranks @ ranks)

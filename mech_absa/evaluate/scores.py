@@ -34,9 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
-from scipy.special import logsumexp
-from scipy.stats import t as student
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from scipy.special import logsumexp, stdtrit
 
 from ..errors import ConfigError
 from ..examples import Example, Polarity, leakage, mixed_polarity
@@ -342,6 +340,8 @@ def score(
 
 def quality(p: Predictions, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Quality:
     """Count everything over one set of rows."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     classes = [c.value for c in p.labels]
     gold = [e.polarity.value for e in p.examples]
     if strange := sorted(set(gold) - set(classes)):
@@ -592,7 +592,7 @@ def spread(values: Sequence[float], level: float = 0.95) -> Spread:
     if x.size == 1:
         return Spread(float(x[0]), NAN, NAN, NAN)
     mean, sd = float(x.mean()), float(x.std(ddof=1))
-    reach = float(student.ppf((1 + level) / 2, x.size - 1)) * sd / x.size**0.5
+    reach = float(stdtrit(x.size - 1, (1 + level) / 2)) * sd / x.size**0.5
     return Spread(mean, sd, mean - reach, mean + reach)
 
 

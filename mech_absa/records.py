@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .errors import MechAbsaError, RunFolderError
 
@@ -44,6 +44,69 @@ TEMPORARY = ".tmp-"
 """Prefix of files and folders that a killed process may leave; the next owner of the folder removes
 them.
 """
+
+
+class About(TypedDict, total=False):
+    """What a table of effects holds: `Effects.about`, `ImportanceMap.about` and `about.json`.
+
+    Runs of earlier versions lack some keys.
+
+    Keys:
+        model, n_layers, n_heads, dtype, adapter: what was traced; the adapter is a name or None.
+        corruption, corruption_settings, changed_roles: how corrupted runs were made, and the roles
+            whose own tokens the corrupted texts change.
+        direction: `denoise`, `noise`, `both`, or `interaction`.
+        metric, unit, labels, template: what was measured, of which question.
+        method, steps, rules, exact_top: the engine or estimate; steps of `ig`, rules of `relp`.
+        by, window, kinds: cells by role or by token, layers per window, kinds of site.
+        considered, kept, sentences, dropped, sigma, draw_sd, classes_kept, mixed_polarity: the pairs.
+        flops: of the sweep, as planned.
+        self_checks: name -> largest difference, the tolerance and the cells compared.
+        estimate_against_exact, half_precision_control: how far an estimate, or half precision, is off.
+        excerpt_of: pairs of the whole run, where a folder holds fewer.
+        level, adjustment, traced_by, n_pairs, n_sentences, p_floor, resolution: of a map alone.
+    """
+
+    model: str
+    n_layers: int
+    n_heads: int
+    dtype: str
+    adapter: str | None
+    corruption: str
+    corruption_settings: dict[str, Any]
+    changed_roles: list[str]
+    direction: str
+    metric: str
+    unit: str
+    labels: list[str]
+    template: str
+    method: str
+    steps: int | None
+    rules: list[str]
+    exact_top: int
+    by: str
+    window: int
+    kinds: list[str]
+    considered: int
+    kept: int
+    sentences: int
+    dropped: dict[str, int]
+    sigma: float | None
+    draw_sd: float | None
+    classes_kept: dict[str, int]
+    mixed_polarity: int
+    flops: int
+    self_checks: dict[str, Any]
+    estimate_against_exact: dict[str, Any]
+    half_precision_control: dict[str, Any]
+    excerpt_of: int
+    level: float
+    adjustment: str
+    traced_by: str | None
+    n_pairs: int
+    n_sentences: int
+    p_floor: float
+    resolution: str
 
 
 @contextlib.contextmanager

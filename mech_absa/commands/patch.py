@@ -46,7 +46,7 @@ from ..patch.self_check import self_check
 from ..patch.traced import read_frame, write_frame
 from ..progress import bar
 from ..readers import load_examples
-from ..records import RunFolder, atomic
+from ..records import About, RunFolder, atomic
 from ..sites import HEAD_KINDS, Site, parse_layers
 from ..stats import ADJUSTMENTS, spelled_p
 from . import before
@@ -329,7 +329,8 @@ def main(config: Config) -> Path | None:
         [read_frame(folder.part(_part(i))) for i in range(len(task.plan.batches))]
     )
     extra = controls(task, effects, say)
-    effects.about.update({"self_checks": checks, "adapter": task.adapter, **extra})
+    effects.about.update(extra)
+    effects.about.update({"self_checks": checks, "adapter": task.adapter})
     leave(task, folder, effects, {"self_checks": checks, **extra, "sweep_seconds": started}, say)
     return folder.path
 
@@ -390,7 +391,7 @@ def _part(index: int) -> str:
     return f"effects-{index:06d}.parquet"
 
 
-def controls(task: Task, effects: Effects, say: Callable[..., None]) -> dict[str, Any]:
+def controls(task: Task, effects: Effects, say: Callable[..., None]) -> About:
     """Return how far an estimate, or half precision, is from exact effects; empty for an exact
     run.
     """
@@ -509,7 +510,7 @@ def record_of(
             "parameters": model.n_parameters,
         },
         "data": task.examples.account(),
-        "pairs": {k: about[k] for k in counted} | before.account(task.pairs),
+        "pairs": {k: v for k, v in about.items() if k in counted} | before.account(task.pairs),
         "engine": {"method": task.config.method, "cells": len(effects), "flops": about["flops"]},
         **extra,
         "average_total_effect": float(effects.total.mean()),

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from ..errors import ConfigError, DataError, choices
-from ..records import atomic, read_table
+from ..records import About, atomic, read_table
 from ..sites import ROLES, Site, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, skewed, support
 from .selection import CONTROL, Selection, select
@@ -72,7 +72,7 @@ class ImportanceMap:
     table: pd.DataFrame
     values: np.ndarray = field(repr=False)
     clusters: np.ndarray = field(repr=False)
-    about: dict[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
     controls: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
@@ -205,7 +205,7 @@ class ImportanceMap:
         table = read_table(file, error=DataError)
         table["head"] = table["head"].fillna(-1).astype(int)
         if not (file.parent / "about.json").exists():
-            return cls(table, np.empty((0, len(table))), np.empty(0), {})
+            return cls(table, np.empty((0, len(table))), np.empty(0), About())
         effects = Traced.load(file.parent)
         if "excerpt_of" in effects.about:
             return cls(table, np.empty((0, len(table))), np.empty(0), effects.about)

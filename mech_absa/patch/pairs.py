@@ -22,6 +22,7 @@ from ..examples import Example, Examples, marked, mixed_polarity
 from ..model import Model
 from ..model.forward import last
 from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
+from ..records import About
 from ..scoring import (
     by_label,
     extend,
@@ -228,7 +229,7 @@ class Pairs(Sequence[Pair]):
         """Return the number of different sentences; intervals and tests count these, not pairs."""
         return len({p.example.cluster for p in self.items})
 
-    def account(self) -> dict[str, Any]:
+    def account(self) -> About:
         """Return how many were considered, kept and dropped, and how strong the corruption is."""
         return {
             "considered": self.considered,

@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..metrics import Metric, foil_indices
 from ..model import Model
 from ..prompts import Continuation
+from ..records import About
 from ..sites import ROLES, Site, role_indices
 from ..words import expect
 from . import gradients, loop, wave
@@ -399,15 +400,10 @@ class Plan:
         frame.loc[exact, "effect"] = values
         return frame
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> About:
         """Return what the effects are effects of."""
         r, corruption, model = self.request, self.pairs.corruption, self.model
-        extra: dict[str, Any] = {}
-        if r.method == Method.RELP:
-            extra["rules"] = [str(rule) for rule in r.rules]
-        if r.exact_top:
-            extra["exact_top"] = r.exact_top
-        return {
+        about: About = {
             "model": model.name,
             "n_layers": model.n_layers,
             "n_heads": model.n_heads,
@@ -425,9 +421,12 @@ class Plan:
             "labels": [word for _, word in self.pairs.verbalizer.words],
             "changed_roles": changed_roles(self.pairs),
             "template": self.pairs.template.text,
-            **extra,
-            **self.pairs.account(),
         }
+        if r.method == Method.RELP:
+            about["rules"] = [str(rule) for rule in r.rules]
+        if r.exact_top:
+            about["exact_top"] = r.exact_top
+        return about | self.pairs.account()
 
 
 def plan(model: Model, pairs: Pairs, request: Request) -> Plan:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, DataError
-from ..records import atomic, read_json, read_table, write_json
+from ..records import About, atomic, read_json, read_table, write_json
 from ..schemas import ABOUT
 from ..sites import HEAD_KINDS, ROLES, Site
 
@@ -51,7 +51,7 @@ class Traced:
 
     frame: pd.DataFrame
     pairs: pd.DataFrame
-    about: dict[str, Any] = field(default_factory=dict)
+    about: About = field(default_factory=About)
     controls: pd.DataFrame | None = None
 
     def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]:
@@ -137,7 +137,7 @@ class Traced:
                 raise DataError(
                     f"{folder} holds no trace ({name} is missing); give the --out folder of python -m mech_absa.patch"
                 )
-        about = read_json(folder / "about.json", ABOUT, DataError)
+        about: About = read_json(folder / "about.json", ABOUT, DataError)
         pairs = read_frame(folder / "pairs.parquet")
         if (about.get("kept") or 0) > len(pairs):
             about["excerpt_of"] = about["kept"]

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import ConfigError, DataError, choices
+from ..records import About
 from ..sites import HEAD_KINDS, Site
 from .cells import (
     colour_bar,
@@ -115,7 +116,7 @@ def _name_panel(ax: Axes, kind: str) -> None:
     ax.set_xlabel("layer")
 
 
-def _dot_key(table: pd.DataFrame, about: Any) -> Any:
+def _dot_key(table: pd.DataFrame, about: About) -> Any:
     """Return the legend's entry of the dots."""
     label = significance_label(table, about.get("adjustment"), about.get("level") or 0.95)
     return Line2D(
@@ -202,7 +203,7 @@ def _draw_lines(ax: Axes, table: pd.DataFrame, bright: Sequence[str]) -> None:
     ax.margins(x=0.02)
 
 
-def _line_keys(bright: Sequence[str], others: bool, about: Any) -> list[Any]:
+def _line_keys(bright: Sequence[str], others: bool, about: About) -> list[Any]:
     """Return the legend of the curves."""
     keys: list[Any] = []
     for role in bright:
@@ -356,7 +357,7 @@ def _role_keys(roles: Sequence[str]) -> list[Any]:
     ]
 
 
-def _example_facts(about: Any, example_id: str, kind: str, meta: pd.Series) -> str:
+def _example_facts(about: About, example_id: str, kind: str, meta: pd.Series) -> str:
     """Return the lines under the title of one prompt's map."""
     corrupted = "" if pd.isna(meta["corrupted"]) else f", corrupted {meta['corrupted']:.3g}"
     return "\n".join(

@@ -8,8 +8,8 @@ that mapping.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from typing import Any
+
+from ..records import About
 
 SEPARATOR = "  ·  "
 KIND_WORDS = {
@@ -33,7 +33,7 @@ CORRECTIONS = {
 """Adjustment of p-values over cells -> its name."""
 
 
-def corruption_words(about: Mapping[str, Any]) -> str:
+def corruption_words(about: About) -> str:
     """Say how corrupted runs were made: `Gaussian noise on all tokens, 3 sd, mean of 10 draws`."""
     name, settings = str(about.get("corruption", "")), about.get("corruption_settings") or {}
     if name == "GaussianNoise":
@@ -51,7 +51,7 @@ def corruption_words(about: Mapping[str, Any]) -> str:
     }.get(name, name or "unknown corruption")
 
 
-def direction_words(about: Mapping[str, Any]) -> str:
+def direction_words(about: About) -> str:
     """Say which states were put into which run."""
     if str(about.get("corruption", "")) in ("MeanAblation", "ZeroAblation", "Resample"):
         return "noise: states of the clean run are replaced"
@@ -62,7 +62,7 @@ def direction_words(about: Mapping[str, Any]) -> str:
     }.get(str(about.get("direction")), str(about.get("direction", "")))
 
 
-def method_words(about: Mapping[str, Any]) -> str:
+def method_words(about: About) -> str:
     """Say how effects were computed: exactly, or by which estimate."""
     steps = about.get("steps")
     method = str(about.get("method", "exact"))
@@ -75,7 +75,7 @@ def method_words(about: Mapping[str, Any]) -> str:
     }.get(method, method)
 
 
-def facts(about: Mapping[str, Any], n: int | None = None) -> str:
+def facts(about: About, n: int | None = None) -> str:
     """Return the lines under a title: model, number of pairs, method, corruption, direction."""
     n = about.get("n_pairs", about.get("kept")) if n is None else n
     window = int(about.get("window") or 1)
@@ -89,7 +89,7 @@ def facts(about: Mapping[str, Any], n: int | None = None) -> str:
     return f"{first}\n{corruption_words(about)}{SEPARATOR}{direction_words(about)}"
 
 
-def effect_label(about: Mapping[str, Any], name: str = "AIE") -> str:
+def effect_label(about: About, name: str = "AIE") -> str:
     """Return the label of an axis of effects with its unit, in lines short enough for a panel."""
     unit = str(about.get("unit") or about.get("metric") or "metric")
     return "\n".join(textwrap.wrap(f"{name} ({unit})", 26))

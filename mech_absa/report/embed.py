@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..plots.words import corruption_words, facts
+from ..records import About
 from ..sites import HEAD_KINDS
 from . import maps
 from .runs import Run, with_whole_numbers
@@ -95,7 +96,7 @@ def selection_html(selection: Selection) -> str:
     )
 
 
-def _data(table: pd.DataFrame, about: Any, sites: list[str]) -> dict[str, Any]:
+def _data(table: pd.DataFrame, about: About, sites: list[str]) -> dict[str, Any]:
     """Return what the scripts draw."""
     return {
         "kind": "trace", "name": "", "unit": about.get("unit") or "", "metric": about.get("metric") or "",
@@ -116,7 +117,7 @@ def _height(table: pd.DataFrame) -> int:
     return OVERHEAD + sum(max(heights[i : i + 2]) for i in range(0, len(heights), 2))
 
 
-def _frame(data: dict[str, Any], table: pd.DataFrame, about: Any, name: str, height: int) -> str:
+def _frame(data: dict[str, Any], table: pd.DataFrame, about: About, name: str, height: int) -> str:
     """Return the frame with the page in it, and a plain table for where frames are not shown."""
     from .page import css, environment, scripts
 

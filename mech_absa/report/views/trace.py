@@ -8,6 +8,7 @@ import pandas as pd
 
 from ...plots.style import ROLE_STYLES
 from ...plots.words import CORRECTIONS, corruption_words, direction_words, method_words
+from ...records import About
 from ...sites import HEAD_KINDS, ROLES
 from ...stats import ADJUSTMENTS, resolution
 from .. import maps
@@ -30,7 +31,8 @@ CHECKS = {
 
 def trace_view(run: Run, budget: int) -> dict[str, Any]:
     """Return what the template says of a trace, and under `data` what the scripts draw."""
-    about, record = run.notes["about.json"], run.record
+    about: About = run.notes["about.json"]
+    record = run.record
     single = maps.examples(run, budget)
     table, pairs = run.tables["importance.csv"], run.tables["pairs.parquet"]
     account = {**about, **(record.get("pairs") or {})}
@@ -63,7 +65,7 @@ def sentence_count(pairs: pd.DataFrame) -> int | None:
     return None if column is None else int(pairs[column].nunique())
 
 
-def mark_words(table: pd.DataFrame, about: dict[str, Any]) -> str:
+def mark_words(table: pd.DataFrame, about: About) -> str:
     """Say what a dot means: significant after correction, or an interval that leaves 0 out."""
     if "p_adjusted" in table and table["p_adjusted"].notna().any():
         return f"p below 0.05 after {CORRECTIONS.get(str(about.get('adjustment')), 'correction')}"

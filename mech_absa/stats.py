@@ -744,7 +744,8 @@ def _studentized(
     tail = (1 - level) / 2
     ends = np.nanquantile(t, [1 - tail, tail], axis=0, method="inverted_cdf")
     with np.errstate(invalid="ignore"):
-        return np.where(error > 0, mean - ends * error, mean)
+        interval: np.ndarray = np.where(error > 0, mean - ends * error, mean)
+    return interval
 
 
 def _smallest_p(k: int, draws: int, one_sided: bool) -> float:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..errors import DataError
 from .importance import ImportanceMap
-from .traced import COLUMNS, CONTROL_COLUMNS, PAIR_COLUMNS, Traced
+from .traced import COLUMNS, CONTROL_COLUMNS, PAIR_COLUMNS, Traced, as_written
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +31,8 @@ class Effects(Traced):
     """Hold the effects of every cell of every pair.
 
     Attributes:
-        frame: columns `COLUMNS`; `head` and `position` are -1 where there is none; `draw_sd` is the
+        frame: columns `COLUMNS`; `head` and `position` are NA where there is none (-1 in the files
+            and on the axes of xarray); `draw_sd` is the
             standard deviation of the effect over noise draws.
         pairs: columns `PAIR_COLUMNS`, one row a pair: what was asked, token texts and roles, label
             probabilities of both runs.
@@ -97,7 +98,7 @@ class Effects(Traced):
     def to_xarray(self) -> xr.DataArray:
         """Return effects by role as an array with axes example, kind, layer, head, role."""
         values, cells = self.matrix("role")
-        index = pd.MultiIndex.from_frame(cells)
+        index = pd.MultiIndex.from_frame(as_written(cells))
         frame = pd.DataFrame(
             values.T, index=index, columns=pd.Index(self.pairs["example_id"], name="example")
         )

@@ -23,7 +23,7 @@ from ..records import About, atomic, read_table
 from ..sites import ROLES, Site, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, skewed, support
 from .selection import CONTROL, Selection, select
-from .traced import Traced, cell_site
+from .traced import Traced, as_written, cell_site, with_absent
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,7 +50,7 @@ class ImportanceMap:
 
     Attributes:
         table: columns `COLUMNS`, one row per cell; `n` counts pairs, `sentences` the sentences they
-            come from, `support` those that show an effect; `head` is -1 where there is none; with
+            come from, `support` those that show an effect; `head` is NA where there is none (-1 in the file and on the axes of xarray); with
             `by="position"` the column `role` is `position`.
         values: the effects behind it, `[pair cell]`, NaN where a pair lacks the cell.
         clusters: the sentence of every pair.
@@ -74,6 +74,9 @@ class ImportanceMap:
     clusters: np.ndarray = field(repr=False)
     about: About = field(default_factory=About)
     controls: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", with_absent(self.table))
 
     @classmethod
     def of(
@@ -161,7 +164,9 @@ class ImportanceMap:
         role.
         """
         by = "role" if "role" in self.table else "position"
-        arrays: xr.Dataset = self.table.set_index(["kind", "layer", "head", by]).to_xarray()
+        arrays: xr.Dataset = (
+            as_written(self.table).set_index(["kind", "layer", "head", by]).to_xarray()
+        )
         return arrays
 
     def grid(self, kind: str, column: str = "aie") -> pd.DataFrame:
@@ -182,7 +187,7 @@ class ImportanceMap:
     def save(self, path: str | Path) -> None:
         """Write `importance.csv`."""
         with atomic(path) as temporary:
-            self.table.to_csv(temporary, index=False, float_format="%.8g")
+            as_written(self.table).to_csv(temporary, index=False, float_format="%.8g")
 
     @classmethod
     def load(cls, path: str | Path) -> ImportanceMap:
@@ -203,7 +208,6 @@ class ImportanceMap:
         if not file.exists():
             raise DataError(f"{folder} holds no map (importance.csv is missing)")
         table = read_table(file, error=DataError)
-        table["head"] = table["head"].fillna(-1).astype(int)
         if not (file.parent / "about.json").exists():
             return cls(table, np.empty((0, len(table))), np.empty(0), About())
         effects = Traced.load(file.parent)

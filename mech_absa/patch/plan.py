@@ -46,7 +46,7 @@ from .job import (
 from .pairs import Pair, Pairs, by_length, expect_pairs, make_runs
 from .request import By, Direction, Engine, Method, Request
 from .table import Values, cell_table, pair_table
-from .traced import CONTROL_COLUMNS, cell_site
+from .traced import CONTROL_COLUMNS, as_written, cell_site
 
 PAIRS_AT_ONCE = 64
 """More pairs in one batch gain nothing, and a batch is what a killed run loses."""
@@ -344,7 +344,7 @@ class Plan:
         Rows of one pair are computed together. Tables of both directions need their column.
         """
         effects = np.full(len(rows), np.nan)
-        rows = rows.reset_index(drop=True)
+        rows = as_written(rows.reset_index(drop=True))
         if "direction" not in rows:
             rows = rows.assign(direction=str(self.request.direction))
         by_id = {q.id: q for q in self.pairs}

@@ -41,6 +41,28 @@ PAIR_COLUMNS = (
 )  # fmt: skip
 
 
+_WHOLE = {"head": "Int16", "position": "Int32"}
+"""Columns that are NA where a cell has no head, or no position."""
+
+
+def with_absent(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with NA for "no head" and "no position", which files write as -1.
+
+    Example:
+        >>> with_absent(pd.DataFrame({"head": [-1, 3]}))["head"].tolist()
+        [<NA>, 3]
+    """
+    columns = {n: table[n] for n, kind in _WHOLE.items() if n in table and table[n].dtype != kind}
+    return table.assign(**{n: c.astype(_WHOLE[n]).mask(c < 0) for n, c in columns.items()})
+
+
+def as_written(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as files have it: plain whole numbers, -1 for NA."""
+    columns = [n for n in _WHOLE if n in table]
+    kinds = {n: _WHOLE[n].lower() for n in columns}
+    return table.assign(**{n: table[n].fillna(-1) for n in columns}).astype(kinds)
+
+
 @dataclass(frozen=True, eq=False)
 class Traced:
     """Hold the effects of every cell of every pair, and their files.
@@ -53,6 +75,9 @@ class Traced:
     pairs: pd.DataFrame
     about: About = field(default_factory=About)
     controls: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frame", with_absent(self.frame))
 
     def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]:
         """Return effects as `[pair cell]`, and what each cell is.
@@ -69,7 +94,8 @@ class Traced:
             raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
         keys = ["kind", "layer", "head", by]
         table = (
-            self.frame.groupby(["example_id", *keys], observed=True, sort=False)["effect"]
+            as_written(self.frame)
+            .groupby(["example_id", *keys], observed=True, sort=False)["effect"]
             .mean()
             .unstack("example_id")
         )
@@ -82,9 +108,9 @@ class Traced:
             cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
         )
         order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
-        return table.to_numpy(dtype=float)[order].T, cells.loc[order, keys].reset_index(
-            drop=True
-        ).astype({"kind": str, **({"role": str} if by == "role" else {})})
+        cells = cells.loc[order, keys].reset_index(drop=True)
+        cells = cells.astype({"kind": str, **({"role": str} if by == "role" else {})})
+        return table.to_numpy(dtype=float)[order].T, with_absent(cells)
 
     def matched(self, cells: pd.DataFrame) -> np.ndarray | None:
         """Return the control of each cell of a map by role, `[pair cell]`: as many template tokens.
@@ -101,7 +127,7 @@ class Traced:
         keys = ["example_id", "size", "kind", "layer"]
         wide = self.controls.groupby(keys, sort=False)["effect"].mean().unstack(["kind", "layer"])
         values = np.full((len(ids), len(cells)), np.nan)
-        for role, rows in cells[cells["head"] < 0].groupby("role", sort=False):
+        for role, rows in cells[cells["head"].isna()].groupby("role", sort=False):
             sizes = [min(r.count(role), r.count("template")) for r in roles]
             own = wide.reindex(pd.MultiIndex.from_arrays([ids, sizes]))
             at = pd.MultiIndex.from_frame(rows[["kind", "layer"]])
@@ -115,7 +141,7 @@ class Traced:
         a folder.
         """
         folder = Path(folder)
-        write_frame(self.frame, folder / "effects.parquet")
+        write_frame(as_written(self.frame), folder / "effects.parquet")
         write_frame(self.pairs, folder / "pairs.parquet")
         if self.controls is not None:
             write_frame(self.controls, folder / "controls.parquet")

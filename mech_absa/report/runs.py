@@ -129,7 +129,7 @@ def with_whole_numbers(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table with -1 for "no head" and "no position": older runs have that, newer ones
     leave them empty.
     """
-    columns = [c for c in ("head", "position") if c in table and table[c].isna().any()]
+    columns = [c for c in ("head", "position") if c in table]
     return table.assign(**{c: table[c].fillna(-1).astype(int) for c in columns})
 
 

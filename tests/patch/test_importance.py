@@ -215,6 +215,21 @@ def test_sites_and_map_survive_the_file(tmp_path):
         load_sites(tmp_path / "bad.json")
 
 
+def test_no_head_is_na_in_tables_and_minus_one_in_files(tmp_path):
+    found = effects(3, strength={(3, "query.last"): 0.3}, about={"kept": 3})
+    assert found.frame["head"].isna().all() and found.frame["position"].notna().all()
+    importance = found.importance(draws=50)
+    assert importance.table["head"].isna().all()
+    found.save(tmp_path)
+    importance.save(tmp_path / "importance.csv")
+    written = pd.read_parquet(tmp_path / "effects.parquet")
+    assert (written["head"] == -1).all() and str(written["head"].dtype) == "int16"
+    assert (pd.read_csv(tmp_path / "importance.csv")["head"] == -1).all()
+    again = type(found).load(tmp_path)
+    pd.testing.assert_frame_equal(again.frame, found.frame)
+    assert ImportanceMap.load(tmp_path).table["head"].isna().all()
+
+
 def test_xarray_and_grid_agree_with_the_table():
     importance = effects(4, strength={(3, "query.last"): 0.3}).importance(draws=50)
     row = importance.table[

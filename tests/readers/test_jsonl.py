@@ -353,7 +353,7 @@ def test_half_of_a_surrogate_pair_is_counted_and_its_message_can_be_written(writ
     assert len(examples) == 1 and examples.left_out == {"bad line": 1}
     json.dumps(examples.account(), ensure_ascii=False).encode("utf-8")
     (problem,) = examples.problems
-    assert problem.startswith(f"{path}:2: ") and "\\ud" in problem
+    assert problem.startswith(f"{path}:3: ") and "\\ud" in problem
 
 
 def test_nothing_but_bad_lines_is_an_error_even_when_skipping(write):

@@ -98,6 +98,7 @@ for call in (
 """
 
 
+@pytest.mark.slow  # imports and loads everything in a process of its own
 def test_wrong_types_are_named():
     """In another process, since the tests check types on their own before the package can."""
     done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=True)

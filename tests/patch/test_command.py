@@ -446,6 +446,7 @@ def test_half_precision_is_checked_against_float32(base, tmp_path):
     assert found["cells"] == 20 and 0 < found["largest_difference"] < 0.2
 
 
+@pytest.mark.slow  # tests of the engines compare them for every architecture
 def test_loop_and_wavefront_leave_the_same_effects(base, tmp_path):
     frames = []
     for engine in ("loop", "wavefront"):

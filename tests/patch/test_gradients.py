@@ -136,7 +136,7 @@ def test_atp_is_the_derivative_of_the_exact_effect(arch, layers):
         assert 1.7 < ratio < 2.3, (method, ratio)  # relative to the effect, which itself is halved
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen2", "bloom"])
+@pytest.mark.parametrize("arch", fast(["gpt2", "qwen2", "bloom"], ["qwen2"]))
 @pytest.mark.parametrize("method", ["atp", "ig"])
 def test_heads_sum_to_their_attention(arch, method):
     """attn_out = sum of z_h W_O[h] + b: without a norm behind it, the estimates of the heads sum to that of attn_out."""
@@ -248,7 +248,9 @@ def test_atpstar_takes_the_softmax_exactly(base, source, kind, position, linear,
 
 
 @pytest.mark.parametrize("by", [token_spans, role_spans])
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "mistral", "bloom", "gptj"])
+@pytest.mark.parametrize(
+    "arch", fast(["gpt2", "llama", "mistral", "bloom", "gptj"], ["llama", "bloom"])
+)
 def test_atpstar_is_exact_for_queries_and_keys_where_only_the_softmax_bends(arch, by):
     """The last attention of a real architecture, with what follows made linear: no last norm, and an MLP that writes nothing."""
     folder = tiny_folder(arch)
@@ -296,7 +298,7 @@ def test_what_enters_after_the_last_block_has_nothing_to_correct():
 
 
 @pytest.mark.parametrize("metric", ["prob", "prob_label", "logprob", "logit_diff", "kl"])
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", fast(["denoise", "noise"], ["noise"]))
 def test_every_metric_is_differentiated_in_both_directions(metric, direction):
     """At the clean run kl has its maximum and no slope: first-order estimates of `noise` are silent about it."""
     model = tiny_double("llama")
@@ -325,7 +327,7 @@ def test_every_metric_is_differentiated_in_both_directions(metric, direction):
 
 
 @in_layers
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", fast(ARCHITECTURES, ["gpt2", "pythia", "gemma2", "bloom"]))
 def test_scores_are_those_of_the_exact_engine_and_zero_cells_are_zero(arch, layers):
     model = tiny_double(arch)
     kinds = [k for k in SWEPT if k in model.kinds]

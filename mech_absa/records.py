@@ -63,6 +63,7 @@ class About(TypedDict, total=False):
         flops: of the sweep, as planned.
         self_checks: name -> largest difference, the tolerance and the cells compared.
         estimate_against_exact, half_precision_control: how far an estimate, or half precision, is off.
+        rule: which direction's effects choose sites, where both were traced.
         excerpt_of: pairs of the whole run, where a folder holds fewer.
         level, adjustment, traced_by, n_pairs, n_sentences, p_floor, resolution: of a map alone.
     """
@@ -99,6 +100,7 @@ class About(TypedDict, total=False):
     self_checks: dict[str, Any]
     estimate_against_exact: dict[str, Any]
     half_precision_control: dict[str, Any]
+    rule: str
     excerpt_of: int
     level: float
     adjustment: str
@@ -141,7 +143,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return `value` in JSON's types, floats as they are.
 
     Dataclasses become objects, enums their values, paths text, tuples and sets lists, numpy scalars
@@ -172,7 +174,7 @@ def plain(value: Any) -> Any:
     )
 
 
-def _key(key: Any) -> str:
+def _key(key: object) -> str:
     """Return a key of a mapping as JSON has it."""
     if isinstance(key, Enum):
         key = key.value
@@ -183,7 +185,7 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """Return plain `value` with None for every number that is NaN or infinite."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
@@ -192,7 +194,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` as strict JSON, keys in the order given, completely or not at all; NaN and
     infinity become `null`.
 
@@ -305,7 +307,7 @@ def sha256_file(path: str | Path) -> str:
         )
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: object) -> str:
     """Return a hash of a configuration: two runs with the same one make the same result."""
     return sha256_bytes(json.dumps(plain(config), sort_keys=True).encode())[:16]
 

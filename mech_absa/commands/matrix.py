@@ -306,7 +306,7 @@ def show_baselines(table: pd.DataFrame) -> None:
     )
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> Any:
     """Return a number with four digits; None where there is no value."""
     if isinstance(value, float):
         return None if value != value else f"{value:.4g}"

@@ -43,7 +43,7 @@ from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
 from ..patch.request import DEFAULT_RULES, Request
 from ..patch.self_check import self_check
-from ..patch.traced import read_frame, write_frame
+from ..patch.traced import as_written, read_frame, write_frame
 from ..progress import bar
 from ..readers import load_examples
 from ..records import About, RunFolder, atomic
@@ -525,7 +525,7 @@ def leave_interaction(both: BothDirections, config: Config, folder: Path) -> Non
     """Write `interaction.csv`: PIE, TIE and their difference for every cell of the map by role."""
     table = both.table(level=config.level, adjustment=config.adjustment, seed=config.seed)
     with atomic(folder / "interaction.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.8g")
+        as_written(table).to_csv(temporary, index=False, float_format="%.8g")
 
 
 def _chosen(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
@@ -27,11 +30,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: st
     Console(width=max(console.width, needed), markup=False, highlight=False).print(table)
 
 
-def print_frame(frame: Any, title: str = "") -> None:
+def print_frame(frame: pd.DataFrame, title: str = "") -> None:
     """Print a pandas table."""
     print_table([str(c) for c in frame.columns], frame.itertuples(index=False), title)
 
 
-def _none(cell: Any) -> bool:
+def _none(cell: object) -> bool:
     """Return whether a cell holds no value: None or NaN."""
     return cell is None or (isinstance(cell, float) and cell != cell)

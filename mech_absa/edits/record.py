@@ -96,7 +96,7 @@ class TrainingRecord:
         return values
 
     @classmethod
-    def from_json(cls, data: Any) -> TrainingRecord:
+    def from_json(cls, data: object) -> TrainingRecord:
         """Return the record that `to_json`, or an earlier version of the package, wrote.
 
         Raises:
@@ -135,7 +135,7 @@ _OBJECTS = ("preset", "classes", "versions")
 _LISTS = {"labels": (2, 3), "warnings": range(10_000)}
 
 
-def _check(name: str, value: Any) -> None:
+def _check(name: str, value: object) -> None:
     """Raise where a field of the record has a value of another type."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if name in _TEXT:
@@ -149,8 +149,9 @@ def _check(name: str, value: Any) -> None:
     elif name == "diverged":
         right, need = isinstance(value, bool), "true or false"
     elif name in _LISTS:
-        words = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-        right = (words and len(value) in _LISTS[name]) or (name == "labels" and value is None)
+        right = name == "labels" and value is None
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            right = len(value) in _LISTS[name]
         need = "a list of two or three words" if name == "labels" else "a list of sentences"
     elif name == "lofit":
         right = value is None or (
@@ -165,6 +166,6 @@ def _check(name: str, value: Any) -> None:
         raise EditError(f"{name} of its record is {_short(value)}; {need} is needed")
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _short(value: object, most: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -37,7 +37,7 @@ class Job:
         session: that runs it.
     """
 
-    def __init__(self, client: str, work: Callable[[Job], None], tell: Tell, session: Session):
+    def __init__(self, client: str, work: Callable[[Job], object], tell: Tell, session: Session):
         self.client, self.work, self.tell, self.session = client, work, tell, session
         self._stop = threading.Event()
 
@@ -89,7 +89,7 @@ class Session:
             self._changed.notify()
         return future
 
-    def begin(self, client: str, work: Callable[[Job], None], tell: Tell) -> Job:
+    def begin(self, client: str, work: Callable[[Job], object], tell: Tell) -> Job:
         """Put a long job at the end of the line, in the place of the client's last one."""
         job = Job(client, work, tell, self)
         with self._changed:

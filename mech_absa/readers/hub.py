@@ -132,7 +132,7 @@ def _known(name: str, as_field: str) -> bool:
     return name.strip().lower().replace(" ", "_") in FIELDS[as_field]
 
 
-def _named(feature: Any, value: Any) -> Any:
+def _named(feature: Any, value: object) -> Any:
     """Replace class numbers in `value` by their names, at any depth; `datasets` writes -1 for
     none.
     """

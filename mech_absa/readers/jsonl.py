@@ -197,7 +197,7 @@ def _parse(raw: str) -> Any:
         ) from None
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
             f"{shown(value)} came; a JSON object with the fields of an example is accepted"
@@ -213,7 +213,7 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _pair(value: Any, name: str) -> Span | None:
+def _pair(value: object, name: str) -> Span | None:
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2):
@@ -221,9 +221,10 @@ def _pair(value: Any, name: str) -> Span | None:
     return (whole(value[0], name), whole(value[1], name))
 
 
-def _counterfactual(row: Any, reading: Reading, line: int) -> Example:
+def _counterfactual(value: object, reading: Reading, line: int) -> Example:
     """Return an edited sentence. Its aspect is the text at its own offsets."""
-    names = reading.resolve(tuple(_object(row)), required=("sentence", "polarity", "from", "to"))
+    row = _object(value)
+    names = reading.resolve(tuple(row), required=("sentence", "polarity", "from", "to"))
     text = string(row[names["sentence"]], names["sentence"])
     start, end = (whole(row[names[f]], names[f]) for f in ("from", "to"))
     polarity = reading.polarity(row[names["polarity"]])

@@ -93,7 +93,7 @@ def _literal(text: str) -> list[Any]:
     return value
 
 
-def _judgement(sentence: str, value: Any) -> Judgement:
+def _judgement(sentence: str, value: object) -> Judgement:
     if isinstance(value, (tuple, list)) and len(value) == 3 and isinstance(value[2], str):
         aspect, opinion = (_indices(sentence, v) for v in value[:2])
         return Judgement(aspect, opinion, value[2])
@@ -125,7 +125,7 @@ def _quad(sentence: str, cell: str) -> Judgement:
     return Judgement(spans[0], spans[1], ACOS_POLARITY[label], category)
 
 
-def _indices(sentence: str, value: Any) -> Span | None:
+def _indices(sentence: str, value: object) -> Span | None:
     numbers = value if isinstance(value, (list, tuple)) else [value]
     if not numbers or not all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
         raise DataError(

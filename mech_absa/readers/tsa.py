@@ -47,7 +47,7 @@ def read(data: bytes, reading: Reading) -> None:
                 )
 
 
-def field(record: Any, name: str, what: str) -> Any:
+def field(record: object, name: str, what: str) -> Any:
     """Return a field of a JSON object of a file, or complain about what came instead."""
     if not isinstance(record, dict):
         raise DataError(f"{what} is {shown(record)}; a JSON object is accepted")

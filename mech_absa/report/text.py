@@ -105,7 +105,7 @@ ESCAPES = (
 )
 
 
-def embedded(data: Any) -> Markup:
+def embedded(data: object) -> Markup:
     """Return JSON for a script element: no character in it can end the element, open a comment or
     begin an entity.
     """
@@ -119,7 +119,7 @@ def embedded(data: Any) -> Markup:
     return Markup(text)
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> Any:
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -141,7 +141,7 @@ def divided(
     return rest, held, (note,)
 
 
-def _check_types(model: Any, train: Any, preset: Any, seed: Any) -> None:
+def _check_types(model: object, train: object, preset: object, seed: object) -> None:
     """Raise where an argument of `fit` is of another type."""
     if not isinstance(model, Model):
         raise ConfigError(f"model is {_named(model)}; a model of load_model is needed")
@@ -155,13 +155,13 @@ def _check_types(model: Any, train: Any, preset: Any, seed: Any) -> None:
         raise ConfigError(f"seed is {_named(seed)}; a whole number is needed")
 
 
-def _examples(value: Any) -> bool:
+def _examples(value: object) -> bool:
     """Return whether a value is a collection of examples."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         return False
     return hasattr(value, "__len__") and all(isinstance(e, Example) for e in value)
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) < 40 else text[:37] + '...'} ({type(value).__name__})"

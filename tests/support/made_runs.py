@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mech_absa.patch.effects import Effects
+from mech_absa.patch.traced import as_written
 from mech_absa.records import SCHEMA, write_json
 
 SENTENCE = "The pasta was really very good but our waiter seemed rather rude and slow that night"
@@ -132,7 +133,7 @@ def trace_folder(
 ) -> Path:
     """What the patch command leaves."""
     effects.save(folder)
-    importance_of(effects).to_csv(folder / "importance.csv", index=False)
+    as_written(importance_of(effects)).to_csv(folder / "importance.csv", index=False)
     rule = "the 2 neighbouring layers and the role with the largest mean resid_post effect whose interval lies above that of the control role"
     write_json(
         folder / "sites.json",

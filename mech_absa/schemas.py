@@ -322,16 +322,16 @@ def _fits(column: pd.Series, one: Mapping[str, Any], written: bool) -> bool:
     kinds = one["type"] if isinstance(one["type"], list) else [one["type"]]
     if "null" not in kinds and bool(column.isna().any()):
         return False
-    found = pd.api.types.infer_dtype(column, skipna=True)
+    found: str = pd.api.types.infer_dtype(column, skipna=True)
     if found == "empty" or (found == "floating" and bool(column.isna().all())):
         return True
     if "array" in kinds:
         inner = str if one["items"] == TEXT else float
         return all(_holds(cell, inner) for cell in column)
     if "string" in kinds:
-        return found == "string" or not written
+        return bool(found == "string") or not written
     if "boolean" in kinds:
-        return found == "boolean"
+        return bool(found == "boolean")
     if "integer" in kinds:
         present = column.dropna()
         whole = found == "integer" or (found == "floating" and bool((present % 1 == 0).all()))

@@ -175,7 +175,7 @@ class Routes:
         return self._stream(request, client, work)
 
     def _stream(
-        self, request: Request, client: str, work: Callable[[Job], None]
+        self, request: Request, client: str, work: Callable[[Job], object]
     ) -> StreamingResponse:
         """Begin a long job and return its events as they come; the job ends when its browser goes."""
 

@@ -208,7 +208,8 @@ class Tally:
 
     def means(self) -> Float[np.ndarray, " cell"]:
         """Return mean(estimate) + mean(exact - estimate over the pairs measured)."""
-        return np.nanmean(self.estimate, axis=0) + np.nan_to_num(self._errors()[1])
+        means: np.ndarray = np.nanmean(self.estimate, axis=0) + np.nan_to_num(self._errors()[1])
+        return means
 
     def radii(self, candidates: int) -> Float[np.ndarray, " cell"]:
         """Return half the widths of the cells' intervals; 0 where all pairs were measured."""

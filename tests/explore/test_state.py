@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mech_absa.errors import ConfigError, SiteError
@@ -36,7 +36,9 @@ FIELDS = dict(
 )
 
 
-@settings(deadline=None)  # a slow machine is no wrong answer
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # a slow machine is no wrong answer
 @given(st.fixed_dictionaries(FIELDS))
 def test_a_link_opens_the_state_it_was_made_from(fields):
     state = State(**fields)

@@ -18,7 +18,9 @@ matter:
 
 Intervals hold at all times together, however often one looks and whenever one stops: they are
 asymptotic confidence sequences (Waudby-Smith et al. 2021, arXiv 2103.06476, theorem 2.2), with the
-level shared by all candidates. Pairs come in one random order.
+level shared by all candidates. Pairs come in one random order. They are asymptotic: with few pairs and
+errors that are rare and large they miss more often than the level says, and `figures.search` counts
+how often. Do not read them as a guarantee below about 30 pairs.
 """
 
 from __future__ import annotations
@@ -212,8 +214,14 @@ class Tally:
         return means
 
     def radii(self, candidates: int) -> Float[np.ndarray, " cell"]:
-        """Return half the widths of the cells' intervals; 0 where all pairs were measured."""
+        """Return half the widths of the cells' intervals; 0 where all pairs were measured.
+
+        Errors of an estimate are often 0 on most pairs and large on a few. So a cell's deviation counts
+        as at least the typical one of all cells measured: few pairs without an error prove little.
+        """
         n, _, sd = self._errors()
+        if (n > 1).any():
+            sd = np.maximum(sd, math.sqrt(float(np.mean(sd[n > 1] ** 2))))
         alpha = (1 - self.search.level) / candidates
         radius = anytime_radius(n, sd, alpha, max(LEAST_SURE, len(self.order) // 2))
         radius = np.where(n < LEAST_SURE, np.inf, radius)

@@ -147,6 +147,22 @@ def test_intervals_hold_at_all_times_together():
     assert ever <= 0.1 and fixed > 0.3
 
 
+def test_errors_that_are_rare_are_not_taken_for_none():
+    """One pair in twelve has an error; a cell where none was met must not be certain."""
+    rng = np.random.default_rng(0)
+    missed = []
+    for _ in range(30):
+        effects = rng.normal(size=(120, 40))
+        rare = rng.random(effects.shape) < 1 / 12
+        estimate = effects + rare * rng.normal(scale=2.0, size=effects.shape)
+        found = search(Known(effects), estimate, Search(5, 0.2))
+        t = found.table[np.isfinite(found.table["high"])]
+        truth_ = effects.mean(0)[t["cell"]]
+        outside = (truth_ < t["low"] - 1e-9) | (truth_ > t["high"] + 1e-9)
+        missed.append(bool(outside.any()))
+    assert np.mean(missed) <= 0.1
+
+
 # ---- what is refused
 
 

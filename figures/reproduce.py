@@ -1,24 +1,27 @@
-"""Every result that `figures/` draws, made anew: `make reproduce`.
+"""Make every result anew that `figures/` draws: `make reproduce`.
 
-    python -m figures.reproduce                                       the bundled model on its built-in reviews
-    python -m figures.reproduce --me-absc ../data/me_absc             and on the paper's data
-    python -m figures.reproduce --fast                                the same commands on a handful of examples
-    python -m figures.reproduce --only windows ranks                  these studies alone
+    python -m figures.reproduce                             # bundled model, built-in reviews
+    python -m figures.reproduce --me-absc ../data/me_absc   # and the paper's data
+    python -m figures.reproduce --fast                      # the same commands on a few examples
+    python -m figures.reproduce --only windows ranks        # these studies alone
 
-A study asks one question and is a few public commands (`python -m mech_absa.patch`, `python -m mech_absa.train.matrix`), each a process of its own;
-`--jobs` of them run side by side, one thread each. They leave their folders and logs under `runs/reproduce/<study>/<step>`. A command that
-has been through is not run again, and a killed one is taken up where it stopped. When a study is whole, the small part of its outcome goes
-to `figures/results/<study>/`, which is kept with the code, so that `make figures` needs no model:
+A study asks one question and consists of a few public commands (`python -m mech_absa.patch`,
+`python -m mech_absa.train.matrix`), each in a process of its own. `--jobs` of them run side by
+side, with one thread each. They leave their folders and logs under `runs/reproduce/<study>/<step>`.
+A finished command is not run again, and a killed one continues where it stopped. When a study is
+complete, the small part of its outcome goes to `figures/results/<study>/`, which is kept with the
+code, so that `make figures` needs no model:
 
-    run.json          the question, the commands, and the record of each: configuration, versions, hashes, counts, seconds; no path of this machine
-    importance.csv, about.json, sites.json                     of a trace
-    example/                                                   effects of one pair of a trace: the one whose total effect is the median
-    matrix.csv                                                 of trainings, a row for method, seed, training and test domain
-    summary.csv                                                the same, a row a method
-    agreement.csv, summary.csv                                 of estimates beside the exact map, a row a cell; and a row a method
-    faithfulness.csv, pruning.csv                              curves
+    run.json                   the question, the commands, and the record of each: configuration,
+                               versions, hashes, counts, seconds; no path of this machine
+    importance.csv, about.json, sites.json     of a trace
+    example/                   effects of one pair of a trace, whose total effect is the median
+    matrix.csv                 of trainings, one row per method, seed, training and test domain
+    summary.csv                the same, one row per method
+    agreement.csv, summary.csv  of estimates beside the exact map, one row per cell and per method
+    faithfulness.csv, pruning.csv              curves
 
-and `figures/results/times.csv` says what each command took.
+`figures/results/times.csv` has the seconds of every command.
 """
 
 from __future__ import annotations
@@ -54,17 +57,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PATCH, MATRIX, CIRCUIT = "mech_absa.patch", "mech_absa.train.matrix", "figures.circuit"
 
 TRACED = "trace_counterfactual"
-"""The study whose sites all the others edit."""
+"""The study whose sites all others edit."""
 REAL_DOMAINS = ("device", "laptop", "rest", "service")
 N_LAYERS = 8
-"""Of the bundled model."""
+"""Layers of the bundled model."""
 ESTIMATES = ("atp", "atpstar", "relp", "ig")
 METRICS = ("logit_diff", "prob")
 POSITIONS = {
     "query.last": "aspect in the question", "aspect.last": "aspect in the sentence", "answer": "last word", "after": "words after the aspect",
     "8": "some word of the sentence", "2": "a word of the template",
 }  # fmt: skip
-"""Where a representation is edited -> what that is; a number is a place counted from the start of the prompt."""
+"""Position at which a representation is edited -> its description; numbers count from the start of
+the prompt.
+"""
 RANKS = (1, 2, 4, 8, 16)
 METHODS = (
     "zero_shot", "both@sites", "both@first", "both@last", "both@random", "both@all", "lora_o@sites", "loreft@sites", "loreft@all",
@@ -77,17 +82,21 @@ class Config:
     """Run the studies behind the figures, and keep their small results."""
 
     only: tuple[str, ...] = ()
-    """These studies alone; default all."""
+    """Run these studies alone. Default: all."""
     me_absc: Path | None = None
-    """The folder of the paper's data (device_train.json ...); without it the studies of real data are left as they are."""
+    """Folder of the paper's data (device_train.json ...). Without it, studies of real data are left
+    as they are.
+    """
     fast: bool = False
-    """A handful of examples everywhere: tries the commands, proves nothing."""
+    """Use a few examples everywhere: this tries the commands and shows nothing."""
     jobs: int = 2
     """Commands that run side by side, one thread each."""
     runs: Path | None = None
-    """Where the commands work; default runs/reproduce."""
+    """Folder in which the commands work. Default: runs/reproduce."""
     results: Path | None = None
-    """Where the small results go; default figures/results, and with --fast a folder beside the runs."""
+    """Folder of the small results. Default: figures/results; with --fast, a folder beside the
+    runs.
+    """
 
     def __post_init__(self):
         if self.jobs < 1:
@@ -106,7 +115,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Hold the sizes of all studies."""
 
     noise: int = 60
     """Pairs of the trace with noise on all tokens: ten draws of a whole prompt each."""
@@ -119,21 +128,21 @@ class Sizes:
     real_pairs: int = 30
     """Pairs of the trace of real reviews."""
     train: int = 320
-    """Training examples a domain where methods are compared."""
+    """Training examples per domain where methods are compared."""
     few: int = 128
-    """The same where places are compared: few enough that the best do not all answer everything."""
+    """The same where places are compared: few, so that the best do not all answer everything."""
     real_train: int | None = None
     test: int | None = 320
-    """Test examples a built-in domain."""
+    """Test examples per built-in domain."""
     real_test: int | None = None
     epochs: int = 2
     few_epochs: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
     many_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Where one domain alone is trained on."""
+    """Seeds of studies that train on one domain only."""
     domains: tuple[str, ...] = tuple(DOMAINS)
     widths: tuple[int, ...] = (2, 4)
-    """Of the ranges of layers that are edited."""
+    """Widths of the ranges of layers that are edited."""
     circuit: int = 100
     """Pairs and examples on which a ranking is judged."""
 
@@ -146,12 +155,13 @@ FAST = Sizes(
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """Describe one command.
 
     Attributes:
         name: of its folder in the study's.
         module: run by `python -m`.
-        flags: all but --out and --resume; `{layers}` and `{sites}` stand for those of the traced study.
+        flags: all but --out and --resume; `{layers}` and `{sites}` stand for those of the traced
+            study.
         mark: columns that its rows are given in the study's table.
     """
 
@@ -161,7 +171,7 @@ class Step:
     mark: Mapping[str, Any]
 
     def words(self, results: Path) -> list[str]:
-        """What follows `python`.
+        """Return what follows `python`.
 
         Raises:
             ConfigError: it wants the traced sites, and there are none yet.
@@ -182,7 +192,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Study:
-    """A question, the commands that answer it, and what of their outcome is kept.
+    """Describe a question, the commands that answer it, and what is kept of their outcome.
 
     Attributes:
         keep: (folders of the steps by name, folder of the results) -> None.
@@ -195,7 +205,9 @@ class Study:
 
 
 def _flags(**given: Any) -> tuple[str, ...]:
-    """Keywords as flags: `limit_train=96` as `--limit-train 96`, a sequence as several words, None left out."""
+    """Return keywords as flags: `limit_train=96` as `--limit-train 96`, a sequence as several
+    words, None left out.
+    """
     words: list[str] = []
     for name, value in given.items():
         if value is not None:
@@ -224,12 +236,14 @@ def _matrix(
 
 
 def windows(width: int, n_layers: int = N_LAYERS) -> list[str]:
-    """Every run of `width` neighbouring layers, as `2-3` (or `2`)."""
+    """Return every run of `width` neighbouring layers, as `2-3` (or `2`)."""
     return [str(i) if width == 1 else f"{i}-{i + width - 1}" for i in range(n_layers - width + 1)]
 
 
 def studies(sizes: Sizes, me_absc: Path | None = None) -> list[Study]:
-    """All studies, that of the traced sites first; those of real data only where their folder is given."""
+    """Return all studies, that of the traced sites first; those of real data only if their folder
+    is given.
+    """
     s = sizes
     reviews = [f"builtin:{d}" for d in s.domains]
     train, test = [f"{r}/train" for r in reviews], [f"{r}/test" for r in reviews]
@@ -384,7 +398,7 @@ REAL = ("trace_real", "matrix_real")
 
 
 def keep_map(study: Study, work: Path, results: Path) -> None:
-    """The averaged map and the sites that were chosen from it, where any were."""
+    """Keep the averaged map and the sites that were chosen from it, if any were."""
     folder = work / study.steps[0].name
     _table(pd.read_csv(folder / "importance.csv"), results / "importance.csv")
     for name in ("sites.json", "about.json"):
@@ -393,7 +407,7 @@ def keep_map(study: Study, work: Path, results: Path) -> None:
 
 
 def keep_trace(study: Study, work: Path, results: Path) -> None:
-    """The same, and one pair word by word: the one whose total effect is the median."""
+    """Keep the same, and one pair word by word: the one with the median total effect."""
     keep_map(study, work, results)
     effects = Effects.load(work / study.steps[0].name)
     typical = effects.total.sort_values(kind="stable").index[(len(effects.total) - 1) // 2]
@@ -406,7 +420,7 @@ def keep_trace(study: Study, work: Path, results: Path) -> None:
 
 
 def keep_matrix(study: Study, work: Path, results: Path) -> None:
-    """The rows of all steps, each with its step's marks; the model as it is stands once."""
+    """Keep the rows of all steps, each with its step's marks; the unedited model stands once."""
     table = pd.concat(
         [pd.read_csv(work / step.name / "matrix.csv").assign(**step.mark) for step in study.steps],
         ignore_index=True,
@@ -469,7 +483,7 @@ def _table(table: pd.DataFrame, path: Path) -> None:
 def record(
     study: Study, work: Path, commands: Mapping[str, str], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What a study's run.json says: how each of its steps was made, and when."""
+    """Return a study's run.json: how each of its steps was made, and when."""
     runs = {
         s.name: json.loads((work / s.name / "run.json").read_text(encoding="utf-8"))
         for s in study.steps
@@ -482,7 +496,7 @@ def record(
 
 
 def scrubbed(value: Any, names: Mapping[str, str]) -> Any:
-    """`value` with the folders of this machine replaced by what they are."""
+    """Return `value` with the folders of this machine replaced by their names."""
     if isinstance(value, dict):
         return {k: scrubbed(v, names) for k, v in value.items()}
     if isinstance(value, list):
@@ -497,16 +511,16 @@ def scrubbed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def _near(path: Path) -> Path:
-    """The path as seen from the project's folder, where it lies inside."""
+    """Return the path as seen from the project's folder, if it lies inside."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 class Runner:
-    """Steps as processes.
+    """Run steps as processes.
 
-    A step's log begins with its command and ends with the seconds it took; a log that is whole and begins with the same command is a step
-    that has been through.
+    A step's log begins with its command and ends with the seconds it took. A step whose log is
+    complete and begins with the same command is finished.
     """
 
     def __init__(self, config: Config):
@@ -514,7 +528,10 @@ class Runner:
         self.traced = threading.Event()
 
     def run(self, study: Study, step: Step) -> tuple[str, float]:
-        """The step's command and the seconds it took; 0 or more trainings, traces ... of it are taken from a killed run."""
+        """Return the command of a step and the seconds it took.
+
+        A killed run continues, so the seconds may be those of a part.
+        """
         if study.name != TRACED:
             self.traced.wait()
         folder = self.config.work / study.name / step.name
@@ -559,7 +576,7 @@ class Runner:
 
 
 def run(config: Config) -> None:
-    """Run what is asked for, keep the small results, and say what each step took.
+    """Run what is asked for, keep the small results, and print what each step took.
 
     Raises:
         ConfigError: there is no study of that name.
@@ -633,7 +650,7 @@ def _keep(config: Config, study: Study, done: list[tuple[str, float]], known: li
 
 
 def _note_times(path: Path, study: str, seconds: Mapping[str, float], order: list[str]) -> None:
-    """Put a study's seconds into the table of all."""
+    """Write a study's seconds into the table of all studies."""
     rows: list[dict[str, Any]] = []
     if path.exists():
         with open(path, encoding="utf-8", newline="") as f:

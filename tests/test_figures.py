@@ -553,6 +553,22 @@ def test_marks_and_the_untouched_model_stand_once(tmp_path):
     assert not (tmp_path / "out" / "summary.csv").exists()
 
 
+def test_how_estimates_agree_is_counted_over_the_cells_that_have_an_effect():
+    """Half of every effect: the same order, a straight line, and half of the sum."""
+    exact = np.array([0.0, 0.0, 1.0, 2.0, 4.0, -1.0])
+    estimates = dict.fromkeys(reproduce.ESTIMATES, 0.5 * exact) | {"ig": -exact}
+    table = pd.DataFrame({"metric": "prob", "exact": exact, **estimates})
+    table.loc[0, "atp"] = 9.0  # where nothing can have an effect, an estimate does not count
+    found = reproduce.agreements(table).set_index("method")
+    assert found.index.tolist() == ["atp", "atpstar", "relp", "ig"] and (found["n"] == 4).all()
+    assert found.loc["atp", ["spearman", "pearson", "sum_ratio"]].tolist() == pytest.approx(
+        [1, 1, 0.5]
+    )
+    assert found.loc["ig", ["pearson", "sum_ratio", "top_k_overlap"]].tolist() == pytest.approx(
+        [-1, -1, 0]
+    )
+
+
 def test_folders_of_this_machine_are_named_by_what_they_are():
     value = {
         "a": ["/home/x/data/device.json", 3],

@@ -390,9 +390,10 @@ class RunFolder:
             return False
         listed = read_json(record).get("files", [])
         for name in listed if isinstance(listed, list) else []:
-            if not (self.path / str(name)).exists():
+            # os.path.exists is false of a name that no file system takes; Path.exists raises.
+            if not os.path.exists(self.path / str(name)):
                 raise RunFolderError(
-                    f"--out {self.path} holds a finished run, but its {name} is gone; choose another folder"
+                    f"--out {self.path} holds a finished run, but its {str(name)[:80]} is gone; choose another folder"
                 )
         return True
 

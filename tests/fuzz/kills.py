@@ -9,7 +9,6 @@ and memory.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -189,19 +188,18 @@ def kill(name: str, kills: int, seed: int = 0) -> list[str]:
 
 
 def preload() -> None:
-    """Import what the commands use, so that a forked process starts at once."""
+    """Import what the commands use, so that a forked process starts at once.
+
+    Nothing is computed: a pool of threads does not survive a fork.
+    """
     import warnings
 
-    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from mech_absa.commands import evaluate, matrix, patch, train  # noqa: F401
-    from mech_absa.model import load_model
     from mech_absa.report import page  # noqa: F401
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    with contextlib.suppress(Exception):
-        load_model()
 
 
 def main(argv: list[str] | None = None) -> int:

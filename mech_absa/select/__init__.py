@@ -29,6 +29,7 @@ from .learned import JoLA, LoFiTScales
 from .lens import LensAccuracy
 from .probe import LinearProbe
 from .ranking import SiteRanking
+from .search import Search, search_cells
 from .weights import SAAP, Fluctuation, TaylorFirst, TaylorSecond
 
 SELECTORS: dict[str, Callable[[], Selector]] = {
@@ -70,4 +71,13 @@ def selector(name: str) -> Selector:
     return SELECTORS[name]()
 
 
-__all__ = ["SELECTORS", "Effect", "Evidence", "Selector", "SiteRanking", "selector"]
+__all__ = [
+    "SELECTORS",
+    "Effect",
+    "Evidence",
+    "Search",
+    "Selector",
+    "SiteRanking",
+    "search_cells",
+    "selector",
+]

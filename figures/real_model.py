@@ -38,9 +38,9 @@ def _map(study: Study, what: str) -> Shown:
         f"The largest effect outside the last token is {cell(best(resid))}"
         + (f", and outside the changed tokens {cell(best(kept))}." if changed else "."),
         f"Mean over layers {PAPER} (the paper's 10-15 of 32): {'; '.join(means)}.",
-        f"Chosen sites: {', '.join(map(str, study.sites))}.",
+        f"Chosen sites: {', '.join(map(str, study.sites)) or 'none; no role is left to choose from'}.",
     ]
-    return Shown(plots.heatmap(study.importance, study.sites, compress=True), " ".join(says))
+    return Shown(plots.heatmap(study.importance, study.sites), " ".join(says))
 
 
 @shows("smollm2_noise", "SmolLM2, Figure 3: noise on all tokens, real reviews", "smollm2/noise")

@@ -77,9 +77,11 @@ class Sizes:
     """How much of everything."""
 
     pairs: int = 100
-    """Pairs of each trace of a swap."""
+    """Pairs of the trace of `aspect-swap`, where all that stands before the question is 0."""
     noise: int = 60
-    """Pairs of the trace with noise, whose cells all differ from 0 and cost more."""
+    """Pairs of the trace with noise, which costs five times as much for each."""
+    opinion: int = 20
+    """Pairs of the trace of `opinion-swap`."""
     words: int = 30
     """Longest sentence that is traced."""
     pool: int = 600
@@ -92,7 +94,7 @@ class Sizes:
     """Test rows a domain of the edits."""
 
 
-FAST = Sizes(pairs=2, noise=2, words=12, pool=60, test=4, train=8, edit_test=4)
+FAST = Sizes(pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=8, edit_test=4)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -162,18 +164,15 @@ QUESTIONS = {
 def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> Study:
     """Return the trace of one corruption in one direction."""
     rows = reproduce._near(work / "rows")
-    swap = {"sites": KINDS, "limit": sizes.pairs}
-    lexicon = str(rows / "lexicon.jsonl")
+    layer = {"sites": KINDS[:1]}
     more = {
-        "noise": {
-            "sites": KINDS[:1],
-            "limit": sizes.noise,
-            "corruption": "noise",
-            "noise_draws": 1,
+        "noise": {**layer, "limit": sizes.noise, "corruption": "noise", "noise_draws": 1},
+        "aspect_swap": {"sites": KINDS, "limit": sizes.pairs, "corruption": "aspect-swap"},
+        "opinion_swap": {
+            **layer, "limit": sizes.opinion, "corruption": "opinion-swap",
+            "lexicon": str(rows / "lexicon.jsonl"),
         },
-        "aspect_swap": {**swap, "corruption": "aspect-swap"},
-        "opinion_swap": {**swap, "corruption": "opinion-swap", "lexicon": lexicon},
-    }
+    }  # fmt: skip
     flags = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role"}
     step = reproduce._trace("trace", **flags, direction=direction, **more[name])
     called = name if direction == "denoise" else f"{name}_{direction}"

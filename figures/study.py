@@ -42,9 +42,12 @@ class Study:
     def path(self, name: str) -> Path:
         path = self.folder / name
         if not path.exists():
+            name_of, which = self.folder.name, "`python -m figures.reproduce --only"
+            if self.folder.parent.name == "smollm2":
+                which = "`python -m figures.smollm2 --data DATA --only"
             raise DataError(
-                f"{self.folder.name}/{name} is missing among the results; run `make reproduce` or "
-                f"`python -m figures.reproduce --only {self.folder.name}`"
+                f"{name_of}/{name} is missing among the results; run `make reproduce` or "
+                f"{which} {name_of}`"
             )
         return path
 
@@ -80,6 +83,9 @@ class Study:
 
     @cached_property
     def sites(self) -> list[Site]:
+        """Return the chosen sites; none where the trace left no choice."""
+        if self.run.get("pairs") and self.run.get("sites") is None:
+            return []
         return [
             Site.parse(s)
             for s in json.loads(self.path("sites.json").read_text(encoding="utf-8"))["sites"]

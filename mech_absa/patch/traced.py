@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -191,6 +191,6 @@ def read_frame(path: str | Path) -> pd.DataFrame:
     return read_table(path, error=DataError)
 
 
-def cell_site(kind: str, layer: int, head: int, role: str | None = None) -> Site:
-    """Return the site of a row of a table."""
+def cell_site(kind: str, layer: int, head: Any, role: str | None = None) -> Site:
+    """Return the site of a row of a table; `head` is a whole number, NA or -1."""
     return Site(int(layer), kind, int(head) if kind in HEAD_KINDS else None, role)

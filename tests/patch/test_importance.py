@@ -68,8 +68,15 @@ def effects(
     return Effects(
         frame,
         pd.DataFrame(pairs, columns=["example_id", "cluster", "clean", "corrupted"]),
-        about or {},
+        KNOWN | about if about else {},
     )
+
+
+KNOWN = {
+    "model": "made", "n_layers": LAYERS, "n_heads": 1, "corruption": "Counterfactual", "direction": "denoise", "metric": "prob",
+    "unit": "probability", "method": "exact", "by": "token",
+}  # fmt: skip
+"""What `about.json` must hold."""
 
 
 def test_roles_are_averaged_within_a_pair_first():

@@ -1,12 +1,15 @@
 # make demo      trace the bundled model on the built-in reviews: a table, a figure, a report
 # make demo MODEL=smollm2   the same on SmolLM2-135M, which is downloaded once (93 MB) and kept in the user's cache
 # make test      the test suite (minutes); make test-slow for the long ones
+# make test-tl4  the tests of the bridge, in a second environment with TransformerLens 4 (.venv-tl4)
 # make figures   every figure and table, from the results kept in figures/results (minutes, no model)
 # make reproduce those results anew, in under 90 minutes on two cores; ME_ABSC=folder of the paper's data adds the studies of real reviews
 # make reproduce MODEL=smollm2 DATA=folder   the study of SmolLM2-135M; the folder holds me_absc/, mams/ and dmaste/
 # make docs      the pages of docs/ and the API reference as a site, site/index.html, that opens from disk
 PYTHON ?= python3
 VENV   ?= .venv
+VENV4  ?= .venv-tl4
+TL4_TESTS ?= tests/test_bridge.py tests/patch/test_own.py tests/test_patching.py tests/edits/test_edits.py tests/edits/test_store.py
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
@@ -14,7 +17,7 @@ MODEL  ?= bundled
 DATA   ?= ../shared/data
 LIMIT  ?= $(if $(filter smollm2,$(MODEL)),8,40)
 
-.PHONY: demo test test-slow figures reproduce docs clean
+.PHONY: demo test test-tl4 test-slow figures reproduce docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -38,6 +41,15 @@ test: $(STAMP)
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network"
 
+$(VENV4)/.installed: pyproject.toml constraints-tl4.txt
+	test -d $(VENV4) || $(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/pip install --quiet -c constraints-tl4.txt torch
+	$(VENV4)/bin/pip install --quiet -c constraints-tl4.txt -e ".[test]"
+	touch $@
+
+test-tl4: $(VENV4)/.installed
+	OMP_NUM_THREADS=1 $(VENV4)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not network" $(TL4_TESTS)
+
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
@@ -59,4 +71,4 @@ docs: $(STAMP)
 	@echo site/index.html
 
 clean:
-	rm -rf $(VENV) $(DEMO) build site
+	rm -rf $(VENV) $(VENV4) $(DEMO) build site

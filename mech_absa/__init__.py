@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from .explore import Explorer, explore
     from .model import Model, load_model
+    from .own import PromptPair, PromptPairs
     from .patch.corruption import (
         AspectSwap,
         Counterfactual,
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
     from .patch.directions import BothDirections
     from .patch.effects import Effects
     from .patch.importance import ImportanceMap, Selection, load_sites
+    from .patch.own import prompt_pairs
     from .patch.pairs import Pair, Pairs, make_pairs
     from .patch.trace import trace
     from .prompts import Prompt, PromptTemplate, Tokens, Verbalizer
     from .readers import load_examples, write_jsonl
+    from .readers.own import load_prompt_pairs
     from .report import write_report
     from .sites import ROLES, Site
     from .train import Preset, fit, presets
@@ -82,6 +85,8 @@ _HOMES = {
         "Resample",
         "ZeroAblation",
     ),
+    "own": ("PromptPair", "PromptPairs"),
+    "patch.own": ("prompt_pairs",),
     "patch.pairs": ("Pair", "Pairs", "make_pairs"),
     "patch.directions": ("BothDirections",),
     "patch.effects": ("Effects",),
@@ -89,6 +94,7 @@ _HOMES = {
     "patch.trace": ("trace",),
     "prompts": ("Prompt", "PromptTemplate", "Tokens", "Verbalizer"),
     "readers": ("load_examples", "write_jsonl"),
+    "readers.own": ("load_prompt_pairs",),
     "report": ("write_report",),
     "widgets": ("attention",),
     "sites": ("ROLES", "Site"),

@@ -134,6 +134,11 @@ class Example:
         return (normal(self.sentence), normal(self.aspect))
 
     @property
+    def answer(self) -> str:
+        """The right class, as a word."""
+        return self.polarity.value
+
+    @property
     def cluster(self) -> str:
         """Return the sentence, in the form that is compared. Examples of one sentence are not
         independent, so intervals and splits group by it.

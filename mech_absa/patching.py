@@ -4,7 +4,7 @@
     patching.get_act_patch_resid_pre(model, corrupted_tokens, clean_cache, metric)
 
 Every public name of `transformer_lens.patching` is here, with the same arguments and the same
-result. You bring your own `HookedTransformer`, your own `clean_cache`, and your own metric of the
+result. You bring your own `HookedTransformer` or `TransformerBridge`, your own `clean_cache`, and your own metric of the
 logits. Sweeps over `resid_pre`, `resid_mid`, `attn_out`, `mlp_out` and the output of heads run in
 one walk over the layers (`patch/wave`); everything else runs as TransformerLens runs it.
 
@@ -48,6 +48,8 @@ from transformer_lens.patching import (
 )
 
 from .model import Model, run
+from .model.bridge import is_bridge
+from .model.load import unreadable
 from .patch.wave import refusal, token_bytes
 from .patch.wave.cells import Rows
 from .patch.wave.enter import needed
@@ -88,7 +90,7 @@ def generic_activation_patch(
     The arguments and the result are those of `transformer_lens.patching.generic_activation_patch`.
 
     Args:
-        model: a `HookedTransformer`, folded or raw; it is left as it is.
+        model: a `HookedTransformer` or a bridge, folded or raw; it is left as it is.
         corrupted_tokens: tokens of the run that is patched.
         clean_cache: activations that are put in.
         patching_metric: logits -> one number.
@@ -114,6 +116,9 @@ def generic_activation_patch(
         **options,
     )
     kind = KIND_OF.get((patch_setter, activation_name))
+    if kind == "resid_mid" and is_bridge(model):
+        _say_once("hook_resid_mid of a bridge reaches the MLP alone, not the stream that goes on")
+        kind = None
     if kind is None or options or (index_df is None) == (index_axis_names is None):
         return call()
     shape = _axis_sizes(model, corrupted_tokens, index_axis_names)
@@ -173,6 +178,7 @@ def _by_engine(
 ) -> Float[Tensor, " cell"] | None:
     """Return the metric of every cell; None where TransformerLens's loop has to run."""
     model = Model(hooked, None, name=str(hooked.cfg.model_name), bos=False)
+    model.backend.unreadable = unreadable(model)
     sites = _sites(cells, kind)
     if (why := refusal(model, sites[:1])) is not None:
         _say_once(why)

@@ -18,7 +18,7 @@ prompt. So labels may have several tokens, different lengths, or a common first 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from .axes import Ids, Roles
 from .errors import PromptError
 from .examples import Example, Polarity, Span
-from .sites import ROLES, role_indices
+from .sites import ROLES, role_index, role_indices, role_names
 
 ROLE = {name: i for i, name in enumerate(ROLES)}
 
@@ -134,7 +134,7 @@ class Tokens:
 
     Attributes:
         ids: token ids.
-        roles: index into `ROLES` of every token; -1 where there is only padding.
+        roles: index into `sites.role_names()` of every token; -1 where there is only padding.
         lengths: real tokens of each row.
 
     Example:
@@ -201,7 +201,7 @@ class Tokenised(Tokens):
     @classmethod
     def of(cls, ids: Sequence[int], roles: Sequence[str]) -> Tokenised:
         """Return the prompt with these token ids and the role of each."""
-        return cls(torch.tensor([ids]), torch.tensor([[ROLE[r] for r in roles]]), (len(ids),))
+        return cls(torch.tensor([ids]), torch.tensor([[role_index(r) for r in roles]]), (len(ids),))
 
     @property
     def length(self) -> int:
@@ -216,7 +216,8 @@ class Tokenised(Tokens):
     @cached_property
     def role_names(self) -> tuple[str, ...]:
         """Return the role of every token."""
-        return tuple(ROLES[r] for r in self.roles[0].tolist())
+        names = role_names()
+        return tuple(names[r] for r in self.roles[0].tolist())
 
 
 def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised:
@@ -233,15 +234,83 @@ def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised
     ids, offsets = _ids_and_offsets(tokenizer, prompt.text)
     roles = _roles(prompt, offsets)
     if adds_bos(tokenizer) if bos is None else bos:
-        if tokenizer.bos_token_id is None:
-            raise PromptError(
-                f"a BOS token was asked for, but the tokenizer {tokenizer.name_or_path!r} has none"
-            )
-        ids, roles = [tokenizer.bos_token_id, *ids], [ROLE["template"], *roles]
+        ids, roles = [_bos_id(tokenizer), *ids], [ROLE["template"], *roles]
     if not ids:
         raise PromptError("the prompt is empty")
     roles[-1] = ROLE["answer"]
     return Tokenised(torch.tensor([ids]), torch.tensor([roles]), (len(ids),))
+
+
+def encode_text(
+    text: str, spans: Mapping[str, Span], tokenizer: Any, bos: bool | None = None, name: str = ""
+) -> Tokenised:
+    """Return the tokens of a prompt of one's own; named spans give the roles.
+
+    Args:
+        text: the prompt.
+        spans: name -> characters; each needs a token that no other span has, and not the last one,
+            whose role is `answer`.
+        tokenizer, bos: as in `encode`.
+        name: of the prompt, for errors.
+
+    Raises:
+        PromptError: a span has no token, or shares one.
+    """
+    ids, offsets = _ids_and_offsets(tokenizer, text)
+    visible = [_visible(text, span) for span in offsets]
+    roles, owner = ["template"] * len(ids), [""] * len(ids)
+    for span, (start, end) in spans.items():
+        inside = [i for i, (a, b) in enumerate(visible) if a < end and b > start]
+        if shared := [i for i in inside if owner[i]]:
+            raise PromptError(
+                f"the spans {owner[shared[0]]!r} and {span!r} of {name!r} share token {shared[0]}; "
+                "spans must not overlap"
+            )
+        if not [i for i in inside if i < len(ids) - 1]:
+            raise PromptError(
+                f"the span {span!r} of {name!r} has no token but the last of the prompt, where the "
+                "answer is read; name words before it"
+            )
+        for i in inside:
+            roles[i], owner[i] = f"{span}.middle", span
+        roles[inside[0]], roles[inside[-1]] = f"{span}.first", f"{span}.last"
+    if adds_bos(tokenizer) if bos is None else bos:
+        ids, roles = [_bos_id(tokenizer), *ids], ["template", *roles]
+    if not ids:
+        raise PromptError(f"the prompt of {name!r} is empty")
+    roles[-1] = "answer"
+    return Tokenised.of(ids, roles)
+
+
+def answer_id(tokenizer: Any, text: str, answer: str, name: str = "") -> int:
+    """Return the token that continues a prompt with an answer.
+
+    Raises:
+        PromptError: the answer is several tokens, or melts into the prompt.
+    """
+    before, _ = _ids_and_offsets(tokenizer, text)
+    ids, _ = _ids_and_offsets(tokenizer, text + answer)
+    more = ids[len(before) :]
+    if ids[: len(before)] != before or not more:
+        raise PromptError(
+            f"the answer {answer!r} of {name!r} melts into the last token of its prompt; begin it "
+            "with a blank, or end the prompt before the blank"
+        )
+    if len(more) > 1:
+        first = tokenizer.decode(more[:1])
+        raise PromptError(
+            f"the answer {answer!r} of {name!r} is {len(more)} tokens, and one is needed; its first "
+            f"is {first!r}"
+        )
+    return more[0]
+
+
+def _bos_id(tokenizer: Any) -> int:
+    if tokenizer.bos_token_id is None:
+        raise PromptError(
+            f"a BOS token was asked for, but the tokenizer {tokenizer.name_or_path!r} has none"
+        )
+    return int(tokenizer.bos_token_id)
 
 
 def adds_bos(tokenizer: Any) -> bool:

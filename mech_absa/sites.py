@@ -37,12 +37,79 @@ the sentence around the aspect, `answer` is the last token of the prompt, and `t
 everything else.
 """
 
-ROLE_GROUPS = {
+ROLE_GROUPS: dict[str, tuple[str, ...]] = {
     "aspect": ("aspect.first", "aspect.middle", "aspect.last"),
     "query": ("query.first", "query.middle", "query.last"),
     "all": ROLES,
 }
-"""Names for several roles at once."""
+"""Names for several roles at once. Own prompts add the names of their spans (`add_spans`)."""
+
+_SPAN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_named: list[str] = []
+_RESERVED = {r.split(".")[0] for r in ROLES} | {*ROLE_GROUPS, "sentence", "control"}
+
+
+def add_spans(names: Iterable[str]) -> None:
+    """Make the names of spans of own prompts known: each brings `NAME.first`, `.middle` and `.last`.
+
+    Raises:
+        SiteError: a name is no word, or already has a meaning.
+
+    Example:
+        >>> add_spans(["subject"])
+        >>> str(Site.parse("L5.resid_post@subject.last"))
+        'L5.resid_post@subject.last'
+    """
+    for name in names:
+        if _SPAN_NAME.fullmatch(name) is None:
+            raise SiteError(
+                f"a span is called {name!r}; accepted: letters, digits and _, a letter first"
+            )
+        if name in _RESERVED:
+            raise SiteError(
+                f"a span is called {name!r}, which is a role of reviews; choose another name"
+            )
+        if name not in ROLE_GROUPS:
+            parts = (f"{name}.first", f"{name}.middle", f"{name}.last")
+            _named.extend(parts)
+            ROLE_GROUPS[name] = parts
+            ROLE_GROUPS["all"] = role_names()
+
+
+def role_names() -> tuple[str, ...]:
+    """Return all roles known: those of reviews, and those of the spans of own prompts."""
+    return (*ROLES, *_named)
+
+
+def role_index(role: str) -> int:
+    """Return the index of a role in `role_names()`; it never changes while the process lasts."""
+    return role_names().index(role)
+
+
+def in_reading_order(present: Iterable[str]) -> list[str]:
+    """Return these roles in reading order: those of named spans stand between prompt and answer.
+
+    Example:
+        >>> in_reading_order({"answer", "city.last", "city.first", "template"})
+        ['template', 'city.first', 'city.last', 'answer']
+    """
+    known = {role: i for i, role in enumerate((*ROLES[:-1], *_named))}
+    part = {"first": 0, "middle": 1, "last": 2}
+
+    def place(role: str) -> tuple[int, str, int]:
+        if role == ROLES[-1]:
+            return len(known) + 1, "", 0
+        name, _, end = role.partition(".")
+        return known.get(role, len(known)), name, part.get(end, 3)
+
+    return sorted(present, key=place)
+
+
+def spans_of(roles: Iterable[str]) -> list[str]:
+    """Return the names of spans of own prompts among roles, in the order they come."""
+    groups = dict.fromkeys(role.partition(".")[0] for role in roles if role not in ROLES)
+    return [name for name in groups if name not in _RESERVED]
+
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -99,9 +166,9 @@ class Site:
         if (self.head is not None) != (self.kind in HEAD_KINDS):
             need = "needs a head, as in L5.head3" if self.kind in HEAD_KINDS else "has no heads"
             raise SiteError(f"site L{self.layer}.{self.kind} {need}")
-        if isinstance(self.at, str) and self.at not in ROLES and self.at not in ROLE_GROUPS:
+        if isinstance(self.at, str) and self.at not in {*role_names(), *ROLE_GROUPS}:
             raise SiteError(
-                f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*ROLES, *ROLE_GROUPS])}"
+                f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*role_names(), *ROLE_GROUPS])}"
             )
 
     def __str__(self) -> str:
@@ -172,8 +239,8 @@ class Site:
 
 
 def role_indices(at: str) -> tuple[int, ...]:
-    """Return the indices into `ROLES` of a role or a role group."""
-    return tuple(ROLES.index(r) for r in ROLE_GROUPS.get(at, (at,)))
+    """Return the indices into `role_names()` of a role or a role group."""
+    return tuple(role_index(r) for r in ROLE_GROUPS.get(at, (at,)))
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
@@ -280,6 +347,8 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
             f"{path}: it names no sites; a list such as ['L5.resid_post@query.last'] under 'sites' is needed"
         )
     try:
+        spans = data.get("spans")
+        add_spans(map(str, spans) if isinstance(spans, list) else ())
         return [Site.parse(s) for s in names], data
     except SiteError as error:
         raise SiteError(f"{path}: {error}") from None
@@ -309,7 +378,8 @@ def traced_sites(
     notes = []
     traced = record.get("model")
     known = (traced.get("sha256"), traced.get("base_sha256")) if isinstance(traced, dict) else ()
-    if isinstance(traced, dict) and model.sha256 not in known:
+    answers = getattr(model, "answers_to", model.sha256.__eq__)
+    if isinstance(traced, dict) and not any(answers(h) for h in known if isinstance(h, str)):
         this = traced_in(model)
         origin = (
             f"these sites were found in {traced.get('name', 'a model')} (weights "

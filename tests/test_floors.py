@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mech_absa"
 FLOORS = {
     "errors": 0, "words": 0, "axes": 0,
     "examples": 1, "readers": 1, "world": 1, "sites": 1, "records": 1, "metrics": 1, "stats": 1,
-    "progress": 1, "schemas": 1,
+    "progress": 1, "schemas": 1, "own": 1,
     "prompts": 2, "model": 2,
     "scoring": 3, "edits": 3, "widgets": 3, "plots": 3, "report": 3,
     "patch": 4, "train": 4, "evaluate": 4,
@@ -44,7 +44,7 @@ NEVER = {("patch", "train"), ("scoring", "pairs"), ("plots", "model")}
 ONLY_LAZILY = {("evaluate", "edits")}
 """Downward imports that belong inside functions: scores of an unedited model need no edits."""
 
-NO_TORCH = ("examples", "readers", "world", "sites", "records", "schemas", "stats")
+NO_TORCH = ("examples", "own", "readers", "world", "sites", "records", "schemas", "stats")
 ADDS_HOOKS = {
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook",
     "register_module_forward_hook", "register_module_forward_pre_hook", "add_hook", "add_perma_hook", "add_caching_hooks",

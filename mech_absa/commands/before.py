@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..examples import Examples
+from ..own import PromptPairs
 from ..patch.pairs import CLEAN_WRONG, FILTERED, Pairs
 from ..patch.plan import Plan
 from ..stats import resolution
@@ -71,7 +72,7 @@ def lines(p: Plan, direction: str, adjustment: str) -> Iterator[str]:
         yield f"the plain loop runs instead of the wavefront: {p.why_loop}"
 
 
-def warnings(p: Plan, examples: Examples) -> list[str]:
+def warnings(p: Plan, examples: Examples | PromptPairs) -> list[str]:
     """Return what a reader of the result should know, a sentence each."""
     known: dict[str, Any] = account(p.pairs)
     notes = []
@@ -118,6 +119,8 @@ def of_the_machine() -> list[str]:
     return [] if crowded is None else [crowded]
 
 
-def _majority(examples: Examples) -> float:
+def _majority(examples: Examples | PromptPairs) -> float:
+    if isinstance(examples, PromptPairs):
+        return 0.5  # answer or foil
     counts = examples.counts()
     return max(counts.values()) / max(1, sum(counts.values()))

@@ -265,7 +265,12 @@ def main(config: Config) -> Path:
         out_folder(config, "card"), recorded(config), config.run.resume, (*FREE, "batch_size")
     )
     start = time.perf_counter()
-    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
+    model = load_model(
+        config.model.model,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        backend=config.model.backend,
+    )
     seconds = time.perf_counter() - start
     adapter = load(config.adapter, model)
     folder.bind({"model": model.sha256})

@@ -208,7 +208,7 @@ def prepare(config: Config) -> Task:
             "at least one of each is needed"
         )
     m = config.model
-    model = load_model(m.model, device=m.device, dtype=m.dtype)
+    model = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     all_places(config.width, model.n_layers)
     drawn = random_places(config.width, model.n_layers, config.places or MOST_PLACES, config.seed)
     random.Random(config.seed).shuffle(drawn)

@@ -145,7 +145,7 @@ def examine(config: Config) -> Findings:
     examples = patch.read_data(wanted)
     tell_left_out(examples)
     m = config.model
-    base = load_model(m.model, device=m.device, dtype=m.dtype)
+    base = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     model, adapter = patch.adapted(wanted, base)
     weights = base.n_bytes
     about_model = {

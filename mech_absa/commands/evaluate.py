@@ -245,7 +245,9 @@ def prepare(config: Config, data: list[Examples], train: list[Examples]) -> Task
 
     m = config.model
     needed = bool(config.edits or config.compare)
-    model = load_model(m.model, device=m.device, dtype=m.dtype) if needed else None
+    model = (
+        load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend) if needed else None
+    )
     edits = [load(e, model) for e in config.edits] if model is not None else []
     own = {asked_with(e) for e in edits if e is not None} or {asked_with(None)}
     if (len({t for t, _ in own}) > 1 and config.question.template is None) or (

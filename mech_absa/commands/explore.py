@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     for examples in (held, train):
         tell_left_out(examples)
     m = config.model
-    base = load_model(m.model, device=m.device, dtype=m.dtype)
+    base = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     model, _ = patch.adapted(patch.Config(adapter=config.adapter, model=m), base)
     explorer = Explorer(
         model, train, held, template=config.question.prompt, verbalizer=config.question.verbalizer,

@@ -139,6 +139,8 @@ class ModelFlags:
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: str = "float32"
     """float32, bfloat16, float16 or float64. Metrics are always float32 or wider."""
+    backend: str = "auto"
+    """hooked (HookedTransformer, TransformerLens up to 3.9) or bridge (TransformerBridge); auto takes hooked where it exists."""
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,12 @@ def prepare(config: Config) -> Task:
         )
         for a, b in zip(config.train, config.test, strict=True)
     ]
-    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
+    model = load_model(
+        config.model.model,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        backend=config.model.backend,
+    )
     sites: list[Site] = []
     notes: list[str] = []
     if config.sites:

@@ -26,6 +26,7 @@ from tyro.conf import OmitArgPrefixes
 from ..errors import ConfigError, DataError
 from ..examples import Examples
 from ..model import DTYPES, Model, load_model
+from ..own import PromptPairs
 from ..patch.corruption import (
     WORDS,
     Corruption,
@@ -39,6 +40,7 @@ from ..patch.directions import BothDirections
 from ..patch.effects import Effects
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
+from ..patch.own import prompt_pairs
 from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
 from ..patch.request import DEFAULT_RULES, Request
@@ -46,6 +48,7 @@ from ..patch.self_check import self_check
 from ..patch.traced import as_written, read_frame, write_frame
 from ..progress import bar
 from ..readers import load_examples
+from ..readers.own import holds_prompt_pairs, load_prompt_pairs
 from ..records import About, RunFolder, atomic
 from ..sites import HEAD_KINDS, Site, parse_layers
 from ..stats import ADJUSTMENTS, spelled_p
@@ -86,7 +89,8 @@ class Config:
     """
 
     data: Sources = ("builtin:restaurant+laptop/train",)
-    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined."""
+    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined.
+    JSON lines with clean, corrupted, answer, foil and spans are prompt pairs of your own, of any task."""
     limit: OptionalInt = None
     """Trace at most this many pairs, drawn by --seed from all data."""
     head: bool = False
@@ -111,7 +115,7 @@ class Config:
     noise_draws: int = 10
     """Independent draws of the noise per pair."""
     noise_span: str = "all"
-    """Tokens that are noised: all (the paper), sentence, aspect or query."""
+    """Tokens that are noised: all (the paper), sentence, aspect or query; or a named span of your own prompt pairs."""
     sites: Sources = ("resid_post", "attn_out", "mlp_out")
     """Kinds of state (resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; q, k, v by the loop), or single sites such as L5.head3."""
     layers: str = "all"
@@ -177,7 +181,7 @@ class Task:
     """
 
     config: Config
-    examples: Examples
+    examples: Examples | PromptPairs
     base: Model
     model: Model
     adapter: str | None
@@ -190,7 +194,7 @@ class Task:
         return self.plan.pairs
 
 
-def corruption_of(config: Config, examples: Examples) -> Corruption:
+def corruption_of(config: Config, examples: Examples | PromptPairs) -> Corruption:
     """Return the corruption that the flags name.
 
     Raises:
@@ -210,22 +214,48 @@ def corruption_of(config: Config, examples: Examples) -> Corruption:
     return as_corruption(name)
 
 
-def read_data(config: Config) -> Examples:
+def own_pairs(config: Config) -> PromptPairs | None:
+    """Return the prompt pairs that --data names; None where it names reviews.
+
+    It runs before anything else, since the spans of the pairs are roles that flags may name.
+
+    Raises:
+        DataError, SiteError: a line cannot be read.
+        ConfigError: prompt pairs stand beside other data.
+    """
+    own = [source for source in config.data if holds_prompt_pairs(source)]
+    if not own:
+        return None
+    if len(config.data) > 1:
+        raise ConfigError(
+            f"--data names {own[0]}, which holds prompt pairs, and other data; give one file of "
+            "prompt pairs by itself"
+        )
+    if config.question.template is not None or config.question.labels:
+        raise ConfigError(
+            f"{own[0]} holds prompt pairs, which bring prompts and answers; leave --template and "
+            "--labels out"
+        )
+    return load_prompt_pairs(own[0])
+
+
+def read_data(config: Config, own: PromptPairs | None = None) -> Examples | PromptPairs:
     """Return all data named, joined, in the order in which pairs are tried.
 
     Raises:
         DataError: a source cannot be read, or no example is left.
     """
-    examples = join([config.reading.read(source) for source in config.data])
+    examples: Examples | PromptPairs
+    examples = join([config.reading.read(s) for s in config.data]) if own is None else own
     if config.sample is not None:
         examples = examples.sample(config.sample, config.seed)
     if not len(examples):
         raise DataError(f"{examples.source}: no example is left (left out: {examples.left_out})")
     if config.limit is None or config.head:
         return examples
-    order = list(examples.items)
+    order = list(range(len(examples)))
     random.Random(config.seed).shuffle(order)
-    return replace(examples, items=tuple(order))
+    return replace(examples, items=tuple(examples.items[i] for i in order))
 
 
 def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
@@ -300,6 +330,7 @@ def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
 
 def main(config: Config) -> Path | None:
     """Trace, and say where the result went."""
+    own = own_pairs(config)
     check_flags(config)
     group = _Group(config)
     quiet = config.run.quiet or not group.first
@@ -310,7 +341,7 @@ def main(config: Config) -> Path | None:
     if folder.finished:
         say(f"{folder.path} already holds this run, whole; nothing to do")
         return folder.path
-    task = prepare(config, group, say)
+    task = prepare(config, group, say, own)
     folder.bind({"data": task.examples.sha256, "model": task.model.sha256})
     group.wait()  # every process has looked at the folder before the first of them opens it
     if group.first:
@@ -335,17 +366,21 @@ def main(config: Config) -> Path | None:
     return folder.path
 
 
-def prepare(config: Config, group: _Group, say: Callable[..., None]) -> Task:
+def prepare(
+    config: Config, group: _Group, say: Callable[..., None], own: PromptPairs | None = None
+) -> Task:
     """Load the data and the model, make the pairs, and lay out the sweep.
 
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
-    examples = read_data(config)
+    examples = read_data(config, own)
     if group.first:
         tell_left_out(examples)
     m = config.model
-    base = load_model(m.model, device=group.device, dtype=m.dtype, n_devices=config.n_devices)
+    base = load_model(
+        m.model, device=group.device, dtype=m.dtype, backend=m.backend, n_devices=config.n_devices
+    )
     layers = parse_layers(config.layers, base.n_layers)
     if config.select_width is not None and config.select_width > len(layers):
         raise ConfigError(
@@ -355,25 +390,28 @@ def prepare(config: Config, group: _Group, say: Callable[..., None]) -> Task:
         if "." in site:
             base.check_site(Site.parse(site))
     model, adapter = adapted(config, base)
-    template, verbalizer = config.question.prompt, config.question.verbalizer
-    verbalizer.label_ids(model.tokenizer, template)
     merged = f", adapter {adapter}" if adapter else ""
     more = f" ({examples.ambiguous} with an aspect that stands twice)" if examples.ambiguous else ""
     say(f"{len(examples)} examples from {examples.source}{more}; {model}{merged}")
-    pairs = make_pairs(
-        model,
-        examples,
-        corruption_of(config, examples),
-        template=template,
-        verbalizer=verbalizer,
-        keep=config.keep,
-        limit=config.limit,
-        strict=config.strict,
-    )
+    pairs = pairs_of(config, model, examples)
     p = plan(model, pairs, request_of(config, layers))
     for line in before.lines(p, config.direction, config.adjustment):
         say(line)
     return Task(config, examples, base, model, adapter, p, before.warnings(p, examples))
+
+
+def pairs_of(config: Config, model: Model, examples: Examples | PromptPairs) -> Pairs:
+    """Return the runs of the examples, or of the prompt pairs."""
+    filters: dict[str, Any] = {
+        "keep": config.keep, "limit": config.limit, "strict": config.strict,
+    }  # fmt: skip
+    corruption = corruption_of(config, examples)
+    if isinstance(examples, PromptPairs):
+        return prompt_pairs(model, examples, corruption, **filters)
+    template, verbalizer = config.question.prompt, config.question.verbalizer
+    return make_pairs(
+        model, examples, corruption, template=template, verbalizer=verbalizer, **filters
+    )
 
 
 def sweep(p: Plan, folder: RunFolder, group: _Group, quiet: bool) -> None:
@@ -429,6 +467,7 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
             config.model.model,
             device=config.model.device,
             dtype="float32",
+            backend=config.model.backend,
             n_devices=config.n_devices,
         ),
     )

@@ -270,7 +270,9 @@ def prepare(config: Config, device: str) -> Task:
     train = [_read(s, config, limited=True) for s in config.data]
     held = [_read(s, config, limited=False) for s in config.validation_data]
     tests = [config.reading.read(t) for t in config.test]
-    model = load_model(config.model.model, device=device, dtype=config.model.dtype)
+    model = load_model(
+        config.model.model, device=device, dtype=config.model.dtype, backend=config.model.backend
+    )
     sites, notes = where(config, model)
     preset = preset_of(config, model, sites)
     notes = notes + caveats([e for part in train for e in part], [*tests, *held])

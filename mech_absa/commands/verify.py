@@ -50,7 +50,12 @@ def main(config: Config) -> float:
     """
     if not config.text or not all(t.strip() for t in config.text):
         raise ConfigError("--text was given an empty text; at least one word is needed")
-    model = load_model(config.model.model, device=config.model.device, dtype=config.model.dtype)
+    model = load_model(
+        config.model.model,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        backend=config.model.backend,
+    )
     difference = model.verify(config.text)
     print(
         f"{model}: largest logit difference to Hugging Face over {len(config.text)} texts: {difference:.3g}"

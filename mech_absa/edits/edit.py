@@ -217,8 +217,7 @@ class Edit(nn.Module):
         Raises:
             EditError: it was made for another.
         """
-        # The second is looked at only where the first differs: it loads the weights again.
-        if self.sha256 != model.sha256 and self.sha256 != model.float32_sha256:
+        if not model.answers_to(self.sha256):
             raise EditError(
                 f"this edit was made for {self.base} (weights {self.sha256[:12]}), and {model.name} has other weights "
                 f"({model.sha256[:12]}); load the model it was made for"

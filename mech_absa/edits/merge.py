@@ -8,7 +8,7 @@ the reason.
 
 The same numbers stand in another order in a Hugging Face model (fused, transposed, interleaved by
 head). No table of architectures is kept for that: a model whose weights are their own addresses is
-converted once, and the converted tensors then say where each number came from.
+read once through a bridge, and what is read then says where each number came from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,18 @@ from torch import Tensor, nn
 
 from ..errors import EditError, choices
 from ..model import Model
+from ..model.bridge import BridgeBackend, bridge_from_hf
 from ..records import write_json
-from .base import Matrix
+from .base import Matrix, Shape
 from .edit import Edit
 from .lowrank import DoRA, LoRA
 
 BIASES = {
-    "attn.b_Q": ("attention_bias", "self_attn.q_proj.bias"), "attn.b_K": ("attention_bias", "self_attn.k_proj.bias"),
-    "attn.b_V": ("attention_bias", "self_attn.v_proj.bias"), "attn.b_O": ("attention_bias", "self_attn.o_proj.bias"),
-    "mlp.b_out": ("mlp_bias", "mlp.down_proj.bias"),
+    "W_Q": ("attention_bias", "self_attn.q_proj.bias"), "W_K": ("attention_bias", "self_attn.k_proj.bias"),
+    "W_V": ("attention_bias", "self_attn.v_proj.bias"), "W_O": ("attention_bias", "self_attn.o_proj.bias"),
+    "W_out": ("mlp_bias", "mlp.down_proj.bias"),
 }  # fmt: skip
-"""Biases that Llama has on request: ours -> (the setting, its name in a layer)."""
+"""Biases that Llama has on request: our matrix -> (the setting, the bias's name in a layer)."""
 
 
 def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) -> Path:
@@ -60,25 +60,25 @@ def merge(edit: Edit, model: Model, folder: str | Path, hf_model: Any = None) ->
         raise EditError(
             f"{model.name} came from memory; give merge(hf_model=...) the Hugging Face model to write"
         )
-    merged, old = edit.merged(model).state_dict(), model.state_dict()
-    changed = {name: value for name, value in merged.items() if not torch.equal(value, old[name])}
+    merged = edit.merged(model)
     hf = _twin(hf_model if hf_model is not None else _load(model))
-    addresses = _addresses(hf, edit.layers, model)
-    flat = dict(hf.named_parameters())
-    starts = _starts(hf, edit.layers)
+    places = [(n, m) for n in edit.layers for m in Shape.of(model).matrices]
+    slots = _Slots(hf, edit.layers)
     with torch.no_grad():
-        for name, value in changed.items():
-            where = addresses[name].flatten()
-            if bool((where == 0).any()):
-                hf = _add_bias(hf, name, value, model)
-                flat = dict(hf.named_parameters())
-                continue
-            for target, (start, end) in starts.items():
-                inside = (where >= start) & (where < end)
-                if bool(inside.any()):
-                    flat[target].view(-1)[where[inside] - start] = value.flatten()[inside].to(
-                        flat[target]
-                    )
+        for layer, name in places:
+            for new, old, where in zip(
+                merged.backend.matrix(layer, name),
+                model.backend.matrix(layer, name),
+                slots.of(layer, name),
+                strict=True,
+            ):
+                if new is None or (old is not None and torch.equal(new, old)):
+                    continue
+                if where is None:
+                    hf = _add_bias(hf, layer, name, new)
+                    slots.rest_in(hf)
+                else:
+                    slots.write(where, new)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -107,66 +107,77 @@ def _twin(hf: Any) -> Any:
     return copy.deepcopy(hf).eval().requires_grad_(False)
 
 
-def _of_layers(hf: Any, layers: tuple[int, ...]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of some layers, in their order."""
-    for name, p in hf.named_parameters():
-        match = re.search(r"\.(\d+)\.", name)
-        if match and int(match[1]) in layers:
-            yield name, p
+class _Slots:
+    """Where the numbers of our matrices stand in a Hugging Face model.
+
+    A twin whose weights are their own addresses is read through a `TransformerBridge`: what it gives
+    as a matrix says where each number comes from. Address 0 is nobody's.
+
+    Args:
+        hf: the model that is written to.
+        layers: whose weights are wanted.
+    """
+
+    def __init__(self, hf: Any, layers: tuple[int, ...]):
+        self.starts: dict[str, tuple[int, int]] = {}
+        at = 1
+        for name, p in hf.named_parameters():
+            match = re.search(r"\.(\d+)\.", name)
+            if match and int(match[1]) in layers:
+                self.starts[name] = (at, at + p.numel())
+                at += p.numel()
+        self.backend = BridgeBackend(bridge_from_hf(self._ghost(hf)))
+        self.rest_in(hf)
+
+    def _ghost(self, hf: Any) -> Any:
+        """Return the twin; weights of other layers are zeros that take no memory."""
+        with torch.device("meta"):
+            ghost = type(hf)(hf.config)
+        nothing = torch.zeros((), dtype=torch.float64)
+        for stem, module in ghost.named_modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None:
+                    start, end = self.starts.get(f"{stem}.{name}", (0, 0))
+                    own = (
+                        torch.arange(start, end, dtype=torch.float64).view(p.shape) if end else None
+                    )
+                    value = nothing.expand(p.shape) if own is None else own
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        return ghost
+
+    def rest_in(self, hf: Any) -> None:
+        """Write to this model from now on."""
+        self.flat = dict(hf.named_parameters())
+
+    def of(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the addresses of a matrix and of its bias; None where there is no bias."""
+        W, b = self.backend.matrix(layer, name)
+        return W.round().long(), None if b is None else b.round().long()
+
+    def write(self, where: Tensor, value: Tensor) -> None:
+        """Write numbers to their addresses."""
+        addresses, numbers = where.flatten(), value.flatten()
+        for target, (start, end) in self.starts.items():
+            inside = (addresses >= start) & (addresses < end)
+            if bool(inside.any()):
+                own = self.flat[target]
+                own.view(-1)[addresses[inside] - start] = numbers[inside.to(numbers.device)].to(own)
 
 
-def _starts(hf: Any, layers: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    """Addresses [start, end) of every parameter of the layers; 0 is nobody's."""
-    made, at = {}, 1
-    for name, p in _of_layers(hf, layers):
-        made[name] = (at, at + p.numel())
-        at += p.numel()
-    return made
-
-
-def _addresses(hf: Any, layers: tuple[int, ...], model: Model) -> dict[str, Tensor]:
-    """Return where every number of the converted model comes from: our names -> addresses, 0 where
-    conversion made it up."""
-    from transformer_lens import loading_from_pretrained as tl
-
-    starts = _starts(hf, layers)
-    with torch.device("meta"):
-        ghost = type(hf)(hf.config)
-    for module_name, module in ghost.named_modules():
-        for name, p in list(module._parameters.items()):
-            if p is None:
-                continue
-            start, end = starts.get(f"{module_name}.{name}", (0, 0))
-            value = (
-                torch.arange(start, end, dtype=torch.float64).view(p.shape)
-                if end
-                else torch.zeros((), dtype=torch.float64).expand(p.shape)
-            )
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    state = tl.get_pretrained_state_dict(".", model.cfg, hf_model=ghost, dtype=torch.float64)
-    own = model.state_dict()
-    return {
-        name: value.round().long().reshape(own[name].shape)
-        for name, value in state.items()
-        if name in own
-    }
-
-
-def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
+def _add_bias(hf: Any, layer: int, name: str, value: Tensor) -> Any:
     """Return `hf` with a bias that its configuration left out.
 
     Raises:
         EditError: the architecture has no such bias.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    assert match is not None
-    setting, theirs = BIASES.get(
-        match[2].replace("._", "."), ("", "")
-    )  # grouped keys and values have names of their own
+    setting, theirs = BIASES.get(name, ("", ""))
     kind = type(hf).__name__
     if kind != "LlamaForCausalLM" or not setting:
         raise EditError(
-            f"the edit gives layer {match[1]} a bias at {match[2]}, and {kind} has none there; use `Edit.merged`, which keeps it in memory"
+            f"the edit gives layer {layer} a bias behind {name}, and {kind} has none there; use `Edit.merged`, which keeps it in memory"
         )
     if not getattr(hf.config, setting):
         state = hf.state_dict()
@@ -177,7 +188,7 @@ def _add_bias(hf: Any, name: str, value: Tensor, model: Model) -> Any:
             if p.ndim == 1:
                 p.zero_()
         hf.load_state_dict(state, strict=False)
-    hf.get_parameter(f"model.layers.{match[1]}.{theirs}").copy_(value.flatten())
+    hf.get_parameter(f"model.layers.{layer}.{theirs}").copy_(value.flatten())
     return hf
 
 

@@ -267,6 +267,11 @@ def _checked(model: Model, pairs: Pairs, metric: str) -> Metric:
             f"metric {metric} reads the whole vocabulary; accepted here: prob, prob_label, logprob or logit_diff"
         )
     pairs.check_model(model)
+    if pairs.verbalizer is None:
+        raise ConfigError(
+            "faithfulness reads the labels of reviews, and these are prompt pairs; make pairs with "
+            "make_pairs"
+        )
     if pairs.corruption.is_ablation:
         raise ConfigError(
             f"pairs by {pairs.corruption.name} have no corrupted run; GaussianNoise or Counterfactual is needed"

@@ -57,7 +57,7 @@ class Board:
         self.breathe()
         job, answers, way = part.job, part.answers, str(part.job.direction)
         if way not in self.scores:
-            n = len(self.p.pairs.verbalizer.words)
+            n = len(self.p.pairs.labels)
             shape = (len(job.components), job.n_spans, job.rows, n)
             self.scores[way] = torch.full(shape, torch.nan, dtype=answers.patched.dtype)
             self.bases[way] = torch.full((job.rows, n), torch.nan, dtype=answers.base.dtype)

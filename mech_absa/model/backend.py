@@ -1,10 +1,10 @@
 """Define what the rest of the package needs of a model, whichever TransformerLens runs it.
 
-`Model` holds one backend and asks nothing else; `HookedBackend` (`hooked.py`) is the one of
-`HookedTransformer`. Weights are those of a product of rows, x W + b: `[head d_model d_head]` for
-queries, keys and values (grouped ones once per group), `[head d_head d_model]` for the output,
-`[d_in d_out]` for the rest. A bias that does not exist is None. All of them are the tensors that
-the module computes with, or views of them.
+`Model` holds one backend and asks nothing else: `HookedBackend` (`hooked.py`) for a
+`HookedTransformer`, `BridgeBackend` (`bridge.py`) for a `TransformerBridge`. Weights are those of a
+product of rows, x W + b: `[head d_model d_head]` for queries, keys and values (grouped ones once
+per group), `[head d_head d_model]` for the output, `[d_in d_out]` for the rest. A bias that does
+not exist is None. All of them are the tensors that the module computes with, or views of them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ class Backend(ABC):
     """One loaded decoder.
 
     Attributes:
-        name: `hooked`.
+        name: `hooked` or `bridge`.
         root: the module of TransformerLens; it runs the hooked forward pass.
         cfg: sizes and settings, under the names of `HookedTransformerConfig`.
+        unreadable: why the weights, as they are read here, do not make the model's forward pass;
+            None where they do.
         hook_points: name of a hook point, as in `Site.hook_name` -> the hook point.
     """
 
     name: str
     root: Any
+    unreadable: str | None = None
 
     @property
     @abstractmethod

@@ -25,8 +25,6 @@ from torch import Tensor
 
 from ..errors import HookError, SiteError
 from ..sites import Site
-from .hooked import HookedBackend
-from .model import Model
 
 Edit = Callable[[Tensor], Tensor]
 """A function from an activation to an activation of the same shape."""
@@ -49,8 +47,10 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
 
 def _points(model: Any) -> Mapping[str, Any]:
     """Return the hook points of a `Model`, or of a module of TransformerLens, by name."""
-    backend = model.backend if isinstance(model, Model) else HookedBackend(model)
-    return backend.hook_points
+    points: Mapping[str, Any] = (
+        model.hook_points if hasattr(model, "hook_points") else model.hook_dict
+    )
+    return points
 
 
 def _select(site: Site, activation: Tensor) -> Tensor:
@@ -77,6 +77,74 @@ def at_site(hooked: Any, site: Site, fn: Edit) -> tuple[torch.nn.Module, Edit]:
     )
 
 
+_BY_HEAD = ("ReshapeForAttentionHeads", "TransposeRotaryHeads")
+"""Conversions of a bridge's hook points that show heads which its tensors hold side by side."""
+
+
+def _as_shown(module: torch.nn.Module, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `fn` made to see what a hook of `HookedTransformer` sees at a point of a bridge."""
+    conversion: Any = getattr(module, "hook_conversion", None)
+    if type(conversion).__name__ not in _BY_HEAD:
+        return fn
+
+    def shown(output: Tensor) -> Tensor | None:
+        new = fn(conversion.convert(output))
+        return None if new is None else conversion.revert(new)
+
+    return shown
+
+
+class Middle(torch.nn.Module):
+    """The residual stream between attention and MLP of a bridge, as one point.
+
+    A bridge's own `hook_resid_mid` is what the second norm reads: what is put there reaches the
+    MLP, but not the stream that goes on. Here it reaches both, as in a `HookedTransformer`: a new
+    stream m becomes a new output of the attention, m - resid_pre.
+
+    Args:
+        before: the hook point that the first norm reads.
+        attn_out: that of what the attention adds.
+    """
+
+    def __init__(self, before: torch.nn.Module, attn_out: torch.nn.Module):
+        super().__init__()
+        self._points = (before, attn_out)  # a tuple: the points have their homes in the model
+
+    def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
+        """Add a hook that sees the stream; return a handle whose `remove` takes it away."""
+        before, attn_out = self._points
+        streams: list[Tensor] = []
+
+        def remember(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            streams[:] = args[:1]
+
+        def act(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            (x,) = streams
+            middle = x + output
+            new = hook(self, args, middle)
+            if new is None and not middle.requires_grad:
+                return None
+            return (middle if new is None else new) - x
+
+        handles = [
+            before.register_forward_hook(remember),
+            attn_out.register_forward_hook(act, **options),
+        ]
+        return _Handles(handles)
+
+
+class _Handles:
+    """Several handles of hooks as one."""
+
+    def __init__(self, handles: list[Any]):
+        self.handles = handles
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        for handle in self.handles:
+            handle.remove()
+
+
 class _Counted:
     """Count how often a forward hook fires."""
 
@@ -93,6 +161,7 @@ def hooked_at(
     points: Iterable[tuple[torch.nn.Module, Callable[[Any], Any]]],
     times: int | None = None,
     what: str = "a hook",
+    first: bool = False,
 ) -> Iterator[list[int]]:
     """Add forward hooks to modules, output -> output (None keeps it), while the block runs.
 
@@ -100,6 +169,7 @@ def hooked_at(
         points: (module, function) in the order in which they run.
         times: how often each must have fired at the end; None does not check.
         what: names the hooks in the error.
+        first: act before the hooks that are there already.
 
     Raises:
         HookError: one fired another number of times.
@@ -109,8 +179,8 @@ def hooked_at(
     firings: list[int] = []
     try:
         for module, fn in points:
-            counted.append(_Counted(fn))
-            handles.append(module.register_forward_hook(counted[-1]))
+            counted.append(_Counted(_as_shown(module, fn)))
+            handles.append(module.register_forward_hook(counted[-1], prepend=first))
         yield firings
     finally:
         for handle in handles:

@@ -82,9 +82,9 @@ def resolve(model: str | Path | None) -> tuple[str, str]:
         raise ModelError(
             f"there is no folder {path}; accepted: a local Hugging Face folder, a GGUF file, a hub name such as gpt2, or 'bundled'"
         )
-    from transformer_lens.loading_from_pretrained import get_official_model_name
+    with contextlib.suppress(ValueError, ImportError):  # newer versions have no such list
+        from transformer_lens.loading_from_pretrained import get_official_model_name
 
-    with contextlib.suppress(ValueError):
         return get_official_model_name(str(model)), Path(str(model)).name
     return str(model), Path(str(model)).name
 

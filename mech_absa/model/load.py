@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ModelError, choices
+from .block import run
+from .bridge import bridge_from_hf
 from .convert import hooked_from_hf
-from .huggingface import load_hf, load_tokenizer, resolve
+from .hashes import base_hash
+from .huggingface import first_line, load_hf, load_tokenizer, resolve
 from .model import Model
 
 DTYPES = {
@@ -33,6 +36,7 @@ def load_model(
     bos: bool | None = None,
     n_devices: int = 1,
     check: bool = True,
+    backend: str = "auto",
 ) -> Model:
     """Load a model to be traced and edited.
 
@@ -45,6 +49,8 @@ def load_model(
         bos: put the BOS token first; None follows the tokenizer.
         n_devices: spread the layers over this many devices.
         check: compare a short forward pass with Hugging Face's and reject a model that differs.
+        backend: `hooked` for TransformerLens's `HookedTransformer` (up to 3.9), `bridge` for its
+            `TransformerBridge`, which copies no weights; `auto` is the first of them that is there.
 
     Raises:
         ModelError: nothing is there, it has no weights, it does not fit, or TransformerLens runs it
@@ -68,8 +74,11 @@ def load_model(
         tokenizer = load_tokenizer(source)
         hf = load_hf(source, kind)
     _covers(hf, tokenizer, name)
-    hooked = hooked_from_hf(hf, kind, chosen, n_devices)
-    loaded = Model(hooked, tokenizer, name, source, bos, hf.num_parameters())
+    held, count = base_hash(hf, source), hf.num_parameters()  # a bridge changes what hf lists
+    root = _root(hf, _backend(backend), kind, chosen, n_devices)
+    loaded = Model(root, tokenizer, name, source, bos, count)
+    loaded.base_sha256 = held
+    loaded.backend.unreadable = unreadable(loaded)
     if check:
         loaded.hf_difference = loaded.verify(hf_model=hf)
         allowed = {torch.float64: 1e-3, torch.float32: 5e-3}.get(kind, 1.0)
@@ -79,6 +88,78 @@ def load_model(
                 f"convert this configuration of {type(hf).__name__} faithfully, and a trace of it would be of another model"
             )
     return loaded
+
+
+BACKENDS = ("auto", "hooked", "bridge")
+
+
+def _backend(word: str) -> str:
+    """Return `hooked` or `bridge`.
+
+    Raises:
+        ConfigError: the word is unknown, or this TransformerLens has no `HookedTransformer`.
+    """
+    if word not in BACKENDS:
+        raise ConfigError(f"unknown backend {word!r}; accepted: {choices(BACKENDS)}")
+    if word == "bridge":
+        return word
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        if word == "auto":
+            return "bridge"
+        from importlib.metadata import version
+
+        raise ConfigError(
+            "the backend hooked was asked for, and transformer-lens "
+            f"{version('transformer-lens')} has no HookedTransformer; accepted: auto or bridge, or "
+            "install transformer-lens==3.9.0"
+        ) from None
+    return "hooked"
+
+
+def _root(hf: Any, backend: str, dtype: torch.dtype, device: torch.device, n_devices: int) -> Any:
+    """Return TransformerLens's module around a Hugging Face model.
+
+    Raises:
+        ConfigError: layers of a bridge cannot be spread.
+    """
+    if backend == "hooked":
+        return hooked_from_hf(hf, dtype, device, n_devices)
+    if n_devices > 1:
+        raise ConfigError(
+            f"{n_devices} devices were asked for; the bridge runs on one: use --backend hooked with "
+            "transformer-lens==3.9.0"
+        )
+    return bridge_from_hf(hf if hf.dtype == dtype else hf.to(dtype), device)
+
+
+@torch.inference_mode()
+def unreadable(model: Model) -> str | None:
+    """Return why the weights of a bridge, read one by one, do not make its forward pass.
+
+    They are compared on a short pass. Architectures that nobody has read run all the same where
+    they agree; where not, every cell is a hooked forward pass.
+    """
+    if model.backend.name != "bridge":
+        return None
+    architecture = model.cfg.original_architecture
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.d_vocab, (2, min(12, model.n_ctx)), generator=draw)
+    try:
+        x = model.embed(ids)
+        theirs = model.backend.forward(x)
+        ours = model.finish(run(model, x)[0].flatten(0, 1), None, "vocabulary")
+    except (AttributeError, TypeError, RuntimeError, KeyError, ValueError, ModelError) as error:
+        return f"blocks of {architecture} that cannot be read ({first_line(error)})"
+    theirs = theirs.flatten(0, 1).to(ours)
+    off = float((ours - theirs).abs().max())
+    allowed = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if off <= allowed * max(1.0, float(theirs.abs().max())):
+        return None
+    return (
+        f"blocks of {architecture} that read otherwise than they run (logits differ by {off:.2g})"
+    )
 
 
 def _covers(hf: Any, tokenizer: Any, name: str) -> None:

@@ -31,6 +31,7 @@ from ..metrics import Need
 from ..prompts import adds_bos
 from ..sites import KINDS, Site
 from .backend import Backend
+from .bridge import BridgeBackend, is_bridge
 from .convert import hooked_from_hf
 from .hashes import weights_hash
 from .hooked import HookedBackend
@@ -38,6 +39,11 @@ from .huggingface import load_hf
 from .kernels import linear
 from .pieces import NO_TAPS, Taps, heads_of, mlp_of, rows_of, tapped
 from .verify import logit_difference
+
+
+def backend_of(root: Any) -> Backend:
+    """Return the backend of a module of TransformerLens: a `HookedTransformer` or a bridge."""
+    return BridgeBackend(root) if is_bridge(root) else HookedBackend(root)
 
 
 class Model:
@@ -70,7 +76,7 @@ class Model:
         bos: bool | None = None,
         n_parameters: int | None = None,
     ):
-        self.backend: Backend = HookedBackend(hooked.eval().requires_grad_(False))
+        self.backend: Backend = backend_of(hooked.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
@@ -89,7 +95,7 @@ class Model:
 
     @property
     def hooked(self) -> Any:
-        """Return TransformerLens's module, a `HookedTransformer`."""
+        """Return TransformerLens's module, a `HookedTransformer` or a `TransformerBridge`."""
         return self.backend.root
 
     @property
@@ -169,12 +175,26 @@ class Model:
         """Return every module on which a hook would change the forward pass, each once."""
         return self.backend.modules
 
+    base_sha256: str | None = None
+
     @cached_property
     def sha256(self) -> str:
-        """Return a hash of names, shapes and bytes of all weights, as they were at the first
-        call.
+        """Return the hash by which the model is known: of what its files hold, or of its weights."""
+        return self.base_sha256 or self.hash_now()
+
+    @cached_property
+    def _first_sha256(self) -> str:
+        return self.hash_now()
+
+    def answers_to(self, sha256: str) -> bool:
+        """Return whether a hash is this model's: `sha256`, or that of a `HookedTransformer`'s weights.
+
+        Version 0.1.0 wrote the latter into edits and sites.
         """
-        return weights_hash(self.hooked)
+        if sha256 == self.sha256:
+            return True
+        first = self.backend.name == "hooked" and sha256 == self._first_sha256
+        return first or sha256 == self.float32_sha256
 
     @cached_property
     def float32_sha256(self) -> str | None:
@@ -186,12 +206,13 @@ class Model:
             the hash; None for a float32 model, one from memory, and one whose weights are no longer
             those of its source (an edit was merged).
         """
-        if self.source is None or self.dtype == torch.float32:
+        unknown = self.source is None or self.backend.name != "hooked"
+        if unknown or self.dtype == torch.float32:
             return None
-        wide = hooked_from_hf(load_hf(self.source, torch.float32), torch.float32)
+        wide = hooked_from_hf(load_hf(str(self.source), torch.float32), torch.float32)
         known = weights_hash(wide)
         rounded = torch.nn.Module.to(wide, self.dtype)
-        return known if weights_hash(rounded) == self.sha256 else None
+        return known if weights_hash(rounded) == self._first_sha256 else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights as TransformerLens names them."""
@@ -244,7 +265,7 @@ class Model:
             "attention-only blocks": bool(cfg.attn_only),
             "split query, key and value inputs": bool(cfg.use_split_qkv_input or cfg.use_attn_in),
         }  # fmt: skip
-        return next((reason for reason, true in reasons.items() if true), None)
+        return next((reason for reason, true in reasons.items() if true), self.backend.unreadable)
 
     def embed(self, ids: Ids) -> Resid:
         """Return token (and learned position) embeddings: the residual stream before block 0."""

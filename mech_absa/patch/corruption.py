@@ -34,9 +34,10 @@ from ..axes import Resid
 from ..errors import AlignmentError, ConfigError, DataError, choices
 from ..examples import Example, Polarity, normal
 from ..model import Model
+from ..own import Asked
 from ..prompts import Continuation, Tokenised, Tokens
 from ..scoring import extend
-from ..sites import ROLES
+from ..sites import ROLE_GROUPS, ROLES, role_names
 from ..words import Choice, shown
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Corruption:
         """Measure the standard deviation of the noise; 0 without noise."""
         return 0.0
 
-    def align(self, clean: Tokenised, corrupted: Tokenised, example: Example) -> Tokenised:
+    def align(self, clean: Tokenised, corrupted: Tokenised, example: Asked) -> Tokenised:
         """Return the corrupted prompt with roles that match the clean one, token by token.
 
         Raises:
@@ -196,7 +197,7 @@ class GaussianNoise(Corruption):
     Attributes:
         scale: in standard deviations; finite, 0 or more.
         draws: independent draws; each is one corrupted run, and a pair's effect is their mean.
-        span: which tokens, a `NoiseSpan` or its word.
+        span: which tokens: a `NoiseSpan` or its word, or a span that a `PromptPair` names.
         seed: fixes the draws together with the example, whatever the order of the examples or the
             number of processes.
 
@@ -225,11 +226,13 @@ class GaussianNoise(Corruption):
             raise ConfigError(
                 f"{self.draws} noise draws were asked for; accepted: 1 to {MOST_DRAWS:,}"
             )
-        object.__setattr__(self, "span", NoiseSpan.parse(self.span, "noise span"))
+        if self.span in NoiseSpan.words() or self.span not in ROLE_GROUPS:  # no span of own prompts
+            object.__setattr__(self, "span", NoiseSpan.parse(self.span, "noise span"))
 
     def sigma(self, model: Model, prompts: Sequence[Tokenised]) -> float:
         """Return `scale` times the standard deviation over the aspects' embeddings."""
-        return self.scale * aspect_embedding_std(model, prompts)
+        named = None if self.span in NoiseSpan.words() else str(self.span)
+        return self.scale * aspect_embedding_std(model, prompts, named)
 
     def first(self, clean: Tokenised, corrupted: Tokenised, sigma: float) -> int:
         """Return the first noised position."""
@@ -262,16 +265,30 @@ class GaussianNoise(Corruption):
         return (clean[:, None] + noise).flatten(0, 1)
 
 
-def aspect_embedding_std(model: Model, prompts: Sequence[Tokens]) -> float:
+def aspect_embedding_std(model: Model, prompts: Sequence[Tokens], span: str | None = None) -> float:
     """Return the standard deviation over all entries of the aspect terms' embeddings (ROME's unit).
 
+    Args:
+        model: whose embeddings.
+        prompts: batches of one.
+        span: of own prompts; where None, the aspect terms, or all named spans.
+
     Raises:
-        DataError: no prompt has aspect tokens.
+        DataError: no prompt has such tokens.
     """
-    ids = [t.ids[0, i] for t in prompts for i in t.positions("query") or t.positions("aspect")]
+    named = role_names()[len(ROLES) :]
+
+    def places(t: Tokens) -> list[int]:
+        if span is not None:
+            return t.positions(span)
+        own = [i for role in named for i in t.positions(role)]
+        return t.positions("query") or t.positions("aspect") or own
+
+    ids = [t.ids[0, i] for t in prompts for i in places(t)]
     if not ids:
         raise DataError(
-            "no aspect tokens were found in the prompts; the noise scale is measured on them"
+            f"no tokens of {span or 'an aspect or a named span'} were found in the prompts; the "
+            "noise scale is measured on them"
         )
     with torch.inference_mode():
         return float(model.embed_tokens(torch.stack(ids)[None]).float().std())
@@ -350,7 +367,7 @@ class AspectSwap(_OtherText):
             and normal(other.aspect) != normal(example.aspect)
         ]
 
-    def align(self, clean: Tokenised, corrupted: Tokenised, example: Example) -> Tokenised:
+    def align(self, clean: Tokenised, corrupted: Tokenised, example: Asked) -> Tokenised:
         """Give the corrupted prompt the roles of the clean one; only the question may differ."""
         if clean.length != corrupted.length:
             raise _other_length(clean, corrupted, example)
@@ -561,14 +578,14 @@ class MeanAblation(_AblationBase):
     ) -> Source:
         """Return tables of means, one row per role."""
         sums: States = {}
-        counts = torch.zeros(len(ROLES), dtype=torch.float64)
+        counts = torch.zeros(len(role_names()), dtype=torch.float64)
         for p in pairs:
             states = states_of([p])
             roles = p.clean.roles[0]
             counts.index_add_(0, roles, torch.ones(p.length, dtype=torch.float64))
             for key in kinds:
                 act = states[key][0].double().cpu()
-                zeros = torch.zeros(len(ROLES), *act.shape[1:], dtype=torch.float64)
+                zeros = torch.zeros(len(role_names()), *act.shape[1:], dtype=torch.float64)
                 sums.setdefault(key, zeros).index_add_(0, roles, act)
         means = {}
         for key, table in sums.items():
@@ -688,7 +705,7 @@ def partners(pairs: Sequence[Pair], seed: int) -> list[int]:
     for i, p in enumerate(pairs):
         elsewhere = [j for j, q in enumerate(pairs) if q.example.cluster != p.example.cluster]
         others = (
-            [j for j in elsewhere if pairs[j].gold != p.gold]
+            [j for j in elsewhere if pairs[j].example.answer != p.example.answer]
             or elsewhere
             or [j for j in range(len(pairs)) if j != i]
             or [i]
@@ -717,7 +734,7 @@ def same_role_positions(mine: Tokenised, theirs: Tokenised) -> list[int]:
 # ---- alignment --------------------------------------------------------------------------------------
 
 
-def check_alignment(clean: Tokenised, corrupted: Tokenised, example: Example) -> None:
+def check_alignment(clean: Tokenised, corrupted: Tokenised, example: Asked) -> None:
     """Refuse two prompts that do not line up.
 
     Raises:
@@ -737,7 +754,7 @@ def check_alignment(clean: Tokenised, corrupted: Tokenised, example: Example) ->
             )
 
 
-def _other_length(clean: Tokenised, corrupted: Tokenised, example: Example) -> AlignmentError:
+def _other_length(clean: Tokenised, corrupted: Tokenised, example: Asked) -> AlignmentError:
     a, b = clean.ids[0].tolist(), corrupted.ids[0].tolist()
     shorter = min(len(a), len(b))
     i = next((i for i in range(shorter) if a[i] != b[i]), shorter)
@@ -747,7 +764,7 @@ def _other_length(clean: Tokenised, corrupted: Tokenised, example: Example) -> A
     )
 
 
-def _who(example: Example) -> str:
+def _who(example: Asked) -> str:
     return example.id or repr(example.sentence[:40])
 
 

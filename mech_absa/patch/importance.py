@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from ..errors import ConfigError, DataError, choices
 from ..records import About, atomic, read_table
-from ..sites import ROLES, Site, sites_file, traced_in
+from ..sites import Site, in_reading_order, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, skewed, support
 from .selection import CONTROL, Selection, select
 from .traced import Traced, as_written, cell_site, with_absent
@@ -182,7 +182,7 @@ class ImportanceMap:
             )
         by = "role" if "role" in rows else "position"
         grid = rows.pivot_table(index=by, columns="layer", values=column, aggfunc="mean", sort=True)
-        return grid.reindex([r for r in ROLES if r in grid.index]) if by == "role" else grid
+        return grid.reindex(in_reading_order(grid.index)) if by == "role" else grid
 
     def save(self, path: str | Path) -> None:
         """Write `importance.csv`."""

@@ -30,9 +30,9 @@ from ..errors import ConfigError, SiteError, choices
 from ..metrics import Metric, Need, kl
 from ..model import Model
 from ..prompts import Continuation
-from ..sites import HEAD_KINDS, ROLES, Site
+from ..sites import HEAD_KINDS, Site, in_reading_order
 from .corruption import Source
-from .pairs import Pair, Pairs, Runs
+from .pairs import Pair, Pairs, Runs, answer_ids, columns_of
 from .request import SWEPT, By, Direction
 
 Tick = Callable[[int], None]
@@ -67,10 +67,12 @@ def token_spans(pair: Pair) -> list[Span]:
 
 
 def role_spans(pair: Pair) -> list[Span]:
-    """Return one span per role that the prompt has, in the order of `ROLES`."""
+    """Return one span per role that the prompt has, in reading order."""
     names = pair.clean.role_names
-    groups = {role: tuple(i for i, name in enumerate(names) if name == role) for role in ROLES}
-    return [Span(positions, role) for role, positions in groups.items() if positions]
+    return [
+        Span(tuple(i for i, name in enumerate(names) if name == role), role)
+        for role in in_reading_order(set(names))
+    ]
 
 
 def control_spans(pair: Pair) -> list[Span]:
@@ -305,6 +307,10 @@ class Reader:
         reads = job.runs.continuation.reads
         self.positions = range(job.runs.length - reads, job.runs.length)
         labels = [ids for _, ids in job.runs.continuation.labels]
+        self.own: Tensor | None = None  # [pair label], columns of the labels that a pair has itself
+        if labels and job.runs.pairs[0].answers is not None:
+            ids = answer_ids(job.runs.pairs)
+            labels, self.own = [(token,) for token in ids], columns_of(job.runs.pairs, ids)
         self.ids = torch.tensor(labels).reshape(-1, max(1, reads))
         self.clean_logits: Tensor | None = None  # [pair d_vocab], for the divergence from clean
 
@@ -356,7 +362,10 @@ class Reader:
             return torch.cat(parts)[:, None]
         need = "normaliser" if self.ids.shape[1] > 1 else self.job.metric.need
         tokens = (self._finish(last[:, j], ids, need) for j, ids in enumerate(self.ids.unbind(1)))
-        return reduce(torch.add, tokens)
+        scores = reduce(torch.add, tokens)
+        if self.own is None:
+            return scores
+        return scores.gather(1, self.own[pair_of_row.cpu()].to(scores.device))
 
     def _finish(self, x: Tensor, ids: Tensor | None, need: Need) -> Tensor:
         return self.model.finish(x, ids, need, normalise=self.normalise)

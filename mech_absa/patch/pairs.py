@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import AlignmentError, ConfigError, DataError, PromptTooLong
 from ..examples import Example, Examples, marked, mixed_polarity
 from ..model import Model
 from ..model.forward import last
+from ..own import Asked
 from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
 from ..records import About
 from ..scoring import (
@@ -68,7 +69,7 @@ class Pair:
     """One example, its clean run and its corrupted run.
 
     Attributes:
-        example: what is asked.
+        example: what is asked: an `Example`, or a `PromptPair`.
         clean: prompt tokens with roles.
         corrupted: tokens of the corrupted run; the clean ones where the text stays as it is.
         gold: index of the right label.
@@ -79,6 +80,8 @@ class Pair:
         other: the example that the corrupted run asks about, where it reads another text.
         clean_scores: log-probabilities of the labels, `[label]`.
         corrupted_scores: the same, `[draw label]`; None for ablations, which have no corrupted run.
+        answers: token ids of answer and foil, which are the two labels of a prompt pair; None where
+            all pairs share the labels of a verbalizer.
 
     Raises:
         AlignmentError: the two prompts do not line up.
@@ -92,7 +95,7 @@ class Pair:
         True
     """
 
-    example: Example
+    example: Asked
     clean: Tokenised
     corrupted: Tokenised
     gold: int
@@ -103,6 +106,7 @@ class Pair:
     other: Example | None = None
     clean_scores: Float[Tensor, " label"] | None = None
     corrupted_scores: Float[Tensor, "draw label"] | None = None
+    answers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.corrupted is not self.clean:
@@ -174,7 +178,7 @@ class Pairs(Sequence[Pair]):
         items: the pairs kept, in the order of the examples.
         corruption: how corrupted runs are made.
         continuations: how the labels are scored.
-        verbalizer, template: what was asked.
+        verbalizer, template: what was asked; None for prompt pairs, which bring both.
         sigma: standard deviation of the noise, measured; 0 without noise.
         considered: examples looked at.
         dropped: reason -> count.
@@ -193,8 +197,8 @@ class Pairs(Sequence[Pair]):
     items: tuple[Pair, ...]
     corruption: Corruption
     continuations: tuple[Continuation, ...]
-    verbalizer: Verbalizer
-    template: PromptTemplate
+    verbalizer: Verbalizer | None
+    template: PromptTemplate | None
     sigma: float = 0.0
     considered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -229,6 +233,18 @@ class Pairs(Sequence[Pair]):
         """Return the number of different sentences; intervals and tests count these, not pairs."""
         return len({p.example.cluster for p in self.items})
 
+    @property
+    def labels(self) -> list[str]:
+        """Return the words of the labels; `answer` and `foil` for prompt pairs."""
+        if self.verbalizer is None:
+            return ["answer", "foil"]
+        return [word for _, word in self.verbalizer.words]
+
+    def words_of(self, pair: Pair) -> list[str]:
+        """Return the words of the labels of one pair."""
+        own = pair.example
+        return self.labels if isinstance(own, Example) else [own.answer, own.foil]
+
     def account(self) -> About:
         """Return how many were considered, kept and dropped, and how strong the corruption is."""
         return {
@@ -238,8 +254,10 @@ class Pairs(Sequence[Pair]):
             "dropped": self.dropped,
             "sigma": self.sigma,
             "draw_sd": self.draw_sd,
-            "classes_kept": dict(Counter(p.example.polarity.value for p in self)),
-            "mixed_polarity": len(mixed_polarity([p.example for p in self.items])),
+            "classes_kept": dict(Counter(p.example.answer for p in self)),
+            "mixed_polarity": len(
+                mixed_polarity([p.example for p in self.items if isinstance(p.example, Example)])
+            ),
         }
 
     def check_model(self, model: Model) -> None:
@@ -381,7 +399,7 @@ class _Maker:
             self.sigma,
             considered,
             dict(self.dropped),
-            _draw_sd(kept),
+            draw_sd(kept),
             self.model.name,
             self.model.sha256,
         )
@@ -408,7 +426,7 @@ class _Maker:
                 rows.append((None, candidate))
                 continue
             pair = next(scored)
-            reason = self.reason_to_drop(pair)
+            reason = reason_to_drop(pair, self.keep)
             rows.append((None, reason) if reason else (pair, ""))
         return rows
 
@@ -460,19 +478,6 @@ class _Maker:
             for p, a, b in zip(pairs, clean, corrupted, strict=True)
         ]
 
-    def reason_to_drop(self, pair: Pair) -> str | None:
-        if self.keep == Keep.ALL:
-            return None
-        assert pair.clean_scores is not None
-        if int(pair.clean_scores.argmax()) != pair.gold:
-            return CLEAN_WRONG
-        if pair.corrupted_scores is None:
-            return None
-        answer = int(pair.corrupted_scores.exp().mean(0).argmax())
-        if pair.corruption.must_follow and answer != pair.foil:
-            return NOT_FOLLOWING
-        return CORRUPTED_RIGHT if self.keep == Keep.PAPER and answer == pair.gold else None
-
     def nothing_left(self, n: int) -> str:
         reasons = ", ".join(f"{k} {reason}" for reason, k in self.dropped.items())
         hint = "another corruption may keep more"
@@ -481,7 +486,33 @@ class _Maker:
         return f"no pair is left of {n} examples ({reasons or 'there were no examples'}); {hint}"
 
 
-def _draw_sd(pairs: Sequence[Pair]) -> float:
+def reason_to_drop(pair: Pair, keep: Keep) -> str | None:
+    """Return why the filter drops a scored pair; None where it is kept."""
+    if keep == Keep.ALL:
+        return None
+    assert pair.clean_scores is not None
+    if int(pair.clean_scores.argmax()) != pair.gold:
+        return CLEAN_WRONG
+    if pair.corrupted_scores is None:
+        return None
+    answer = int(pair.corrupted_scores.exp().mean(0).argmax())
+    if pair.corruption.must_follow and answer != pair.foil:
+        return NOT_FOLLOWING
+    return CORRUPTED_RIGHT if keep == Keep.PAPER and answer == pair.gold else None
+
+
+def answer_ids(pairs: Sequence[Pair]) -> list[int]:
+    """Return the tokens of answers and foils of prompt pairs, each once, in order."""
+    return list(dict.fromkeys(token for p in pairs for token in p.answers or ()))
+
+
+def columns_of(pairs: Sequence[Pair], ids: Sequence[int]) -> Int[Tensor, "pair label"]:
+    """Return the columns of each pair's own labels among these tokens."""
+    column = {token: i for i, token in enumerate(ids)}
+    return torch.tensor([[column[token] for token in p.answers or ()] for p in pairs])
+
+
+def draw_sd(pairs: Sequence[Pair]) -> float:
     """Return the mean over pairs of the standard deviation of P(gold) over noise draws."""
     sd = [
         float(p.corrupted_scores.exp()[:, p.gold].std())

@@ -24,7 +24,7 @@ from ..metrics import Metric, foil_indices
 from ..model import Model
 from ..prompts import Continuation
 from ..records import About
-from ..sites import ROLES, Site, role_indices
+from ..sites import Site, in_reading_order, role_index, role_indices, role_names
 from ..words import expect
 from . import gradients, loop, wave
 from .corruption import Source, States, ZeroStates
@@ -325,7 +325,7 @@ class Plan:
         def value(name: str) -> Tensor:
             scores: Tensor = getattr(answers[0][1], name)
             if metric.need != "vocabulary":
-                n_labels = len(self.pairs.verbalizer.words)
+                n_labels = len(self.pairs.labels)
                 scores = scores.new_empty(*scores.shape[:-1], n_labels)
                 for job, answer in answers:
                     labels = [i for i, _ in job.runs.continuation.labels]
@@ -418,9 +418,9 @@ class Plan:
             "by": str(r.by),
             "window": r.window,
             "kinds": list(dict.fromkeys(c.kind for c in self.components)),
-            "labels": [word for _, word in self.pairs.verbalizer.words],
+            "labels": self.pairs.labels,
             "changed_roles": changed_roles(self.pairs),
-            "template": self.pairs.template.text,
+            "template": "{sentence}" if (asked := self.pairs.template) is None else asked.text,
         }
         if r.method == Method.RELP:
             about["rules"] = [str(rule) for rule in r.rules]
@@ -492,7 +492,7 @@ def _is_at(span: Span, at: str | int, length: int) -> bool:
     if span.role.startswith(CONTROL):
         return True
     if isinstance(at, str):
-        return ROLES.index(span.role) in role_indices(at)
+        return role_index(span.role) in role_indices(at)
     return span.position == (at if at >= 0 else at + length)
 
 
@@ -545,10 +545,10 @@ def changed_roles(pairs: Pairs) -> list[str]:
     changed = {
         role
         for q in pairs
-        if q.other is not None
+        if q.corruption.changes_text
         for role in q.clean.roles[q.clean.ids != q.corrupted.ids].tolist()
     }
-    return [ROLES[role] for role in sorted(changed)]
+    return in_reading_order(role_names()[role] for role in changed)
 
 
 __all__ = ["Plan", "changed_roles", "default_memory", "gold_and_foil", "metric_of", "plan"]

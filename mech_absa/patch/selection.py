@@ -42,7 +42,7 @@ from jaxtyping import Bool, Float
 
 from ..errors import ConfigError, DataError, choices
 from ..records import plain, write_json
-from ..sites import HEAD_KINDS, ROLES, Site
+from ..sites import HEAD_KINDS, ROLES, Site, in_reading_order, spans_of
 from ..stats import FEW, Estimate, cell_tests, cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ class Selection(Sequence[Site]):
         """
         record = plain(self)
         record["sites"] = [str(s) for s in self.sites]
+        if spans := spans_of(str(s.at) for s in self.sites if s.at is not None):
+            record["spans"] = spans
         write_json(path, record | ({"model": dict(model)} if model is not None else {}))
 
 
@@ -219,9 +221,13 @@ def select(
     """
     kind, layers, width = _checked(importance, kind, width)
     rows = importance.table[importance.table["kind"] == kind]
-    present = [r for r in ROLES if (rows["role"] == r).any()]
+    present = in_reading_order(set(rows["role"]))
     left_out = {control} if roles else {control, "answer", *importance.changed_roles}
     wanted = [r for r in (roles or present) if r in present and r not in left_out]
+    named = [r for r in present if r not in ROLES]
+    if named and not roles and not rows["aie"][rows["role"].isin(wanted)].any():
+        # Own prompts often differ in the very spans that they name: then these are what there is.
+        wanted, left_out = named, left_out - set(named)
     if not wanted:
         raise DataError(f"no role is left to choose from; the map has {choices(present)}")
     windows = [tuple(layers[i : i + width]) for i in range(len(layers) - width + 1)]
@@ -396,7 +402,7 @@ def _rule(
 ) -> str:
     """Return how sites are chosen, in a sentence."""
     layers = "layer" if width == 1 else f"{width} neighbouring layers"
-    others = f", {', '.join(r for r in ROLES if r in left_out)} left out" if left_out else ""
+    others = f", {', '.join(in_reading_order(left_out))} left out" if left_out else ""
     return (
         f"the {layers} and the role with the largest mean {kind} {_effect_in_words(importance)} whose {level:.0%} interval lies "
         f"above 0 and above that of the control ({_control_in_words(importance, control)}) in the same "

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..model import Model
-from ..sites import ROLES, Site
+from ..sites import Site
 from .job import Span
 from .pairs import Pair, Pairs
 from .traced import COLUMNS, PAIR_COLUMNS
@@ -96,7 +96,6 @@ def _absent(values: Sequence[int | None], dtype: type) -> np.ndarray:
 def pair_table(model: Model, pairs: Pairs, frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row per pair: what was asked, its tokens, and the answers of both runs."""
     runs = frame.drop_duplicates("example_id").set_index("example_id")[["clean", "corrupted"]]
-    labels = [word for _, word in pairs.verbalizer.words]
     rows = []
     for q in pairs:
         assert q.clean_scores is not None
@@ -106,12 +105,12 @@ def pair_table(model: Model, pairs: Pairs, frame: pd.DataFrame) -> pd.DataFrame:
                 q.id,
                 q.example.sentence,
                 q.example.aspect,
-                q.example.polarity.value,
+                q.example.answer,
                 q.example.domain,
                 q.example.cluster,
                 _texts(model, q.clean.ids[0]),
-                [ROLES[r] for r in q.clean.roles[0].tolist()],
-                labels,
+                list(q.clean.role_names),
+                pairs.words_of(q),
                 q.clean_scores.exp().tolist(),
                 None if scores is None else scores.exp().mean(0).tolist(),
                 None if q.corrupted is q.clean else _texts(model, q.corrupted.ids[0]),

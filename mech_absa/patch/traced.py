@@ -16,7 +16,7 @@ import pandas as pd
 from ..errors import ConfigError, DataError
 from ..records import About, atomic, read_json, read_table, write_json
 from ..schemas import ABOUT
-from ..sites import HEAD_KINDS, ROLES, Site
+from ..sites import HEAD_KINDS, Site, add_spans, in_reading_order, spans_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,7 +105,9 @@ class Traced:
             {k: i for i, k in enumerate(self.frame["kind"].unique())}
         )
         cells["_by"] = (
-            cells[by].map({r: i for i, r in enumerate(ROLES)}) if by == "role" else cells[by]
+            cells[by].map({r: i for i, r in enumerate(in_reading_order(set(cells[by])))})
+            if by == "role"
+            else cells[by]
         )
         order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
         cells = cells.loc[order, keys].reset_index(drop=True)
@@ -165,6 +167,7 @@ class Traced:
                 )
         about: About = read_json(folder / "about.json", ABOUT, DataError)
         pairs = read_frame(folder / "pairs.parquet")
+        add_spans(spans_of(role for roles in pairs["roles"] for role in roles))
         if (about.get("kept") or 0) > len(pairs):
             about["excerpt_of"] = about["kept"]
         controls = folder / "controls.parquet"

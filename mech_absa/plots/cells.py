@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..sites import ROLES
+from ..sites import in_reading_order
 from .style import DIVERGING, GRID, INK
 from .words import CORRECTIONS
 
@@ -131,7 +131,7 @@ def places_of(table: pd.DataFrame) -> list[Any]:
     """Return the roles in reading order, or the positions in order."""
     by = place_column(table)
     present = set(table[by])
-    return [r for r in ROLES if r in present] if by == "role" else sorted(present)
+    return in_reading_order(present) if by == "role" else sorted(present)
 
 
 def layers_of(table: pd.DataFrame) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..sites import HEAD_KINDS, ROLES
+from ..sites import HEAD_KINDS, ROLES, in_reading_order
 from .runs import Run
 from .text import digits
 
@@ -76,7 +76,7 @@ def average(table: pd.DataFrame, sites: Iterable[str] = ()) -> dict[str, Any]:
     kinds = []
     for kind, rows in table.groupby("kind", sort=False):
         present = set(rows[by])
-        places = [r for r in ROLES if r in present] if by == "role" else sorted(present)
+        places = in_reading_order(present) if by == "role" else sorted(present)
         index = {p: i for i, p in enumerate(places)}
         heads = kind in HEAD_KINDS
         cells: list[list[Any]] = [
@@ -99,7 +99,8 @@ def average(table: pd.DataFrame, sites: Iterable[str] = ()) -> dict[str, Any]:
 class _Cells:
     """The effects of a trace as columns of numbers, sorted by example."""
 
-    def __init__(self, frame: pd.DataFrame):
+    def __init__(self, frame: pd.DataFrame, roles: Sequence[str] = ROLES):
+        self.roles = list(roles)
         self.kind, self.kinds = _codes(frame["kind"])
         self.layers = sorted(int(x) for x in frame["layer"].unique())
         self.layer = np.searchsorted(self.layers, frame["layer"].to_numpy())
@@ -109,7 +110,7 @@ class _Cells:
         self.effect = frame["effect"].to_numpy(float)
         self.patched = frame["patched"].to_numpy(float)
         role, names = _codes(frame["role"])
-        self.role = np.array([ROLES.index(r) for r in names])[role]
+        self.role = np.array([self.roles.index(r) for r in names])[role]
         ids, examples = pd.factorize(frame["example_id"])
         order = np.argsort(ids, kind="stable")
         starts = np.searchsorted(ids[order], np.arange(len(examples) + 1))
@@ -155,7 +156,9 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
         budget: bytes of maps; a random sample of the pairs is kept where all would need more.
         seed: of the sample.
     """
-    pairs, cells = run.tables["pairs.parquet"], _Cells(run.tables["effects.parquet"])
+    pairs, known = run.tables["pairs.parquet"], set(ROLES)
+    roles = in_reading_order(known.union(*pairs["roles"]))
+    cells = _Cells(run.tables["effects.parquet"], roles)
     template = str(run.notes["about.json"].get("template") or "")
     sizes = [len(set(r)) if cells.by_role else len(r) for r in pairs["roles"]]
     need = sum(sizes) * len(cells.layers) * len(cells.kinds)
@@ -167,7 +170,7 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     ]
     labels = next((list(map(str, x)) for x in pairs["labels"]), []) if len(pairs) else []
     return {
-        "kinds": cells.kinds, "layers": cells.layers, "byRole": cells.by_role, "roles": list(ROLES), "labels": labels,
+        "kinds": cells.kinds, "layers": cells.layers, "byRole": cells.by_role, "roles": roles, "labels": labels,
         "words": list(words), "total": len(pairs), "list": drawn,
     }  # fmt: skip
 
@@ -176,7 +179,7 @@ def _one_example(
     pair: pd.Series, cells: _Cells, template: str, words: dict[str, int]
 ) -> dict[str, Any]:
     """Return one pair: texts, tokens as numbers of `words`, probabilities, maps."""
-    roles = [ROLES.index(r) for r in pair["roles"]]
+    roles = [cells.roles.index(r) for r in pair["roles"]]
     parts = {"{sentence}": str(pair["sentence"]), "{aspect}": str(pair["aspect"])}
     asked = re.sub(r"\{sentence\}|\{aspect\}", lambda m: parts[m[0]], template)
     places = sorted(set(roles)) if cells.by_role else list(range(len(roles)))

@@ -8,8 +8,12 @@ import pandas as pd
 
 from ...plots.style import ROLE_STYLES
 from ...plots.words import CORRECTIONS, corruption_words, direction_words, method_words
+<<<<<<< HEAD
 from ...records import About
 from ...sites import HEAD_KINDS, ROLES
+=======
+from ...sites import HEAD_KINDS, in_reading_order
+>>>>>>> 98b3a56 (Prompt pairs of one's own; a bridge backend for TransformerLens 4; models are known by what their files hold)
 from ...stats import ADJUSTMENTS, resolution
 from .. import maps
 from ..charts import Line, legend, line_chart, y_range
@@ -235,7 +239,7 @@ def _role_lines(rows: pd.DataFrame, highlight: int) -> list[Line]:
     peak = peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable")
     bright = set(peak.index[:highlight])
     lines = []
-    for role in (r for r in ROLES if r in set(rows["role"])):
+    for role in in_reading_order(set(rows["role"])):
         one = rows[rows["role"] == role].sort_values("layer")
         colour, dash = ROLE_STYLES.get(role, ("", "-"))
         look = (COLOURS.index(colour) if colour in COLOURS else 7, ["-", "--", ":"].index(dash))

@@ -183,8 +183,6 @@ def test_words_for_backends():
         ConfigError, match="unknown backend 'vllm'; accepted: auto, hooked or bridge"
     ):
         ma.load_model(tiny_folder("gpt2"), backend="vllm")
-    with pytest.raises(ConfigError, match="2 devices were asked for; the bridge runs on one"):
-        ma.load_model(tiny_folder("gpt2"), backend="bridge", n_devices=2)
     if not HOOKED:
         with pytest.raises(ConfigError, match="has no HookedTransformer; accepted: auto or bridge"):
             ma.load_model(tiny_folder("gpt2"), backend="hooked")

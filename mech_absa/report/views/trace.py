@@ -8,12 +8,8 @@ import pandas as pd
 
 from ...plots.style import ROLE_STYLES
 from ...plots.words import CORRECTIONS, corruption_words, direction_words, method_words
-<<<<<<< HEAD
 from ...records import About
-from ...sites import HEAD_KINDS, ROLES
-=======
 from ...sites import HEAD_KINDS, in_reading_order
->>>>>>> 98b3a56 (Prompt pairs of one's own; a bridge backend for TransformerLens 4; models are known by what their files hold)
 from ...stats import ADJUSTMENTS, resolution
 from .. import maps
 from ..charts import Line, legend, line_chart, y_range

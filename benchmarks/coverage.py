@@ -77,8 +77,8 @@ def size_of_tests(maps: int, cells: int, seed: int) -> list[dict[str, object]]:
 def main() -> None:
     """Run both studies and write them down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--maps", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=800)
+    parser.add_argument("--maps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/coverage.json")
     args = parser.parse_args()

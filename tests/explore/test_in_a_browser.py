@@ -48,7 +48,8 @@ def page(chromium, explorer):
         lambda r: None if r.url.startswith((here, "data:", "blob:")) else seen.append(r.url),
     )
     yield page
-    assert seen == []
+    # A review that is half typed is refused in a sentence; the browser notes the status.
+    assert [x for x in seen if "status of 400" not in x] == []
     context.close()
 
 

@@ -513,6 +513,14 @@ def test_the_command_writes_where_it_is_told(runs, tmp_path, capsys):
 # ---- charts ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_page_never_takes_the_place_of_a_record(tmp_path, capsys):
+    folder = train_folder(tmp_path / "t")
+    record = (folder / "run.json").read_bytes()
+    assert cli([str(folder), "--out", str(folder / "run.json")]) == 2
+    assert "is no page; a file that ends in .html is needed" in capsys.readouterr().err
+    assert (folder / "run.json").read_bytes() == record
+
+
 def test_ticks_are_round_and_inside():
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(0, 4, 7, whole=True) == [0, 1, 2, 3, 4]

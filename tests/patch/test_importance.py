@@ -48,7 +48,8 @@ def effects(
                         0.0,
                     )
                 )
-        pairs.append((f"e{i}", f"s{i // 2}", 0.9, 0.1))
+        words = ("Good food", "food", "positive", ["food"], ["answer"], ["good"], [0.9])
+        pairs.append((f"e{i}", *words, f"s{i // 2}", 0.9, 0.1))
     frame = pd.DataFrame(
         rows,
         columns=[
@@ -67,7 +68,7 @@ def effects(
     )
     return Effects(
         frame,
-        pd.DataFrame(pairs, columns=["example_id", "cluster", "clean", "corrupted"]),
+        pd.DataFrame(pairs, columns=PAIR),
         KNOWN | about if about else {},
     )
 
@@ -77,6 +78,10 @@ KNOWN = {
     "unit": "probability", "method": "exact", "by": "token",
 }  # fmt: skip
 """What `about.json` must hold."""
+PAIR = [
+    "example_id", "sentence", "aspect", "polarity", "tokens", "roles", "labels", "p_clean", "cluster", "clean", "corrupted",
+]  # fmt: skip
+"""What `pairs.parquet` must hold."""
 
 
 def test_roles_are_averaged_within_a_pair_first():
@@ -296,7 +301,7 @@ def test_a_map_is_loaded_from_its_run_with_the_effects_behind_it(tmp_path):
         np.testing.assert_allclose(whole.table["aie"], made.table["aie"], rtol=1e-7)
         np.testing.assert_allclose(whole.values, made.values)
         assert whole.select(width=1).sites == made.select(width=1).sites
-    replace(traced, about={"kept": 200}).save(tmp_path)
+    replace(traced, about=traced.about | {"kept": 200}).save(tmp_path)
     assert ImportanceMap.load(tmp_path).values.size == 0
 
 

@@ -80,8 +80,8 @@ def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    assert "9 pairs kept of 9, of 6 sentences" in printed and "sites chosen: L" in printed
-    assert "resolution: 6 sentences and " in printed  # what the sentences can show at all
+    assert "9 pairs kept of 9, of 4 sentences" in printed and "sites chosen: L" in printed
+    assert "resolution: 4 sentences and " in printed  # what the sentences can show at all
     record = json.loads((out / "run.json").read_text())
     assert record["pairs"]["kept"] == 9 and record["data"]["examples"] == 9
     assert record["self_checks"]["engine_against_loop"] < 1e-4

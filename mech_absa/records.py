@@ -65,7 +65,8 @@ class About(TypedDict, total=False):
         estimate_against_exact, half_precision_control: how far an estimate, or half precision, is off.
         rule: which direction's effects choose sites, where both were traced.
         excerpt_of: pairs of the whole run, where a folder holds fewer.
-        level, adjustment, traced_by, n_pairs, n_sentences, p_floor, resolution: of a map alone.
+        level, adjustment, traced_by, n_pairs, n_sentences, p_floor, resolution, tested_cells,
+            skewed_cells: of a map alone.
     """
 
     model: str
@@ -109,6 +110,8 @@ class About(TypedDict, total=False):
     n_sentences: int
     p_floor: float
     resolution: str
+    tested_cells: int
+    skewed_cells: int
 
 
 @contextlib.contextmanager

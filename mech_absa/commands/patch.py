@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tyro.conf import OmitArgPrefixes
@@ -73,6 +73,8 @@ from .flags import (
 )
 
 HALF = ("bfloat16", "float16")
+
+Data = TypeVar("Data", Examples, PromptPairs)
 
 
 @dataclass(frozen=True)
@@ -239,23 +241,30 @@ def own_pairs(config: Config) -> PromptPairs | None:
     return load_prompt_pairs(own[0])
 
 
-def read_data(config: Config, own: PromptPairs | None = None) -> Examples | PromptPairs:
-    """Return all data named, joined, in the order in which pairs are tried.
+def read_data(config: Config) -> Examples:
+    """Return the reviews that are tried, of all data named, in the order in which they are tried.
 
     Raises:
         DataError: a source cannot be read, or no example is left.
     """
-    examples: Examples | PromptPairs
-    examples = join([config.reading.read(s) for s in config.data]) if own is None else own
+    return drawn(join([config.reading.read(s) for s in config.data]), config)
+
+
+def drawn(data: Data, config: Config) -> Data:
+    """Return the rows that `--sample` and `--limit` leave, in the order in which they are tried.
+
+    Raises:
+        DataError: none is left.
+    """
     if config.sample is not None:
-        examples = examples.sample(config.sample, config.seed)
-    if not len(examples):
-        raise DataError(f"{examples.source}: no example is left (left out: {examples.left_out})")
+        data = data.sample(config.sample, config.seed)
+    if not len(data):
+        raise DataError(f"{data.source}: no example is left (left out: {data.left_out})")
     if config.limit is None or config.head:
-        return examples
-    order = list(range(len(examples)))
+        return data
+    order = list(range(len(data)))
     random.Random(config.seed).shuffle(order)
-    return replace(examples, items=tuple(examples.items[i] for i in order))
+    return replace(data, items=tuple(data.items[i] for i in order))
 
 
 def adapted(config: Config, model: Model) -> tuple[Model, str | None]:
@@ -374,7 +383,8 @@ def prepare(
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
-    examples = read_data(config, own)
+    examples: Examples | PromptPairs
+    examples = read_data(config) if own is None else drawn(own, config)
     if group.first:
         tell_left_out(examples)
     m = config.model

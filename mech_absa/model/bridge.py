@@ -286,7 +286,8 @@ class BridgeBackend(Backend):
 
     def run_mlp(self, layer: int, x: Tensor) -> Tensor:
         mlp = self.root.blocks[layer].mlp
-        return mlp(x) if x.ndim == 3 else mlp(x[None])[0]
+        y: Tensor = mlp(x) if x.ndim == 3 else mlp(x[None])[0]
+        return y
 
     def act(self, layer: int, x: Tensor) -> Tensor:
         from transformers.activations import ACT2FN

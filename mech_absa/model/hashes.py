@@ -27,9 +27,9 @@ def weights_hash(module: torch.nn.Module, dtype: torch.dtype | None = None) -> s
     """
     h = hashlib.sha256()
     for name, p in sorted(module.named_parameters()):
-        p = p.detach() if dtype is None else p.detach().to(dtype)
-        h.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        h.update(p.cpu().contiguous().view(torch.uint8).numpy().data)
+        held = p.detach() if dtype is None else p.detach().to(dtype)
+        h.update(f"{name} {tuple(held.shape)} {held.dtype}".encode())
+        h.update(held.cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

@@ -22,6 +22,7 @@ from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import load_sites
 from mech_absa.patch.pairs import MeanAblation, Resample, ZeroAblation, make_pairs
 from mech_absa.patch.trace import trace
+from mech_absa.patch.traced import as_written
 from mech_absa.prompts import PromptTemplate
 from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.sites import Site
@@ -93,9 +94,11 @@ def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
     )  # every token, layer and component, nothing averaged away
     # The averages are the means of the effects, computed here with pandas alone.
     table = pd.read_csv(out / "importance.csv")
-    by_pair = effects.frame.groupby(["example_id", "kind", "layer", "head", "role"])[
-        "effect"
-    ].mean()
+    by_pair = (
+        as_written(effects.frame)
+        .groupby(["example_id", "kind", "layer", "head", "role"])["effect"]
+        .mean()
+    )
     mean = by_pair.groupby(level=["kind", "layer", "head", "role"]).mean()
     for _, row in table.iterrows():
         assert row["aie"] == pytest.approx(

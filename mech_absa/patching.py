@@ -385,3 +385,8 @@ __all__ = [
     "layer_pos_patch_setter",
     "make_df_from_ranges",
 ]
+
+for _name in vars(theirs):  # what newer versions of TransformerLens add runs as it is there
+    if _name.startswith("get_act_patch_") and _name not in globals():
+        globals()[_name] = getattr(theirs, _name)
+        __all__ += [_name]

@@ -155,7 +155,8 @@ class _Slots:
     def of(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the addresses of a matrix and of its bias; None where there is no bias."""
         W, b = self.backend.matrix(layer, name)
-        return W.round().long(), None if b is None else b.round().long()
+        known = b is not None and bool(b.any())  # zeros stand for a bias that is not there
+        return W.round().long(), b.round().long() if known and b is not None else None
 
     def write(self, where: Tensor, value: Tensor) -> None:
         """Write numbers to their addresses."""

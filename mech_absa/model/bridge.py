@@ -370,7 +370,11 @@ class BridgeBackend(Backend):
 
     def matrix(self, layer: int, name: str) -> Weight:
         W, b = self._view(layer, name)
-        return Weight(flat_matrix(name, W), None if b is None else b.flatten())
+        flat = flat_matrix(name, W)
+        inside = name == "W_gate" or (name == "W_in" and self.cfg.gated_mlp)
+        if b is None and not inside:  # as a `HookedTransformer` has it, so that an edit may set it
+            b = flat.new_zeros(flat.shape[1])
+        return Weight(flat, None if b is None else b.flatten())
 
     def _view(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
         """Return a view of the weight that the forward pass reads, and its bias."""
@@ -384,10 +388,10 @@ class BridgeBackend(Backend):
         own.copy_(W if own.ndim == 2 else by_head(name, W, len(own)))
         if b is None:
             return
-        if bias is None:
+        if bias is None and bool(b.any()):
             linear = self._linear(layer, name[2:].lower())
             linear.bias = nn.Parameter(b.to(own).clone(), requires_grad=False)
-        else:
+        elif bias is not None:
             bias.copy_(b.view_as(bias))
 
     def twin(self) -> Any:

@@ -47,10 +47,9 @@ def hook_point(hooked: Any, site: Site) -> torch.nn.Module:
 
 def _points(model: Any) -> Mapping[str, Any]:
     """Return the hook points of a `Model`, or of a module of TransformerLens, by name."""
-    points: Mapping[str, Any] = (
-        model.hook_points if hasattr(model, "hook_points") else model.hook_dict
-    )
-    return points
+    points = getattr(model, "hook_points", None)  # a method of TransformerLens's modules
+    named: Mapping[str, Any] = points if isinstance(points, Mapping) else model.hook_dict
+    return named
 
 
 def _select(site: Site, activation: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ def test_earlier_tokens_do_not_see_a_later_edit(llama):
 def test_gradients_are_those_of_finite_differences(family):
     """Along a random direction, in float64, through the rest of the model."""
     model = tiny_model("llama", "float64")
+    if model.backend.name == "bridge":
+        pytest.skip("Hugging Face's norms compute in float32: too coarse for differences of 1e-5")
     edit, tokens = loud(model, Part(family, EVERYWHERE[family])).double(), prompts(model)[1]
 
     def value() -> torch.Tensor:
@@ -201,7 +203,7 @@ def test_an_edit_that_takes_part_in_half_a_pass_is_an_error(llama):
         prompts(llama)[0],
     )
     with pytest.raises(HookError, match="passes"), edit.applied(llama, tokens):
-        llama.hooked.forward(llama.embed(tokens.ids), start_at_layer=1, stop_at_layer=3)
+        llama.run_hooked(llama.embed(tokens.ids), 0, 2)
 
 
 def test_another_model_is_refused(llama):

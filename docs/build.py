@@ -25,6 +25,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -55,8 +56,9 @@ def help_text(command: str) -> str:
         sys.argv = argv
         os.environ.clear()
         os.environ |= environment
-    lines = (line.rstrip() for line in printed.getvalue().strip().splitlines())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+    usage, *lines = (line.rstrip() for line in printed.getvalue().strip().splitlines())
+    usage = textwrap.fill(usage, int(WIDTH), subsequent_indent=" " * len("usage: "))  # tyro does not
+    return re.sub(r"\n{3,}", "\n\n", "\n".join([usage, *lines]))
 
 
 def included(path: str, part: str | None) -> str:

@@ -57,7 +57,9 @@ def help_text(command: str) -> str:
         os.environ.clear()
         os.environ |= environment
     usage, *lines = (line.rstrip() for line in printed.getvalue().strip().splitlines())
-    usage = textwrap.fill(usage, int(WIDTH), subsequent_indent=" " * len("usage: "))  # tyro does not
+    usage = textwrap.fill(
+        usage, int(WIDTH), subsequent_indent=" " * len("usage: ")
+    )  # tyro does not
     return re.sub(r"\n{3,}", "\n\n", "\n".join([usage, *lines]))
 
 
@@ -106,7 +108,9 @@ def names_table(names: list[str]) -> str:
 
     rows = ["| name | is |", "|---|---|"]
     for name in names:
-        value = getattr(mech_absa, name)
+        value = mech_absa.__getattr__(
+            name
+        )  # the function, also where a package of its name is imported
         if isinstance(value, ModuleType):
             home = value.__name__
         elif hasattr(value, "__qualname__"):

@@ -81,6 +81,11 @@ def role_names() -> tuple[str, ...]:
     return (*ROLES, *_named)
 
 
+def is_role(role: str) -> bool:
+    """Return whether a word is a role, or a group of roles, that is known."""
+    return role in ROLES or role in _named or role in ROLE_GROUPS
+
+
 def role_index(role: str) -> int:
     """Return the index of a role in `role_names()`; it never changes while the process lasts."""
     return role_names().index(role)
@@ -166,7 +171,7 @@ class Site:
         if (self.head is not None) != (self.kind in HEAD_KINDS):
             need = "needs a head, as in L5.head3" if self.kind in HEAD_KINDS else "has no heads"
             raise SiteError(f"site L{self.layer}.{self.kind} {need}")
-        if isinstance(self.at, str) and self.at not in {*role_names(), *ROLE_GROUPS}:
+        if isinstance(self.at, str) and not is_role(self.at):
             raise SiteError(
                 f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*role_names(), *ROLE_GROUPS])}"
             )

@@ -255,7 +255,7 @@ def test_what_the_pieces_refuse(change, reason):
     for name, value in change.items():
         setattr(cfg, name, value)
     model = Model.__new__(Model)
-    model.backend = SimpleNamespace(cfg=cfg)
+    model.backend = SimpleNamespace(cfg=cfg, unreadable=None)
     assert model.refusal == reason
 
 

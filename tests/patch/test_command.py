@@ -134,7 +134,7 @@ def refused(argv: list[str], capsys) -> str:
         (["--metric", "beauty"], ["beauty", "prob"]),
         (["--corruption", "magic"], ["magic", "counterfactual"]),
         (["--corruption", "counterfactual"], ["no pair is left", "no counterfactual"]),
-        (["--noise-draws", "0"], ["0 noise draws", "at least 1"]),
+        (["--noise-draws", "0"], ["0 noise draws", "accepted: 1 to 10,000"]),
         (["--noise-span", "moon"], ["moon", "sentence"]),
         (["--direction", "up"], ["up", "denoise"]),
         (["--rule", "pie"], ["--rule pie", "--direction denoise", "both is needed"]),

@@ -153,6 +153,12 @@ class PromptPairs(Sequence[PromptPair]):
         source: where they came from.
         sha256: hash of the bytes read; of the pairs where they came from no file.
         left_out, ambiguous, problems: as in `Examples`; a file of prompt pairs is read whole or not at all.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> pair = ma.PromptPair("The Louvre is in", "The Prado is in", " Paris", " Madrid")
+        >>> [p.id for p in ma.PromptPairs.of([pair, pair])]
+        ['pair-0', 'pair-1']
     """
 
     items: tuple[PromptPair, ...]

@@ -56,7 +56,7 @@ def pair(corruption, id="x", sentence="The food was fine", sigma=1.0, roles=None
         )
     )
     return Pair(
-        Example(sentence, aspect, P.POSITIVE, (start, start + 4), id=id),
+        Example(sentence, aspect, list(P)[gold], (start, start + 4), id=id),
         t,
         t,
         gold,

@@ -66,11 +66,11 @@ def prompt_pairs(
         >>> import mech_absa as ma
         >>> model = ma.load_model()
         >>> pair = ma.PromptPair(
-        ...     "the food was good", "the food was slow", " positive", " negative", {"word": "good"}
+        ...     "the good food was", "the slow food was", " positive", " negative", {"word": "good"}
         ... )
         >>> pairs = ma.prompt_pairs(model, [pair], keep="all")
         >>> [pairs[0].clean.role_names.count(role) for role in ("template", "word.last", "answer")]
-        [3, 0, 1]
+        [4, 1, 1]
     """
     expect(model, Model, "prompt_pairs(model=...)", "a Model, from load_model()")
     if isinstance(pairs, str) or not all(isinstance(p, PromptPair) for p in pairs):

@@ -160,7 +160,11 @@ def test_the_control_has_the_size_of_the_role():
         columns=list(CONTROL_COLUMNS),
     )
     cells = pd.DataFrame(
-        [("mlp_out", 1, -1, "before"), ("mlp_out", 0, -1, "query.last"), ("head", 0, 0, "before")],
+        [
+            ("mlp_out", 1, pd.NA, "before"),
+            ("mlp_out", 0, pd.NA, "query.last"),
+            ("head", 0, 0, "before"),
+        ],
         columns=["kind", "layer", "head", "role"],
     )
     matched = Effects(pd.DataFrame(), pairs, {}, controls).matched(cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from support.jobs import EXAMPLES, pairs_of, tiny
 
@@ -200,7 +201,7 @@ def test_a_whole_budget_is_the_full_sweep(direction):
     effects = trace(model, pairs, kinds, **options)
     values, cells = effects.matrix("role")
     names = [
-        (r.kind, r.layer, None if r.head < 0 else r.head, r.role)
+        (r.kind, r.layer, None if pd.isna(r.head) else r.head, r.role)
         for r in cells.itertuples(index=False)
     ]
     mean = dict(zip(names, np.nanmean(values, axis=0), strict=True))

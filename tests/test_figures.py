@@ -21,7 +21,7 @@ if not (ROOT / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from figures import circuit, editing, interaction, make, methods, reproduce, tables  # noqa: E402
+from figures import circuit, editing, interaction, make, methods, reproduce, smollm2, tables  # noqa: E402
 from figures.study import Study  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
@@ -519,7 +519,7 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
         and config.noise_draws == 10
         and config.limit == sizes.noise
     )
-    own_command = {"places"}
+    own_command = {"places", "smollm2/accuracy", *(f"smollm2/{name}" for name in smollm2.QUESTIONS)}
     assert {it for item in make.ITEMS for it in (*item.needs, *item.may)} <= {
         s.name for s in studies
     } | own_command

@@ -602,11 +602,7 @@ def _select(
         importance = both.by_rule(config.rule).importance(
             by="role", level=config.level, adjustment="none", seed=config.seed
         )
-    try:
-        return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
-    except DataError as error:  # the sweep is done: its effects are kept without a choice
-        warn([f"no sites are chosen: {error}"])
-        return None
+    return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
 
 
 def print_map(importance: ImportanceMap, effects: Effects, selection: Selection | None) -> None:

@@ -200,7 +200,7 @@ def test_the_numbers_are_those_of_trace(client, model, name):
     pairs = ma.make_pairs(model, examples, corruption, keep="all", limit=1)
     direction, metric = state.get("direction", "denoise"), state.get("metric", "prob")
     effects = ma.trace(model, pairs, state["kinds"].split(","), direction=direction, metric=metric)
-    frame = effects.frame
+    frame = effects.frame.fillna({"head": -1, "position": -1})  # the page has -1 for none
     if "direction" not in frame:
         frame = frame.assign(direction=direction)
     keys = list(frame[["direction", "kind", "layer", "head", "position"]].itertuples(index=False, name=None))  # fmt: skip

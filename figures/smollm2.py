@@ -35,9 +35,11 @@ from mech_absa.readers import write_jsonl
 from mech_absa.records import write_json
 from mech_absa.stats import cluster_bootstrap
 
-from . import reproduce
 from .interaction import interaction_table
-from .reproduce import MATRIX, PATCH, ROOT, Step, Study
+from .keep import keep_map, keep_matrix, record, scrubbed, write_table
+from .plan import MATRIX, PATCH, ROOT, Plan, Step, flags, near, trace_step
+from .reproduce import Config as Reproduce
+from .reproduce import Runner
 from .smollm2_adapter import DOMAINS, file, split
 
 EVALUATE = "mech_absa.evaluate"
@@ -144,7 +146,7 @@ def whole_sentences(rows: Iterable[Example], n: int, words: int) -> list[Example
 # ---- studies -------------------------------------------------------------------------------------
 
 
-def studies(data: Path, work: Path, sizes: Sizes) -> list[Study]:
+def studies(data: Path, work: Path, sizes: Sizes) -> list[Plan]:
     """Return all studies, in the order in which they run."""
     return [
         *(traces(work, sizes, name) for name in ("aspect_swap", "noise", "opinion_swap")),
@@ -161,9 +163,9 @@ QUESTIONS = {
 }
 
 
-def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> Study:
+def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> Plan:
     """Return the trace of one corruption in one direction."""
-    rows = reproduce._near(work / "rows")
+    rows = near(work / "rows")
     layer = {"sites": KINDS[:1]}
     more = {
         "noise": {**layer, "limit": sizes.noise, "corruption": "noise", "noise_draws": 1},
@@ -173,37 +175,37 @@ def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> S
             "lexicon": str(rows / "lexicon.jsonl"),
         },
     }  # fmt: skip
-    flags = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role"}
-    step = reproduce._trace("trace", **flags, direction=direction, **more[name])
+    given = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role"}
+    step = trace_step("trace", **given, direction=direction, **more[name])
     called = name if direction == "denoise" else f"{name}_{direction}"
-    return Study(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
+    return Plan(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
 
 
-def accuracy(data: Path, sizes: Sizes) -> Study:
+def accuracy(data: Path, sizes: Sizes) -> Plan:
     """Return the scores of the adapter on the test files."""
-    tests = [str(reproduce._near(file(data, name, "test"))) for name in (*DOMAINS, "mams")]
-    flags = reproduce._flags(
+    tests = [str(near(file(data, name, "test"))) for name in (*DOMAINS, "mams")]
+    words = flags(
         model=MODEL, edit=("none", "bundled"), data=tests, limit=sizes.test, compare="none"
     )
-    step = Step("scores", EVALUATE, (*flags, "--no-report", "--quiet"), {})
+    step = Step("scores", EVALUATE, (*words, "--no-report", "--quiet"), {})
     question = "How well does the adapter answer on test files, beside the model as it is?"
-    return Study(f"{MODEL}/accuracy", question, (step,), keep_scores)
+    return Plan(f"{MODEL}/accuracy", question, (step,), keep_scores)
 
 
 WHERE = ("sites", "middle", "first", "last", "random")
 
 
-def edits(data: Path, sizes: Sizes) -> Study:
+def edits(data: Path, sizes: Sizes) -> Plan:
     """Return the paper's edit at traced and other layers, one seed, one training per domain."""
     train, test = ([str(file(data, n, part)) for n in DOMAINS] for part in ("train", "test"))
-    flags = reproduce._flags(
+    words = flags(
         model=MODEL, train=train, test=test, limit_train=sizes.train, limit_test=sizes.edit_test,
         methods=("zero_shot", *(f"lora@{w}" for w in WHERE)), seeds=0, validation=0,
         sites=f"figures/results/{MODEL}/noise/sites.json", rank=8,
     )  # fmt: skip
-    step = Step("seed0", MATRIX, (*flags, "--any-sites", "--quiet"), {})
+    step = Step("seed0", MATRIX, (*words, "--any-sites", "--quiet"), {})
     question = "Does editing at the traced layers answer better than editing elsewhere?"
-    return Study(f"{MODEL}/edits", question, (step,), reproduce.keep_matrix)
+    return Plan(f"{MODEL}/edits", question, (step,), keep_matrix)
 
 
 BANDS = {"0-5": (0, 5), "9-14": (9, 14), "15-20": (15, 20), "24-29": (24, 29)}
@@ -219,15 +221,15 @@ GROUPS = {
 """Roles that are averaged together."""
 
 
-def keep(study: Study, work: Path, results: Path) -> None:
+def keep(study: Plan, work: Path, results: Path) -> None:
     """Keep the map, its means over bands of layers, and the difference of both directions."""
-    reproduce.keep_map(study, work, results)
+    keep_map(study, work, results)
     effects = ma.Effects.load(work / "trace")
-    reproduce._table(banded(effects.importance(by="role")), results / "bands.csv")
+    write_table(banded(effects.importance(by="role")), results / "bands.csv")
     other = work.with_name(work.name.removesuffix("_noise"))
     if other != work:
         table, _ = interaction_table(ma.Effects.load(other / "trace"), effects)
-        reproduce._table(table, results / "interaction.csv")
+        write_table(table, results / "interaction.csv")
 
 
 def banded(importance: ma.ImportanceMap) -> pd.DataFrame:
@@ -276,19 +278,19 @@ def over(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
         return np.where(there, chosen, 0.0).sum(1) / there.sum(1)
 
 
-def keep_scores(study: Study, work: Path, results: Path) -> None:
+def keep_scores(study: Plan, work: Path, results: Path) -> None:
     """Keep the scores and the comparisons, files by their names alone."""
     for name in ("scores.csv", "comparisons.csv"):
         if (path := work / study.steps[0].name / name).exists():
             table = pd.read_csv(path)
             named = table["data"].map(lambda d: "/".join(Path(d).parts[-2:]))
-            reproduce._table(table.assign(data=named), results / name)
+            write_table(table.assign(data=named), results / name)
 
 
 # ---- running -------------------------------------------------------------------------------------
 
 
-def budget(chosen: list[Study], sizes: Sizes) -> float:
+def budget(chosen: list[Plan], sizes: Sizes) -> float:
     """Return the CPU-hours that the studies take, about."""
     seconds = 0.0
     for study in chosen:
@@ -322,24 +324,22 @@ def run(config: Config) -> None:
     print(f"about {budget(chosen, sizes):.1f} CPU-hours for {len(chosen)} studies", flush=True)
     if not (config.work / "rows" / "lexicon.jsonl").exists():
         prepare(config.data, config.work / "rows", sizes)
-    runner = reproduce.Runner(
-        reproduce.Config(fast=config.fast, runs=config.work, results=config.results)
-    )
+    runner = Runner(Reproduce(fast=config.fast, runs=config.work, results=config.results))
     runner.traced.set()
     with ThreadPoolExecutor(config.jobs) as pool:
         for done in [pool.submit(one, runner, study, config) for study in chosen]:
             done.result()
 
 
-def one(runner: reproduce.Runner, study: Study, config: Config) -> None:
+def one(runner: Runner, study: Plan, config: Config) -> None:
     """Run one study and keep its results."""
     step = study.steps[0]
     said, seconds = runner.run(study, step)
     results, work = runner.config.kept / study.name, runner.config.work / study.name
     study.keep(study, work, results)
-    made = reproduce.record(study, work, {step.name: said}, {step.name: seconds})
+    made = record(study, work, {step.name: said}, {step.name: seconds})
     hidden = {str(config.data): "data", f"{ROOT}/": ""}
-    write_json(results / "run.json", json.loads(json.dumps(reproduce.scrubbed(made, hidden))))
+    write_json(results / "run.json", json.loads(json.dumps(scrubbed(made, hidden))))
     print(f"{study.name}: {seconds:.0f} s", flush=True)
 
 

@@ -21,7 +21,19 @@ if not (ROOT / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from figures import circuit, editing, interaction, make, methods, reproduce, smollm2, tables  # noqa: E402
+from figures import (  # noqa: E402
+    builtin,
+    circuit,
+    editing,
+    interaction,
+    keep,
+    make,
+    methods,
+    plan,
+    reproduce,
+    smollm2,
+    tables,
+)
 from figures.study import Study  # noqa: E402
 
 RESULTS = ROOT / "figures" / "results"
@@ -478,22 +490,22 @@ def configs() -> dict[str, type]:
     import mech_absa.commands.patch as patch
 
     return {
-        reproduce.PATCH: patch.Config,
-        reproduce.MATRIX: matrix.Config,
-        reproduce.CIRCUIT: circuit.Config,
+        plan.PATCH: patch.Config,
+        plan.MATRIX: matrix.Config,
+        plan.CIRCUIT: circuit.Config,
     }
 
 
-@pytest.mark.parametrize("sizes", [reproduce.Sizes(), reproduce.FAST], ids=["full", "fast"])
+@pytest.mark.parametrize("sizes", [builtin.Sizes(), builtin.FAST], ids=["full", "fast"])
 def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
     """Each is parsed by the command's own configuration, and names no study, step or method twice."""
-    (tmp_path / reproduce.TRACED).mkdir()
-    (tmp_path / reproduce.TRACED / "sites.json").write_text(
+    (tmp_path / plan.TRACED).mkdir()
+    (tmp_path / plan.TRACED / "sites.json").write_text(
         '{"sites": ["L3.resid_post@query.last", "L4.resid_post@query.last"]}'
     )
-    studies = reproduce.studies(sizes, Path("data"))
-    assert studies[0].name == reproduce.TRACED and set(reproduce.REAL) < {s.name for s in studies}
-    assert not set(reproduce.REAL) & {s.name for s in reproduce.studies(sizes)}
+    studies = builtin.plans(sizes, Path("data"))
+    assert studies[0].name == plan.TRACED and set(builtin.REAL) < {s.name for s in studies}
+    assert not set(builtin.REAL) & {s.name for s in builtin.plans(sizes)}
     assert len({s.name for s in studies}) == len(studies)
     for study in studies:
         assert len({step.name for step in study.steps}) == len(study.steps)
@@ -501,18 +513,18 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
             _, module, *flags = step.words(tmp_path)
             config = tyro.cli(configs()[module], args=[*flags, "--out", "x", "--resume"])
             assert getattr(config, "run", config).resume and not any("{" in flag for flag in flags)
-            if module == reproduce.MATRIX:
+            if module == plan.MATRIX:
                 assert len(set(config.methods)) == len(config.methods) and len(config.train) == len(
                     config.test
                 )
-                assert config.limit_test is not None or study.name in reproduce.REAL
+                assert config.limit_test is not None or study.name in builtin.REAL
             if study.name == "positions":
                 assert config.positions == (step.mark["position"],) and config.methods == (
                     "both@3-4",
                     "loreft@3-4",
                 )
     noise = next(s for s in studies if s.name == "trace_noise").steps[0]
-    config = tyro.cli(configs()[reproduce.PATCH], args=noise.words(tmp_path)[2:])
+    config = tyro.cli(configs()[plan.PATCH], args=noise.words(tmp_path)[2:])
     assert (
         config.corruption == "noise"
         and config.noise_span == "all"
@@ -527,9 +539,9 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
 
 def test_all_neighbours_are_windows():
     assert (
-        reproduce.windows(1, 3) == ["0", "1", "2"]
-        and reproduce.windows(2, 3) == ["0-1", "1-2"]
-        and reproduce.windows(3, 3) == ["0-2"]
+        builtin.windows(1, 3) == ["0", "1", "2"]
+        and builtin.windows(2, 3) == ["0-1", "1-2"]
+        and builtin.windows(3, 3) == ["0-2"]
     )
 
 
@@ -540,10 +552,9 @@ def test_marks_and_the_untouched_model_stand_once(tmp_path):
         (tmp_path / name).mkdir()
         one.to_csv(tmp_path / name / "matrix.csv", index=False)
     steps = tuple(
-        reproduce.Step(name, reproduce.MATRIX, (), {"rank": rank})
-        for name, rank in (("a", 1), ("b", 2))
+        plan.Step(name, plan.MATRIX, (), {"rank": rank}) for name, rank in (("a", 1), ("b", 2))
     )
-    study = reproduce.Study("ranks", "?", steps, reproduce.keep_matrix)
+    study = plan.Plan("ranks", "?", steps, keep.keep_matrix)
     study.keep(study, tmp_path, tmp_path / "out")
     found = pd.read_csv(tmp_path / "out" / "matrix.csv")
     assert found["method"].tolist() == ["zero_shot", "both@3", "both@3"] and found[
@@ -556,10 +567,10 @@ def test_marks_and_the_untouched_model_stand_once(tmp_path):
 def test_how_estimates_agree_is_counted_over_the_cells_that_have_an_effect():
     """Half of every effect: the same order, a straight line, and half of the sum."""
     exact = np.array([0.0, 0.0, 1.0, 2.0, 4.0, -1.0])
-    estimates = dict.fromkeys(reproduce.ESTIMATES, 0.5 * exact) | {"ig": -exact}
+    estimates = dict.fromkeys(keep.ESTIMATES, 0.5 * exact) | {"ig": -exact}
     table = pd.DataFrame({"metric": "prob", "exact": exact, **estimates})
     table.loc[0, "atp"] = 9.0  # where nothing can have an effect, an estimate does not count
-    found = reproduce.agreements(table).set_index("method")
+    found = keep.agreements(table).set_index("method")
     assert found.index.tolist() == ["atp", "atpstar", "relp", "ig"] and (found["n"] == 4).all()
     assert found.loc["atp", ["spearman", "pearson", "sum_ratio"]].tolist() == pytest.approx(
         [1, 1, 0.5]
@@ -574,7 +585,7 @@ def test_folders_of_this_machine_are_named_by_what_they_are():
         "a": ["/home/x/data/device.json", 3],
         "command": "python -m m --data /home/x/data/a --out runs/b",
     }
-    assert reproduce.scrubbed(value, {"/home/x/data": "me_absc"}) == {
+    assert keep.scrubbed(value, {"/home/x/data": "me_absc"}) == {
         "a": ["me_absc/device.json", 3],
         "command": "python -m m --data me_absc/a --out runs/b",
     }
@@ -585,10 +596,10 @@ def test_a_step_that_fails_says_why_and_one_that_went_through_is_not_run_again(t
         reproduce.Config(runs=tmp_path / "runs", results=tmp_path / "results")
     )
     runner.traced.set()
-    step = reproduce.Step(
-        "broken", reproduce.CIRCUIT, ("--importance", str(tmp_path / "none" / "sites.json")), {}
+    step = plan.Step(
+        "broken", plan.CIRCUIT, ("--importance", str(tmp_path / "none" / "sites.json")), {}
     )
-    study = reproduce.Study("circuit", "?", (step,), reproduce.keep_curves)
+    study = plan.Plan("circuit", "?", (step,), keep.keep_curves)
     with pytest.raises(
         MechAbsaError,
         match=r"circuit/broken ended with 2: .*importance\.csv: there is no such file",
@@ -603,7 +614,7 @@ def test_a_step_that_fails_says_why_and_one_that_went_through_is_not_run_again(t
     (folder / "run.json").write_text("{}")
     log.write_text(f"{said}\nseconds 12.5\n")
     assert runner.run(study, step) == (said, 12.5)
-    wants = reproduce.Step("wants", reproduce.MATRIX, ("--sites", "{sites}"), {})
+    wants = plan.Step("wants", plan.MATRIX, ("--sites", "{sites}"), {})
     with pytest.raises(ConfigError, match="run the study trace_counterfactual first"):
         runner.run(study, wants)
 
@@ -635,13 +646,11 @@ def test_all_studies_run_on_a_handful_and_are_drawn(tmp_path):
     config = reproduce.Config(fast=True, runs=tmp_path / "runs", results=tmp_path / "results")
     reproduce.run(config)
     times = pd.read_csv(tmp_path / "results" / "times.csv")
-    assert list(dict.fromkeys(times["study"])) == [
-        s.name for s in reproduce.studies(reproduce.FAST)
-    ]
+    assert list(dict.fromkeys(times["study"])) == [s.name for s in builtin.plans(builtin.FAST)]
     record = (tmp_path / "results" / "windows" / "run.json").read_bytes()
     reproduce.run(config)
     assert (tmp_path / "results" / "windows" / "run.json").read_bytes() == record
     made = make.run(make.Config(runs=tmp_path / "results", out=tmp_path / "out"))
     assert set(made) == {
-        item.name for item in make.ITEMS if not set(item.needs) & set(reproduce.REAL)
+        item.name for item in make.ITEMS if not set(item.needs) & set(builtin.REAL)
     }

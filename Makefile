@@ -1,7 +1,7 @@
 # make demo      trace the bundled model on the built-in reviews: a table, a figure, a report
 # make demo MODEL=smollm2   the same on SmolLM2-135M, which is downloaded once (93 MB) and kept in the user's cache
-# make test      the test suite (minutes); make test-slow for the long ones
-# make test-tl4  the tests of the bridge, in a second environment with TransformerLens 4 (.venv-tl4)
+# make test      the test suite (minutes), then make test-tl4; make test-slow for the long ones
+# make test-tl4  patching, edits, own prompts and the bridge under TransformerLens 4, in .venv-tl4
 # make figures   every figure and table, from the results kept in figures/results (minutes, no model)
 # make reproduce those results anew, in under 90 minutes on two cores; ME_ABSC=folder of the paper's data adds the studies of real reviews
 # make reproduce MODEL=smollm2 DATA=folder   the study of SmolLM2-135M; the folder holds me_absc/, mams/ and dmaste/
@@ -12,6 +12,7 @@ VENV4  ?= .venv-tl4
 TL4_TESTS ?= tests/test_bridge.py tests/patch/test_own.py tests/test_patching.py tests/edits/test_edits.py tests/edits/test_store.py
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PURELIB := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 DEMO   ?= runs/demo
 MODEL  ?= bundled
 DATA   ?= ../shared/data
@@ -40,11 +41,13 @@ test: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network"
+	$(MAKE) test-tl4
 
-$(VENV4)/.installed: pyproject.toml constraints-tl4.txt
-	test -d $(VENV4) || $(PYTHON) -m venv $(VENV4)
-	$(VENV4)/bin/pip install --quiet -c constraints-tl4.txt torch
-	$(VENV4)/bin/pip install --quiet -c constraints-tl4.txt -e ".[test]"
+# The second environment sees the packages of the first, torch among them, and adds what differs.
+$(VENV4)/.installed: $(STAMP) constraints-tl4.txt
+	test -d $(VENV4) || $(BIN)/python -m venv $(VENV4)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PURELIB))')" > "$$($(VENV4)/bin/python -c $(PURELIB))/first.pth"
+	$(VENV4)/bin/python -m pip install --quiet -c constraints-tl4.txt transformer-lens==4.3.0
 	touch $@
 
 test-tl4: $(VENV4)/.installed

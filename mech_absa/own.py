@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from .errors import DataError
 from .examples import Example, Span, normal
-from .sites import add_spans
+from .sites import vocabulary
 from .words import shown
 
 
@@ -65,7 +65,7 @@ class PromptPair:
                 raise self._error(f"{name} is {shown(text)}; a text is needed")
         if self.answer == self.foil:
             raise self._error(f"answer and foil are both {self.answer!r}; two tokens are compared")
-        add_spans(self.spans)
+        vocabulary(self.spans)
         _ = self.where
 
     def _error(self, problem: str) -> DataError:
@@ -213,6 +213,11 @@ class PromptPairs(Sequence[PromptPair]):
     def only(self, keep: Callable[[PromptPair], bool]) -> PromptPairs:
         """Return those that `keep` says yes to."""
         return replace(self, items=tuple(p for p in self.items if keep(p)))
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """Return the names of all spans, in the order in which they come."""
+        return tuple(dict.fromkeys(name for p in self.items for name in p.spans))
 
     def counts(self) -> dict[str, int]:
         """Return how often each answer is the right one."""

@@ -93,7 +93,7 @@ def generic_activation_patch(
         model: a `HookedTransformer` or a bridge, folded or raw; it is left as it is.
         corrupted_tokens: tokens of the run that is patched.
         clean_cache: activations that are put in.
-        patching_metric: logits -> one number.
+        patching_metric: logits -> one number; with newer versions, a dictionary of such functions.
         patch_setter, activation_name: which activation, and which part of it an index names.
         index_axis_names, index_df: which indices; see TransformerLens.
         return_index_df: also return the indices.
@@ -119,7 +119,9 @@ def generic_activation_patch(
     if kind == "resid_mid" and is_bridge(model):
         _say_once("hook_resid_mid of a bridge reaches the MLP alone, not the stream that goes on")
         kind = None
-    if kind is None or options or (index_df is None) == (index_axis_names is None):
+    if options or not callable(patching_metric):  # newer results of TransformerLens, by its loop
+        return call()
+    if kind is None or (index_df is None) == (index_axis_names is None):
         return call()
     shape = _axis_sizes(model, corrupted_tokens, index_axis_names)
     cells = make_df_from_ranges(shape, index_axis_names or ()) if index_df is None else index_df

@@ -28,7 +28,7 @@ import torch
 from .axes import Ids, Roles
 from .errors import PromptError
 from .examples import Example, Polarity, Span
-from .sites import ROLES, role_index, role_indices, role_names
+from .sites import ROLES, role_indices
 
 ROLE = {name: i for i, name in enumerate(ROLES)}
 
@@ -134,8 +134,9 @@ class Tokens:
 
     Attributes:
         ids: token ids.
-        roles: index into `sites.role_names()` of every token; -1 where there is only padding.
+        roles: index into `vocabulary` of every token; -1 where there is only padding.
         lengths: real tokens of each row.
+        vocabulary: names of the roles: those of reviews, then those that a task brings.
 
     Example:
         >>> import mech_absa as ma
@@ -150,23 +151,36 @@ class Tokens:
     ids: Ids
     roles: Roles
     lengths: tuple[int, ...]
+    vocabulary: tuple[str, ...] = ROLES
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @staticmethod
     def stack(batch: Sequence[Tokens], pad_id: int = 0) -> Tokens:
-        """Put several batches together, padded on the right."""
+        """Put several batches together, padded on the right.
+
+        Roles of several vocabularies are numbered anew, in one vocabulary of them all.
+        """
         width = max(max(t.lengths) for t in batch)
+        vocabulary = tuple(dict.fromkeys(role for t in batch for role in t.vocabulary))
 
         def grow(x: torch.Tensor, value: int) -> torch.Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)[:, :width]
 
         return Tokens(
             torch.cat([grow(t.ids, pad_id) for t in batch]),
-            torch.cat([grow(t.roles, -1) for t in batch]),
+            torch.cat([grow(t.roles_in(vocabulary), -1) for t in batch]),
             tuple(n for t in batch for n in t.lengths),
+            vocabulary,
         )
+
+    def roles_in(self, vocabulary: tuple[str, ...]) -> Roles:
+        """Return the roles as indices into another vocabulary, which has all of them."""
+        if vocabulary[: len(self.vocabulary)] == self.vocabulary:
+            return self.roles
+        new = torch.tensor([*map(vocabulary.index, self.vocabulary), -1])
+        return new.to(self.roles.device)[self.roles]
 
     def positions(self, at: str | int | None, row: int = 0) -> list[int]:
         """Return the positions of a role, of a role group, of one absolute position (negative from
@@ -177,7 +191,7 @@ class Tokens:
             return list(range(n))
         if isinstance(at, int):
             return [at % n] if -n <= at < n else []
-        wanted = set(role_indices(at))
+        wanted = set(role_indices(at, self.vocabulary))
         return [i for i, r in enumerate(self.roles[row, :n].tolist()) if r in wanted]
 
 
@@ -199,9 +213,16 @@ class Tokenised(Tokens):
             )
 
     @classmethod
-    def of(cls, ids: Sequence[int], roles: Sequence[str]) -> Tokenised:
-        """Return the prompt with these token ids and the role of each."""
-        return cls(torch.tensor([ids]), torch.tensor([[role_index(r) for r in roles]]), (len(ids),))
+    def of(
+        cls, ids: Sequence[int], roles: Sequence[str], vocabulary: Sequence[str] = ROLES
+    ) -> Tokenised:
+        """Return the prompt with these token ids and the role of each.
+
+        Roles that the vocabulary lacks are added to it.
+        """
+        known = {role: i for i, role in enumerate(dict.fromkeys((*vocabulary, *roles)))}
+        at = torch.tensor([[known[role] for role in roles]])
+        return cls(torch.tensor([ids]), at, (len(ids),), tuple(known))
 
     @property
     def length(self) -> int:
@@ -216,8 +237,7 @@ class Tokenised(Tokens):
     @cached_property
     def role_names(self) -> tuple[str, ...]:
         """Return the role of every token."""
-        names = role_names()
-        return tuple(names[r] for r in self.roles[0].tolist())
+        return tuple(self.vocabulary[r] for r in self.roles[0].tolist())
 
 
 def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised:
@@ -242,7 +262,12 @@ def encode(prompt: Prompt, tokenizer: Any, bos: bool | None = None) -> Tokenised
 
 
 def encode_text(
-    text: str, spans: Mapping[str, Span], tokenizer: Any, bos: bool | None = None, name: str = ""
+    text: str,
+    spans: Mapping[str, Span],
+    tokenizer: Any,
+    bos: bool | None = None,
+    name: str = "",
+    vocabulary: Sequence[str] = ROLES,
 ) -> Tokenised:
     """Return the tokens of a prompt of one's own; named spans give the roles.
 
@@ -252,6 +277,7 @@ def encode_text(
             whose role is `answer`.
         tokenizer, bos: as in `encode`.
         name: of the prompt, for errors.
+        vocabulary: roles of the task; those of the spans are added where it lacks them.
 
     Raises:
         PromptError: a span has no token, or shares one.
@@ -279,7 +305,7 @@ def encode_text(
     if not ids:
         raise PromptError(f"the prompt of {name!r} is empty")
     roles[-1] = "answer"
-    return Tokenised.of(ids, roles)
+    return Tokenised.of(ids, roles, vocabulary)
 
 
 def answer_id(tokenizer: Any, text: str, answer: str, name: str = "") -> int:

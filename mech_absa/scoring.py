@@ -125,7 +125,8 @@ def extend(tokens: Tokens, continuation: Continuation, pad_id: int = 0) -> Token
     roles = torch.nn.functional.pad(tokens.roles, (0, extra), value=-1)
     for row, n in enumerate(tokens.lengths):
         ids[row, n : n + extra] = torch.tensor(continuation.tokens)
-    return Tokens(ids, roles, tuple(n + extra for n in tokens.lengths))
+    lengths = tuple(n + extra for n in tokens.lengths)
+    return Tokens(ids, roles, lengths, tokens.vocabulary)
 
 
 def last_residual(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -42,24 +42,44 @@ ROLE_GROUPS: dict[str, tuple[str, ...]] = {
     "query": ("query.first", "query.middle", "query.last"),
     "all": ROLES,
 }
-"""Names for several roles at once. Own prompts add the names of their spans (`add_spans`)."""
+"""Names for several roles at once. A named span of own prompts is such a name too (`span_roles`)."""
 
 _SPAN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_named: list[str] = []
 _RESERVED = {r.split(".")[0] for r in ROLES} | {*ROLE_GROUPS, "sentence", "control"}
+_PARTS = ("first", "middle", "last")
 
 
-def add_spans(names: Iterable[str]) -> None:
-    """Make the names of spans of own prompts known: each brings `NAME.first`, `.middle` and `.last`.
-
-    Raises:
-        SiteError: a name is no word, or already has a meaning.
+def is_span(name: str) -> bool:
+    """Return whether a word may name a span of own prompts.
 
     Example:
-        >>> add_spans(["subject"])
-        >>> str(Site.parse("L5.resid_post@subject.last"))
-        'L5.resid_post@subject.last'
+        >>> is_span("subject"), is_span("aspect"), is_span("two words")
+        (True, False, False)
     """
+    return _SPAN_NAME.fullmatch(name) is not None and name not in _RESERVED
+
+
+def span_roles(name: str) -> tuple[str, ...]:
+    """Return the roles that a named span of own prompts brings.
+
+    Example:
+        >>> span_roles("subject")
+        ('subject.first', 'subject.middle', 'subject.last')
+    """
+    return tuple(f"{name}.{part}" for part in _PARTS)
+
+
+def vocabulary(spans: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the roles of a task: those of reviews, then those that named spans bring.
+
+    Raises:
+        SiteError: the name of a span is no word, or already has a meaning.
+
+    Example:
+        >>> vocabulary() == ROLES, vocabulary(["subject"])[len(ROLES) :]
+        (True, ('subject.first', 'subject.middle', 'subject.last'))
+    """
+    names = tuple(dict.fromkeys(spans))
     for name in names:
         if _SPAN_NAME.fullmatch(name) is None:
             raise SiteError(
@@ -69,51 +89,78 @@ def add_spans(names: Iterable[str]) -> None:
             raise SiteError(
                 f"a span is called {name!r}, which is a role of reviews; choose another name"
             )
-        if name not in ROLE_GROUPS:
-            parts = (f"{name}.first", f"{name}.middle", f"{name}.last")
-            _named.extend(parts)
-            ROLE_GROUPS[name] = parts
-            ROLE_GROUPS["all"] = role_names()
+    return (*ROLES, *(role for name in names for role in span_roles(name)))
 
 
-def role_names() -> tuple[str, ...]:
-    """Return all roles known: those of reviews, and those of the spans of own prompts."""
-    return (*ROLES, *_named)
+def roles_at(at: str) -> tuple[str, ...]:
+    """Return the roles that a role, a role group or a named span stands for.
+
+    Example:
+        >>> roles_at("query.last"), roles_at("subject")
+        (('query.last',), ('subject.first', 'subject.middle', 'subject.last'))
+    """
+    if at in ROLE_GROUPS:
+        return ROLE_GROUPS[at]
+    return (at,) if at in ROLES or not is_span(at) else span_roles(at)
 
 
-def is_role(role: str) -> bool:
-    """Return whether a word is a role, or a group of roles, that is known."""
-    return role in ROLES or role in _named or role in ROLE_GROUPS
-
-
-def role_index(role: str) -> int:
-    """Return the index of a role in `role_names()`; it never changes while the process lasts."""
-    return role_names().index(role)
+def role_indices(at: str, roles: Sequence[str] = ROLES) -> tuple[int, ...]:
+    """Return the indices into a vocabulary of roles of a role, a role group or a named span."""
+    wanted = roles if at == "all" else roles_at(at)
+    return tuple(i for i, role in enumerate(roles) if role in wanted)
 
 
 def in_reading_order(present: Iterable[str]) -> list[str]:
     """Return these roles in reading order: those of named spans stand between prompt and answer.
 
+    Several spans come in the order in which they are first named; those of a set, by name.
+
     Example:
-        >>> in_reading_order({"answer", "city.last", "city.first", "template"})
-        ['template', 'city.first', 'city.last', 'answer']
+        >>> in_reading_order(["answer", "city.last", "city.first", "template", "by.last"])
+        ['template', 'city.first', 'city.last', 'by.last', 'answer']
     """
-    known = {role: i for i, role in enumerate((*ROLES[:-1], *_named))}
-    part = {"first": 0, "middle": 1, "last": 2}
+    listed = sorted(present) if isinstance(present, (set, frozenset)) else list(present)
+    spans = {name: i for i, name in enumerate(spans_of(listed))}
+    known = {role: i for i, role in enumerate(ROLES)}
 
-    def place(role: str) -> tuple[int, str, int]:
-        if role == ROLES[-1]:
-            return len(known) + 1, "", 0
+    def place(role: str) -> tuple[int, int, int]:
         name, _, end = role.partition(".")
-        return known.get(role, len(known)), name, part.get(end, 3)
+        if name in spans:
+            return len(ROLES) - 2, 1 + spans[name], _PARTS.index(end) if end in _PARTS else 3
+        return known.get(role, len(ROLES)), 0, 0
 
-    return sorted(present, key=place)
+    return sorted(dict.fromkeys(listed), key=place)
 
 
 def spans_of(roles: Iterable[str]) -> list[str]:
     """Return the names of spans of own prompts among roles, in the order they come."""
     groups = dict.fromkeys(role.partition(".")[0] for role in roles if role not in ROLES)
     return [name for name in groups if name not in _RESERVED]
+
+
+def _is_role(at: str) -> bool:
+    """Return whether a word is a role or a group of some task."""
+    name, _, part = at.partition(".")
+    return at in ROLES or at in ROLE_GROUPS or (is_span(name) and part in ("", *_PARTS))
+
+
+def check_role(at: str, spans: Iterable[str] = (), where: str = "") -> str:
+    """Return a role or a group itself, if reviews or these named spans have it.
+
+    Raises:
+        SiteError: they have none of that name.
+
+    Example:
+        >>> check_role("subject.last", ["subject"])
+        'subject.last'
+    """
+    spans = tuple(spans)
+    known = vocabulary(spans)
+    if at in known or at in ROLE_GROUPS or at in spans:
+        return at
+    raise SiteError(
+        f"unknown role {at!r}{where}; accepted: {choices([*known, *ROLE_GROUPS, *spans])}"
+    )
 
 
 HOOKS = {
@@ -171,10 +218,8 @@ class Site:
         if (self.head is not None) != (self.kind in HEAD_KINDS):
             need = "needs a head, as in L5.head3" if self.kind in HEAD_KINDS else "has no heads"
             raise SiteError(f"site L{self.layer}.{self.kind} {need}")
-        if isinstance(self.at, str) and not is_role(self.at):
-            raise SiteError(
-                f"unknown role {self.at!r} in site L{self.layer}.{self.kind}; accepted: {choices([*role_names(), *ROLE_GROUPS])}"
-            )
+        if isinstance(self.at, str) and not _is_role(self.at):
+            check_role(self.at, where=f" in site L{self.layer}.{self.kind}")
 
     def __str__(self) -> str:
         head = "" if self.head is None else str(self.head)
@@ -182,8 +227,12 @@ class Site:
         return f"L{self.layer}.{self.kind}{head}{at}"
 
     @classmethod
-    def parse(cls, text: str) -> Site:
+    def parse(cls, text: str, spans: Iterable[str] = ()) -> Site:
         """Return the site that `text` spells.
+
+        Args:
+            text: such as `L5.attn_out@query.last`.
+            spans: named spans of own prompts, whose roles are accepted beside those of reviews.
 
         Raises:
             SiteError: `text` is no site.
@@ -199,12 +248,11 @@ class Site:
             if text_at is not None and re.fullmatch(r"-?[0-9]{1,9}", text_at)
             else text_at
         )
-        return cls(
-            int(match["layer"]),
-            match["kind"],
-            None if match["head"] is None else int(match["head"]),
-            at,
-        )
+        head = None if match["head"] is None else int(match["head"])
+        site = cls(int(match["layer"]), match["kind"], head, at)
+        if isinstance(at, str):
+            check_role(at, spans, f" in site L{site.layer}.{site.kind}")
+        return site
 
     @property
     def hook_name(self) -> str:
@@ -241,11 +289,6 @@ class Site:
                 f"site {self} does not exist: {model} has {heads} such heads a layer, 0 to {heads - 1}"
             )
         return self
-
-
-def role_indices(at: str) -> tuple[int, ...]:
-    """Return the indices into `role_names()` of a role or a role group."""
-    return tuple(role_index(r) for r in ROLE_GROUPS.get(at, (at,)))
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
@@ -353,8 +396,8 @@ def sites_file(path: str | os.PathLike[str]) -> tuple[list[Site], dict[str, Any]
         )
     try:
         spans = data.get("spans")
-        add_spans(map(str, spans) if isinstance(spans, list) else ())
-        return [Site.parse(s) for s in names], data
+        spans = [str(s) for s in spans] if isinstance(spans, list) else []
+        return [Site.parse(s, spans) for s in names], data
     except SiteError as error:
         raise SiteError(f"{path}: {error}") from None
 

@@ -16,8 +16,6 @@ import transformers
 from hypothesis import HealthCheck, settings
 from support.tiny_models import ARCHITECTURES, tiny_folder
 
-from mech_absa import sites
-
 # No test depends on wall time: a neighbour may hold the processor for seconds.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
@@ -39,13 +37,3 @@ def shared() -> Path:
 def tiny(request) -> Path:
     """The folder of a tiny random Hugging Face model, one architecture after the other."""
     return tiny_folder(request.param)
-
-
-@pytest.fixture(autouse=True)
-def no_spans_of_other_tests():
-    """Forget the named spans that a test's own prompts bring."""
-    named, groups = list(sites._named), dict(sites.ROLE_GROUPS)
-    yield
-    sites._named[:] = named
-    sites.ROLE_GROUPS.clear()
-    sites.ROLE_GROUPS.update(groups)

@@ -64,9 +64,9 @@ def test_spans_are_words_with_a_sentence():
     assert GaussianNoise(span="aspect") == GaussianNoise(span=NoiseSpan.ASPECT)
     assert all(span.sentence for span in NoiseSpan)
     with pytest.raises(
-        ConfigError, match="unknown noise span 'x'; accepted: all, sentence, aspect"
+        ConfigError, match="unknown noise span 'x y'; accepted: all, sentence, aspect"
     ):
-        GaussianNoise(span="x")
+        GaussianNoise(span="x y")
 
 
 def test_pairs_of_another_model_are_refused():

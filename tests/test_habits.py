@@ -52,7 +52,7 @@ def test_a_release_is_refused_for_a_reason(release):
 def test_the_workflow_runs_what_a_contributor_runs():
     jobs = yaml.safe_load(text(".github/workflows/test.yml"))["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert commands == ["make test", "make test-tl4"]
+    assert commands == ["make test"]
     recipe = text("Makefile").partition("\ntest: ")[2].partition("\n\n")[0]
     assert re.findall(r"-m (ruff check|ruff format --check|mypy|pytest)", recipe) == [
         "ruff check", "ruff format --check", "mypy", "pytest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import partial
 
@@ -145,6 +146,35 @@ def test_the_engine_ran_and_not_the_loop(hooked, monkeypatch):
     _, cache = hooked.run_with_cache(clean)
     ours.get_act_patch_resid_pre(hooked, corrupted, cache, answer)
     ours.get_act_patch_attn_head_out_by_pos(hooked, corrupted, cache, answer)
+
+
+def test_a_bridge_in_compatibility_mode_is_computed_as_it_is_folded():
+    """Its weights are folded and centred; both loops run it as it is, and its logits are shifted from the raw ones."""
+    model = ma.load_model(str(tiny_folder("gpt2")), backend="bridge")
+    folded = model.backend.twin()
+    folded.enable_compatibility_mode()
+    a, b = both("get_act_patch_block_every", folded, length=5)
+    assert (b.max() - b.min()) > 1e-4
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    "reduce" not in inspect.signature(theirs.generic_activation_patch).parameters,
+    reason="TransformerLens 3.9 has no results by example",
+)
+def test_results_by_example_are_those_of_transformer_lens_4(hooked):
+    metrics = {"right": lambda y: y[:, -1, 11], "wrong": lambda y: y[:, -1, 17]}
+    for metric, options in (
+        (metrics, {"reduce": "none", "baseline": True}),
+        (metrics["right"], {"reduce": "mean"}),
+        (answer, {"baseline": True}),
+    ):
+        a, b = both("get_act_patch_resid_pre", hooked, metric, length=5, **options)
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b)
+        else:
+            torch.testing.assert_close((a.values, a.baseline), (b.values, b.baseline))
 
 
 @pytest.mark.skipif(

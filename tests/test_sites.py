@@ -17,7 +17,7 @@ from mech_absa.sites import (
     Site,
     parse_layers,
     role_indices,
-    role_names,
+    vocabulary,
 )
 
 ATS = st.one_of(st.none(), st.sampled_from([*ROLES, *ROLE_GROUPS]), st.integers(-999, 999))
@@ -140,7 +140,11 @@ def test_role_indices():
         "query.last",
     ]
     assert [ROLES[i] for i in role_indices("opinion")] == ["opinion"]
-    assert role_indices("all") == tuple(range(len(role_names())))
+    assert role_indices("all") == tuple(range(len(ROLES)))
+    own = vocabulary(["subject"])
+    assert role_indices("all", own) == tuple(range(len(own)))
+    assert role_indices("subject", own) == tuple(range(len(ROLES), len(own)))
+    assert role_indices("subject", ROLES) == ()
     assert len(set(ROLES)) == len(ROLES) and not set(ROLES) & set(ROLE_GROUPS)
 
 

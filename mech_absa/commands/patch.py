@@ -32,6 +32,7 @@ from ..patch.corruption import (
     Corruption,
     GaussianNoise,
     Lexicon,
+    NoiseSpan,
     OpinionSwap,
     Resample,
     as_corruption,
@@ -284,8 +285,8 @@ def with_adapter(name: str, model: Model) -> tuple[Model, str | None]:
     return load_edit(name, model).merged(model), name
 
 
-def check_flags(config: Config) -> None:
-    """Reject what can be rejected before anything is loaded."""
+def check_flags(config: Config, spans: Sequence[str] = ()) -> None:
+    """Reject what can be rejected before anything is loaded; `spans` are those of own prompts."""
     at_least(1, limit=config.limit, sample=config.sample, select_width=config.select_width)
     at_least(1, control=config.control, n_devices=config.n_devices)
     if config.memory is not None and not 2**-10 <= config.memory <= 2**20:
@@ -302,21 +303,25 @@ def check_flags(config: Config) -> None:
         )
     if config.corruption in ("auto", "noise"):
         GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
+        if config.noise_span not in spans:
+            NoiseSpan.parse(config.noise_span, "noise span")
     if config.rule != "mean" and config.direction != "both":
         raise ConfigError(
             f"--rule {config.rule} was given with --direction {config.direction}; both is needed"
         )
     config.reading.check()
     config.question.check(words=(3,))
-    request_of(config)
+    request_of(config, spans=spans)
     if config.select_kind is not None:
-        kinds = [Site.parse(s).kind if "." in s else s for s in config.sites]
+        kinds = [Site.parse(s, spans).kind if "." in s else s for s in config.sites]
         named = [k for k in dict.fromkeys(kinds) if k not in HEAD_KINDS]
         one_of("--select-kind", config.select_kind, named)
 
 
-def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
-    """Return what the flags ask for.
+def request_of(
+    config: Config, layers: Sequence[int] | None = None, spans: Sequence[str] = ()
+) -> Request:
+    """Return what the flags ask for; `spans` are those of own prompts.
 
     Raises:
         ConfigError, SiteError: a word or a number is not accepted.
@@ -334,13 +339,14 @@ def request_of(config: Config, layers: Sequence[int] | None = None) -> Request:
         exact_top=config.exact_top,
         engine=config.engine,
         memory=None if config.memory is None else int(config.memory * 2**30),
+        spans=spans,
     )
 
 
 def main(config: Config) -> Path | None:
     """Trace, and say where the result went."""
     own = own_pairs(config)
-    check_flags(config)
+    check_flags(config, () if own is None else own.spans)
     group = _Group(config)
     quiet = config.run.quiet or not group.first
     say: Callable[..., None] = (lambda *p: None) if quiet else (lambda *p: print(*p, flush=True))
@@ -385,6 +391,7 @@ def prepare(
     """
     examples: Examples | PromptPairs
     examples = read_data(config) if own is None else drawn(own, config)
+    spans = () if own is None else own.spans
     if group.first:
         tell_left_out(examples)
     m = config.model
@@ -398,13 +405,13 @@ def prepare(
         )
     for site in config.sites:
         if "." in site:
-            base.check_site(Site.parse(site))
+            base.check_site(Site.parse(site, spans))
     model, adapter = adapted(config, base)
     merged = f", adapter {adapter}" if adapter else ""
     more = f" ({examples.ambiguous} with an aspect that stands twice)" if examples.ambiguous else ""
     say(f"{len(examples)} examples from {examples.source}{more}; {model}{merged}")
     pairs = pairs_of(config, model, examples)
-    p = plan(model, pairs, request_of(config, layers))
+    p = plan(model, pairs, request_of(config, layers, spans))
     for line in before.lines(p, config.direction, config.adjustment):
         say(line)
     return Task(config, examples, base, model, adapter, p, before.warnings(p, examples))

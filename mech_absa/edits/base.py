@@ -168,7 +168,7 @@ class Where:
     """
 
     def __init__(self, tokens: Tokens):
-        self.roles = tokens.roles
+        self.roles, self.vocabulary = tokens.roles, tokens.vocabulary
         self._indices: dict[tuple[str | int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def index(self, at: str | int | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -188,7 +188,8 @@ class Where:
     def mask(self, at: str | int) -> Tensor:
         """Return the same tokens as a mask [batch pos]."""
         if isinstance(at, str):
-            return torch.isin(self.roles, torch.tensor(role_indices(at), device=self.roles.device))
+            wanted = torch.tensor(role_indices(at, self.vocabulary), dtype=torch.long)
+            return torch.isin(self.roles, wanted.to(self.roles.device))
         inside = self.roles >= 0
         n = inside.sum(1, keepdim=True)
         place = torch.full_like(n, at) if at >= 0 else n + at

@@ -52,7 +52,15 @@ from ..metrics import Metric, foil_indices, get_metric
 from ..model import Model
 from ..model.hooks import capture, hook_point, hooked_at
 from ..model.pieces import rows_of
-from ..patch.pairs import Pairs, Runs, by_length, make_runs
+from ..patch.pairs import (
+    Pairs,
+    Runs,
+    answer_ids,
+    by_length,
+    columns_of,
+    make_runs,
+    own_labels,
+)
 from ..scoring import by_label, positions_read, read_labels
 from ..sites import HEAD_KINDS, Site
 from ..stats import Estimate, bootstrap_statistic
@@ -267,11 +275,6 @@ def _checked(model: Model, pairs: Pairs, metric: str) -> Metric:
             f"metric {metric} reads the whole vocabulary; accepted here: prob, prob_label, logprob or logit_diff"
         )
     pairs.check_model(model)
-    if pairs.verbalizer is None:
-        raise ConfigError(
-            "faithfulness reads the labels of reviews, and these are prompt pairs; make pairs with "
-            "make_pairs"
-        )
     if pairs.corruption.is_ablation:
         raise ConfigError(
             f"pairs by {pairs.corruption.name} have no corrupted run; GaussianNoise or Counterfactual is needed"
@@ -407,8 +410,13 @@ class _Bench:
     ):
         self.model, self.sites, self.mode, self.measure = model, sites, mode, measure
         self.chosen = [pairs[i] for i in rows]
+        continuations = pairs.continuations
+        self.own: Tensor | None = None  # [pair label]: columns of the labels of prompt pairs
+        if self.chosen[0].answers is not None:
+            continuations = (own_labels(self.chosen),)
+            self.own = columns_of(self.chosen, answer_ids(self.chosen))
         self.prepared = [
-            (c, *self._states(make_runs(model, self.chosen, c))) for c in pairs.continuations
+            (c, *self._states(make_runs(model, self.chosen, c))) for c in continuations
         ]
         self.gold = torch.tensor([p.gold for p in self.chosen])
         self.foil = foil_indices(p.foil for p in self.chosen)
@@ -446,6 +454,8 @@ class _Bench:
             parts.append(read_labels(self.model, read, continuation).double().cpu())
         scores = by_label(parts, [prepared[0] for prepared in self.prepared])
         draws = len(scores) // len(self.chosen)
+        if self.own is not None:
+            scores = scores.gather(1, self.own.repeat_interleave(draws, 0))
         value = self.measure(
             scores, self.gold.repeat_interleave(draws), self.foil.repeat_interleave(draws)
         )

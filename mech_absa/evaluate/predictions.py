@@ -353,7 +353,7 @@ def _append(tokens: Tokens, new: Sequence[int]) -> Tokens:
     roles = torch.nn.functional.pad(tokens.roles, (0, 1), value=-1)
     rows = torch.arange(len(tokens))
     ids[rows, torch.tensor(tokens.lengths)] = torch.tensor(list(new))
-    return Tokens(ids, roles, tuple(n + 1 for n in tokens.lengths))
+    return Tokens(ids, roles, tuple(n + 1 for n in tokens.lengths), tokens.vocabulary)
 
 
 # ---- reading what others answered -----------------------------------------------------------------

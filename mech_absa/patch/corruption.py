@@ -23,7 +23,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from ..model import Model
 from ..own import Asked
 from ..prompts import Continuation, Tokenised, Tokens
 from ..scoring import extend
-from ..sites import ROLE_GROUPS, ROLES, role_names
+from ..sites import ROLES, is_span
 from ..words import Choice, shown
 
 if TYPE_CHECKING:
@@ -226,13 +226,18 @@ class GaussianNoise(Corruption):
             raise ConfigError(
                 f"{self.draws} noise draws were asked for; accepted: 1 to {MOST_DRAWS:,}"
             )
-        if self.span in NoiseSpan.words() or self.span not in ROLE_GROUPS:  # no span of own prompts
+        if not self.own_span:
             object.__setattr__(self, "span", NoiseSpan.parse(self.span, "noise span"))
+
+    @property
+    def own_span(self) -> str | None:
+        """Return the named span of own prompts that is noised; None for a `NoiseSpan`."""
+        known = self.span in NoiseSpan.words() or not isinstance(self.span, str)
+        return None if known or not is_span(self.span) else str(self.span)
 
     def sigma(self, model: Model, prompts: Sequence[Tokenised]) -> float:
         """Return `scale` times the standard deviation over the aspects' embeddings."""
-        named = None if self.span in NoiseSpan.words() else str(self.span)
-        return self.scale * aspect_embedding_std(model, prompts, named)
+        return self.scale * aspect_embedding_std(model, prompts, self.own_span)
 
     def first(self, clean: Tokenised, corrupted: Tokenised, sigma: float) -> int:
         """Return the first noised position."""
@@ -276,12 +281,11 @@ def aspect_embedding_std(model: Model, prompts: Sequence[Tokens], span: str | No
     Raises:
         DataError: no prompt has such tokens.
     """
-    named = role_names()[len(ROLES) :]
 
     def places(t: Tokens) -> list[int]:
         if span is not None:
             return t.positions(span)
-        own = [i for role in named for i in t.positions(role)]
+        own = [i for i, role in enumerate(t.roles[0].tolist()) if role >= len(ROLES)]
         return t.positions("query") or t.positions("aspect") or own
 
     ids = [t.ids[0, i] for t in prompts for i in places(t)]
@@ -377,7 +381,7 @@ class AspectSwap(_OtherText):
                     f"{_who(example)}: token {i} differs and is {clean.role_names[i]}; an aspect "
                     "swap may change the aspect in the question only"
                 )
-        return Tokenised(corrupted.ids, clean.roles, corrupted.lengths)
+        return Tokenised(corrupted.ids, clean.roles, corrupted.lengths, clean.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -578,14 +582,15 @@ class MeanAblation(_AblationBase):
     ) -> Source:
         """Return tables of means, one row per role."""
         sums: States = {}
-        counts = torch.zeros(len(role_names()), dtype=torch.float64)
+        n_roles = max(len(p.clean.vocabulary) for p in pairs)
+        counts = torch.zeros(n_roles, dtype=torch.float64)
         for p in pairs:
             states = states_of([p])
             roles = p.clean.roles[0]
             counts.index_add_(0, roles, torch.ones(p.length, dtype=torch.float64))
             for key in kinds:
                 act = states[key][0].double().cpu()
-                zeros = torch.zeros(len(role_names()), *act.shape[1:], dtype=torch.float64)
+                zeros = torch.zeros(n_roles, *act.shape[1:], dtype=torch.float64)
                 sums.setdefault(key, zeros).index_add_(0, roles, act)
         means = {}
         for key, table in sums.items():
@@ -650,6 +655,39 @@ class Resample(_AblationBase):
                 keep = (index < 0).to(own.device).view(-1, *[1] * (own.ndim - 1))
                 out[key] = torch.where(keep, own, moved)  # a role the partner lacks stays as it is
             return out
+
+        return PartnerStates(partner_states)
+
+
+@dataclass(frozen=True)
+class SpanAlignment(_AblationBase):
+    """Put states of a corrupted prompt of another length into the clean run, span by span.
+
+    Each clean token takes the states of its partner in the corrupted prompt (`Pair.partner`). What
+    is patched is the clean run, so the direction is noise. `prompt_pairs` takes this corruption by
+    itself where a pair's prompts have other lengths.
+
+    Example:
+        >>> SpanAlignment().changes_text
+        True
+    """
+
+    word: ClassVar[str] = "spans"
+    changes_text: ClassVar[bool] = True
+
+    def align(self, clean: Tokenised, corrupted: Tokenised, example: Asked) -> Tokenised:
+        """Return the corrupted prompt; `Pair.partner` says what lines up."""
+        return corrupted
+
+    def source(
+        self, pairs: Sequence[Pair], kinds: set[tuple[int, str]], states_of: StatesOf
+    ) -> Source:
+        """Return the states of each token's partner."""
+
+        def partner_states(p: Pair) -> States:
+            theirs = states_of([replace(p, clean=p.corrupted, partner=None)])
+            index = torch.tensor(p.partner)
+            return {key: theirs[key][0][index.to(theirs[key].device)] for key in kinds}
 
         return PartnerStates(partner_states)
 

@@ -182,7 +182,7 @@ class ImportanceMap:
             )
         by = "role" if "role" in rows else "position"
         grid = rows.pivot_table(index=by, columns="layer", values=column, aggfunc="mean", sort=True)
-        return grid.reindex(in_reading_order(grid.index)) if by == "role" else grid
+        return grid.reindex(in_reading_order(rows[by])) if by == "role" else grid
 
     def save(self, path: str | Path) -> None:
         """Write `importance.csv`."""

@@ -71,7 +71,7 @@ def role_spans(pair: Pair) -> list[Span]:
     names = pair.clean.role_names
     return [
         Span(tuple(i for i, name in enumerate(names) if name == role), role)
-        for role in in_reading_order(set(names))
+        for role in in_reading_order(names)
     ]
 
 

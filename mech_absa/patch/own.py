@@ -9,23 +9,31 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import AlignmentError, ConfigError, DataError, PromptError, PromptTooLong
+from ..errors import ConfigError, DataError, PromptError, PromptTooLong
 from ..examples import Span
 from ..model import Model
 from ..own import PromptPair, PromptPairs
 from ..prompts import Continuation, Tokenised, answer_id, encode_text
 from ..scoring import label_scores
+from ..sites import ROLES, vocabulary
 from ..words import expect
-from .corruption import Corruption, Counterfactual, GaussianNoise, as_corruption
+from .align import first_difference, partners
+from .corruption import (
+    Corruption,
+    Counterfactual,
+    GaussianNoise,
+    SpanAlignment,
+    as_corruption,
+)
 from .pairs import (
     TOO_LONG,
     Keep,
     Pair,
     Pairs,
-    answer_ids,
     columns_of,
     draw_sd,
     noised_scores,
+    own_labels,
     reason_to_drop,
 )
 
@@ -48,7 +56,8 @@ def prompt_pairs(
     Args:
         model: what is traced.
         pairs: the prompts, their answers, and their named spans.
-        corruption: None runs the corrupted prompts. `GaussianNoise(span="subject")` is ROME's
+        corruption: None runs the corrupted prompts. Where one has another number of tokens, all pairs
+            are aligned by their spans (`SpanAlignment`). `GaussianNoise(span="subject")` is ROME's
             tracing; `mean`, `zero` and `resample` are ablations.
         keep: a `Keep` or its word. The clean answer is right where `answer` is likelier than `foil`.
         limit: stop when this many pairs are kept.
@@ -56,7 +65,8 @@ def prompt_pairs(
         strict: refuse prompts that are longer than the model reads, instead of dropping them.
 
     Raises:
-        AlignmentError: a corrupted prompt has another number of tokens; says where they part.
+        AlignmentError: a corrupted prompt has another number of tokens, and differs outside the spans
+            too; says where they part.
         PromptError: an answer is no single token, or a span has no token of its own.
         ConfigError: an argument is not accepted.
         DataError: no pair is left.
@@ -97,9 +107,11 @@ class _Maker:
     def __init__(self, model: Model, corruption: Corruption, keep: Keep, batch_size: int):
         self.model, self.corruption, self.keep = model, corruption, keep
         self.batch_size = batch_size
+        self.vocabulary: tuple[str, ...] = ROLES
 
     def make(self, pairs: PromptPairs, limit: int | None, strict: bool) -> Pairs:
         dropped: Counter[str] = Counter()
+        self.vocabulary = vocabulary(pairs.spans)
         prompts = []
         for p in pairs:
             try:
@@ -109,9 +121,10 @@ class _Maker:
                     raise
                 dropped[TOO_LONG] += 1
         sigma = self.corruption.sigma(self.model, [t for _, t in prompts]) if prompts else 0.0
+        made = self.aligned([self.pair(p, clean, sigma) for p, clean in prompts])
         kept: list[Pair] = []
         considered = sum(dropped.values())
-        for pair in self.scored([self.pair(p, clean, sigma) for p, clean in prompts]):
+        for pair in self.scored(made):
             if limit is not None and len(kept) == limit:
                 break
             considered += 1
@@ -140,7 +153,9 @@ class _Maker:
         )
 
     def prompt(self, pair: PromptPair, text: str, spans: Mapping[str, Span]) -> Tokenised:
-        tokens = encode_text(text, spans, self.model.tokenizer, self.model.bos, pair.id)
+        tokens = encode_text(
+            text, spans, self.model.tokenizer, self.model.bos, pair.id, self.vocabulary
+        )
         if tokens.length > self.model.n_ctx:
             raise PromptTooLong(
                 f"the prompt of {pair.id!r} has {tokens.length} tokens; {self.model.name} reads "
@@ -149,30 +164,43 @@ class _Maker:
         return tokens
 
     def pair(self, own: PromptPair, clean: Tokenised, sigma: float) -> Pair:
-        corrupted = clean
-        if self.corruption.changes_text:
-            corrupted = self.aligned(own, clean)
-        elif isinstance(self.corruption, GaussianNoise) and not self.corruption.positions(clean):
+        """Return a pair; one of two lengths has its partners, and is to be aligned by spans."""
+        c, corrupted, partner = self.corruption, clean, None
+        if c.changes_text:
+            corrupted = self.corrupted(own)
+            if corrupted.length == clean.length:
+                ids, lengths = corrupted.ids, corrupted.lengths
+                corrupted = Tokenised(ids, clean.roles, lengths, clean.vocabulary)
+            else:
+                c, partner = (
+                    SpanAlignment(),
+                    partners(own.id, clean, corrupted, self.model.tokenizer),
+                )
+        elif isinstance(c, GaussianNoise) and not c.positions(clean):
             raise ConfigError(
-                f"noise on {str(self.corruption.span)!r} was asked for, and the prompt of {own.id!r} "
+                f"noise on {str(c.span)!r} was asked for, and the prompt of {own.id!r} "
                 "has no such tokens; name a span of the prompt, or all"
             )
-        first = self.corruption.first(clean, corrupted, sigma)
         tokenizer = self.model.tokenizer
         answers = [answer_id(tokenizer, own.clean, a, own.id) for a in (own.answer, own.foil)]
         if answers[0] == answers[1]:
             raise PromptError(
                 f"answer {own.answer!r} and foil {own.foil!r} of {own.id!r} are the same token"
             )
+        first = (
+            c.first(clean, corrupted, sigma)
+            if partner is None
+            else first_difference(clean, corrupted)
+        )
         return Pair(
-            own, clean, corrupted, 0, 1, self.corruption, sigma, first, answers=tuple(answers)
+            own, clean, corrupted, 0, 1, c, sigma, first, answers=tuple(answers), partner=partner
         )
 
-    def aligned(self, own: PromptPair, clean: Tokenised) -> Tokenised:
-        """Return the corrupted prompt with the roles of the clean one, token by token.
+    def corrupted(self, own: PromptPair) -> Tokenised:
+        """Return the tokens of the corrupted prompt.
 
         Raises:
-            AlignmentError: it has another number of tokens.
+            DataError: there is none.
         """
         if own.corrupted is None:
             raise DataError(
@@ -181,19 +209,17 @@ class _Maker:
                 own.source or None,
                 own.line or None,
             )
-        corrupted = self.prompt(own, own.corrupted, {})
-        a, b = clean.token_ids, corrupted.token_ids
-        if len(a) != len(b):
-            i = next(
-                (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                min(len(a), len(b)),
-            )
-            texts = [self.model.tokenizer.decode(list(ids[i : i + 1])) for ids in (a, b)]
-            raise AlignmentError(
-                f"{own.id}: the clean prompt has {len(a)} tokens and the corrupted one {len(b)}; they "
-                f"part at token {i}, {texts[0]!r} and {texts[1]!r}; both need as many tokens"
-            )
-        return Tokenised(corrupted.ids, clean.roles, corrupted.lengths)
+        return self.prompt(own, own.corrupted, {})
+
+    def aligned(self, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs; where one is aligned by spans, all are, so that they can be averaged."""
+        if all(p.partner is None for p in pairs):
+            return pairs
+        self.corruption = SpanAlignment()
+        return [
+            replace(p, corruption=self.corruption, partner=p.partner or tuple(range(p.length)))
+            for p in pairs
+        ]
 
     def scored(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Return the pairs with the scores of answer and foil in both runs."""
@@ -204,7 +230,7 @@ class _Maker:
         if self.corruption.changes_text:
             corrupted = [s[None] for s in self.scores(pairs, [p.corrupted for p in pairs])]
         elif not self.corruption.is_ablation:
-            corrupted = [noised_scores(self.model, p, (_labels([p]),)) for p in pairs]
+            corrupted = [noised_scores(self.model, p, (own_labels([p]),)) for p in pairs]
         return [
             replace(p, clean_scores=a, corrupted_scores=b)
             for p, a, b in zip(pairs, clean, corrupted, strict=True)
@@ -213,15 +239,9 @@ class _Maker:
     def scores(
         self, pairs: Sequence[Pair], prompts: Sequence[Tokenised]
     ) -> Float[Tensor, "pair label"]:
-        labels = _labels(pairs)
+        labels = own_labels(pairs)
         scores = label_scores(self.model, prompts, (labels,), batch_size=self.batch_size)
         return scores.gather(1, columns_of(pairs, [ids[0] for _, ids in labels.labels]))
-
-
-def _labels(pairs: Sequence[Pair]) -> Continuation:
-    """Return the run that scores the answers and foils of all these pairs."""
-    ids = answer_ids(pairs)
-    return Continuation((), tuple((i, (token,)) for i, token in enumerate(ids)))
 
 
 __all__ = ["ANSWER_AND_FOIL", "prompt_pairs"]

@@ -33,6 +33,7 @@ from ..scoring import (
     read_labels,
     room_for,
 )
+from ..sites import spans_of
 from ..words import Choice, expect
 from .corruption import (
     AspectSwap,
@@ -41,6 +42,7 @@ from .corruption import (
     GaussianNoise,
     Lexicon,
     MeanAblation,
+    NoiseSpan,
     OpinionSwap,
     Resample,
     ZeroAblation,
@@ -82,6 +84,8 @@ class Pair:
         corrupted_scores: the same, `[draw label]`; None for ablations, which have no corrupted run.
         answers: token ids of answer and foil, which are the two labels of a prompt pair; None where
             all pairs share the labels of a verbalizer.
+        partner: the token of the corrupted prompt that each clean token is aligned with; None where
+            both stand at the same position.
 
     Raises:
         AlignmentError: the two prompts do not line up.
@@ -107,6 +111,7 @@ class Pair:
     clean_scores: Float[Tensor, " label"] | None = None
     corrupted_scores: Float[Tensor, "draw label"] | None = None
     answers: tuple[int, ...] | None = None
+    partner: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.corrupted is not self.clean:
@@ -121,6 +126,12 @@ class Pair:
     def length(self) -> int:
         """Return the number of tokens of the prompt."""
         return self.clean.length
+
+    @property
+    def source_ids(self) -> tuple[int, ...]:
+        """Return the token of the corrupted prompt that each clean token is aligned with."""
+        ids = self.corrupted.token_ids
+        return ids if self.partner is None else tuple(ids[i] for i in self.partner)
 
     @property
     def draws(self) -> int:
@@ -234,6 +245,11 @@ class Pairs(Sequence[Pair]):
         return len({p.example.cluster for p in self.items})
 
     @property
+    def spans(self) -> list[str]:
+        """Return the named spans of own prompts, whose roles sites may name; none for reviews."""
+        return spans_of(role for p in self.items for role in p.clean.vocabulary)
+
+    @property
     def labels(self) -> list[str]:
         """Return the words of the labels; `answer` and `foil` for prompt pairs."""
         if self.verbalizer is None:
@@ -338,9 +354,12 @@ def make_pairs(
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} pairs was given; it must be 1 or more")
     template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
+    chosen = as_corruption(corruption)
+    if isinstance(chosen, GaussianNoise) and chosen.own_span is not None:
+        NoiseSpan.parse(chosen.span, "noise span")  # reviews have no spans of that name
     maker = _Maker(
         model,
-        as_corruption(corruption),
+        chosen,
         template,
         verbalizer,
         verbalizer.continuations(model.tokenizer, template),
@@ -504,6 +523,11 @@ def reason_to_drop(pair: Pair, keep: Keep) -> str | None:
 def answer_ids(pairs: Sequence[Pair]) -> list[int]:
     """Return the tokens of answers and foils of prompt pairs, each once, in order."""
     return list(dict.fromkeys(token for p in pairs for token in p.answers or ()))
+
+
+def own_labels(pairs: Sequence[Pair]) -> Continuation:
+    """Return the run that scores the answers and foils of all these prompt pairs."""
+    return Continuation((), tuple((i, (token,)) for i, token in enumerate(answer_ids(pairs))))
 
 
 def columns_of(pairs: Sequence[Pair], ids: Sequence[int]) -> Int[Tensor, "pair label"]:

@@ -24,7 +24,7 @@ from ..metrics import Metric, foil_indices
 from ..model import Model
 from ..prompts import Continuation
 from ..records import About
-from ..sites import Site, in_reading_order, role_index, role_indices, role_names
+from ..sites import Site, in_reading_order, roles_at
 from ..words import expect
 from . import gradients, loop, wave
 from .corruption import Source, States, ZeroStates
@@ -492,7 +492,7 @@ def _is_at(span: Span, at: str | int, length: int) -> bool:
     if span.role.startswith(CONTROL):
         return True
     if isinstance(at, str):
-        return role_index(span.role) in role_indices(at)
+        return at == "all" or span.role in roles_at(at)
     return span.position == (at if at >= 0 else at + length)
 
 
@@ -542,13 +542,14 @@ def metric_of(metric: Metric, scores: Tensor, gold: Tensor, foil: Tensor) -> Ten
 
 def changed_roles(pairs: Pairs) -> list[str]:
     """Return the roles of tokens that the corrupted texts change; none where texts stay."""
-    changed = {
+    changed = [
         role
         for q in pairs
         if q.corruption.changes_text
-        for role in q.clean.roles[q.clean.ids != q.corrupted.ids].tolist()
-    }
-    return in_reading_order(role_names()[role] for role in changed)
+        for role, x, y in zip(q.clean.role_names, q.clean.token_ids, q.source_ids, strict=True)
+        if x != y
+    ]
+    return in_reading_order(changed)
 
 
 __all__ = ["Plan", "changed_roles", "default_memory", "gold_and_foil", "metric_of", "plan"]

@@ -124,8 +124,9 @@ class Request:
         exact_top: int = 0,
         engine: str = "wavefront",
         memory: int | float | None = None,
+        spans: Sequence[str] = (),
     ) -> Request:
-        """Return a checked request; arguments as in `trace`.
+        """Return a checked request; arguments as in `trace`, and the named spans of own prompts.
 
         Raises:
             ConfigError, SiteError: the first argument that is not accepted.
@@ -144,7 +145,7 @@ class Request:
         if top and way is Method.EXACT:
             raise ConfigError("exact_top was given with method exact, which computes every cell")
         return cls(
-            sites=parse_sites(sites),
+            sites=parse_sites(sites, spans),
             layers=None if layers is None else tuple(whole("a layer", n, least=0) for n in layers),
             by=By.parse(by, "by"),
             metric=get_metric(metric),
@@ -159,8 +160,8 @@ class Request:
         )
 
 
-def parse_sites(sites: object) -> tuple[str | Site, ...]:
-    """Return kinds as words and single sites as `Site`.
+def parse_sites(sites: object, spans: Sequence[str] = ()) -> tuple[str | Site, ...]:
+    """Return kinds as words and single sites as `Site`; `spans` are those of own prompts.
 
     Raises:
         SiteError: a word is neither a kind nor a site.
@@ -175,7 +176,7 @@ def parse_sites(sites: object) -> tuple[str | Site, ...]:
     parsed: list[str | Site] = []
     for site in sites:
         if isinstance(site, str):
-            parsed.append(Site.parse(site) if "." in site else site)
+            parsed.append(Site.parse(site, spans) if "." in site else site)
         elif isinstance(site, Site):
             parsed.append(site)
         else:

@@ -221,7 +221,7 @@ def select(
     """
     kind, layers, width = _checked(importance, kind, width)
     rows = importance.table[importance.table["kind"] == kind]
-    present = in_reading_order(set(rows["role"]))
+    present = in_reading_order(rows["role"])
     left_out = {control} if roles else {control, "answer", *importance.changed_roles}
     wanted = [r for r in (roles or present) if r in present and r not in left_out]
     named = [r for r in present if r not in ROLES]

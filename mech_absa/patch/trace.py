@@ -93,6 +93,7 @@ def trace(
         exact_top=exact_top,
         engine=engine,
         memory=memory,
+        spans=pairs.spans if isinstance(pairs, Pairs) else (),
     )
     p = plan(model, pairs, request)
     checks = self_check(p) if check and request.method == Method.EXACT else {}

@@ -16,7 +16,7 @@ import pandas as pd
 from ..errors import ConfigError, DataError
 from ..records import About, atomic, read_json, read_table, write_json
 from ..schemas import ABOUT
-from ..sites import HEAD_KINDS, Site, add_spans, in_reading_order, spans_of
+from ..sites import HEAD_KINDS, Site, in_reading_order
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,7 +105,7 @@ class Traced:
             {k: i for i, k in enumerate(self.frame["kind"].unique())}
         )
         cells["_by"] = (
-            cells[by].map({r: i for i, r in enumerate(in_reading_order(set(cells[by])))})
+            cells[by].map({r: i for i, r in enumerate(self._roles(set(cells[by])))})
             if by == "role"
             else cells[by]
         )
@@ -113,6 +113,11 @@ class Traced:
         cells = cells.loc[order, keys].reset_index(drop=True)
         cells = cells.astype({"kind": str, **({"role": str} if by == "role" else {})})
         return table.to_numpy(dtype=float)[order].T, with_absent(cells)
+
+    def _roles(self, present: set[str]) -> list[str]:
+        """Return roles in reading order; named spans in the order of the prompts."""
+        told = [role for roles in self.pairs["roles"] for role in roles if role in present]
+        return in_reading_order([*told, *sorted(present)])
 
     def matched(self, cells: pd.DataFrame) -> np.ndarray | None:
         """Return the control of each cell of a map by role, `[pair cell]`: as many template tokens.
@@ -167,7 +172,6 @@ class Traced:
                 )
         about: About = read_json(folder / "about.json", ABOUT, DataError)
         pairs = read_frame(folder / "pairs.parquet")
-        add_spans(spans_of(role for roles in pairs["roles"] for role in roles))
         if (about.get("kept") or 0) > len(pairs):
             about["excerpt_of"] = about["kept"]
         controls = folder / "controls.parquet"

@@ -130,7 +130,7 @@ def place_column(table: pd.DataFrame) -> str:
 def places_of(table: pd.DataFrame) -> list[Any]:
     """Return the roles in reading order, or the positions in order."""
     by = place_column(table)
-    present = set(table[by])
+    present = table[by].unique()
     return in_reading_order(present) if by == "role" else sorted(present)
 
 

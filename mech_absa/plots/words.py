@@ -48,12 +48,14 @@ def corruption_words(about: About) -> str:
         "Counterfactual": "minimal edit of the text with another polarity",
         "ZeroAblation": "states replaced by zero",
         "Resample": "states replaced by those of another example",
+        "SpanAlignment": "another prompt, aligned by named spans",
     }.get(name, name or "unknown corruption")
 
 
 def direction_words(about: About) -> str:
     """Say which states were put into which run."""
-    if str(about.get("corruption", "")) in ("MeanAblation", "ZeroAblation", "Resample"):
+    ablations = ("MeanAblation", "ZeroAblation", "Resample", "SpanAlignment")
+    if str(about.get("corruption", "")) in ablations:
         return "noise: states of the clean run are replaced"
     return {
         "denoise": "denoise: clean states restored in the corrupted run",

@@ -75,7 +75,7 @@ def average(table: pd.DataFrame, sites: Iterable[str] = ()) -> dict[str, Any]:
     chosen = set(map(str, sites))
     kinds = []
     for kind, rows in table.groupby("kind", sort=False):
-        present = set(rows[by])
+        present = rows[by].unique()
         places = in_reading_order(present) if by == "role" else sorted(present)
         index = {p: i for i, p in enumerate(places)}
         heads = kind in HEAD_KINDS
@@ -156,8 +156,8 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
         budget: bytes of maps; a random sample of the pairs is kept where all would need more.
         seed: of the sample.
     """
-    pairs, known = run.tables["pairs.parquet"], set(ROLES)
-    roles = in_reading_order(known.union(*pairs["roles"]))
+    pairs = run.tables["pairs.parquet"]
+    roles = in_reading_order([*ROLES, *(role for own in pairs["roles"] for role in own)])
     cells = _Cells(run.tables["effects.parquet"], roles)
     template = str(run.notes["about.json"].get("template") or "")
     sizes = [len(set(r)) if cells.by_role else len(r) for r in pairs["roles"]]

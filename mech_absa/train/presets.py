@@ -30,7 +30,7 @@ from typing import Any, Literal
 from ..edits.base import Part, Shape
 from ..edits.edit import at_rates
 from ..errors import ConfigError, SiteError, choices
-from ..sites import Site, parse_layers, sites_file
+from ..sites import Site, check_role, parse_layers, sites_file
 
 Loss = Literal["labels", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -145,6 +145,7 @@ def range_sites(
         ['L2.resid_post@query.last', 'L3.resid_post@query.last']
     """
     chosen = parse_layers(layers, n_layers) if isinstance(layers, str) else tuple(layers)
+    positions = [check_role(at) if isinstance(at, str) else at for at in positions]
     return [Site(layer, "resid_post", None, at) for layer in chosen for at in positions]
 
 

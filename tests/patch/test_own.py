@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.jobs import tiny
+from support.jobs import EXAMPLES, tiny
 from support.tiny_models import tiny_folder
 from transformer_lens import patching as peer
 
@@ -24,8 +24,10 @@ from mech_absa.errors import (
     PromptTooLong,
     SiteError,
 )
+from mech_absa.evaluate.faithfulness import faithfulness
+from mech_absa.model.hooks import capture, intervene
 from mech_absa.patch.effects import Effects
-from mech_absa.sites import in_reading_order
+from mech_absa.sites import Site, in_reading_order
 
 CLEAN = "the food was great but the staff was"
 CORRUPTED = "the staff was great but the food was"
@@ -104,6 +106,85 @@ def test_effects_are_those_of_transformer_lens(metric):
         grid = mine.pivot(index="layer", columns="position", values="effect").to_numpy()
         np.testing.assert_allclose(grid, (theirs - base).numpy(), atol=1e-6)
         assert abs(grid).max() > 1e-4
+
+
+SHORTER = "the staff was great but the staff was"
+"""One token less than `CLEAN`, in the span `first`."""
+
+
+def test_prompts_of_other_lengths_are_aligned_by_spans():
+    """Every cell by hand: the state of the aligned token of the corrupted prompt, put into the clean run."""
+    model = tiny("gpt2")
+    pairs = made(pair(id="a", corrupted=SHORTER), pair(id="b"))
+    own, equal = pairs
+    assert own.length == own.corrupted.length + 1 == equal.length
+    assert own.partner[:5] == (0, 1, 2, 2, 3) and own.partner[-1] == own.corrupted.length - 1
+    assert equal.partner == tuple(range(equal.length)) and own.first == equal.first == 2
+    for engine in ("wavefront", "loop"):
+        effects = ma.trace(model, pairs, ["resid_pre"], metric="logit_diff", engine=engine)
+        assert effects.about["direction"] == "noise"
+        for p in pairs:
+            answer, foil = p.answers
+
+            def value(logits: torch.Tensor, answer: int = answer, foil: int = foil) -> float:
+                return float(logits[0, -1, answer] - logits[0, -1, foil])
+
+            mine = effects.frame[effects.frame["example_id"] == p.id].set_index(
+                ["layer", "position"]
+            )
+            with torch.inference_mode():
+                base = value(model.forward(p.clean.ids))
+                for layer in range(model.n_layers):
+                    site = Site(layer, "resid_pre")
+                    with capture(model, [site]) as seen:
+                        model.forward(p.corrupted.ids)
+                    for at, partner in enumerate(p.partner):
+
+                        def put(
+                            x: torch.Tensor,
+                            at: int = at,
+                            state: torch.Tensor = seen[site][0, partner],
+                        ) -> torch.Tensor:
+                            return torch.cat([x[:, :at], state.expand(1, 1, -1), x[:, at + 1 :]], 1)
+
+                        with intervene(model, {site: put}):
+                            effect = base - value(model.forward(p.clean.ids))
+                        assert mine["effect"][layer, at] == pytest.approx(effect, abs=1e-5)
+            assert mine["effect"].abs().max() > 1e-3
+    by_role = ma.trace(model, pairs[:1], ["mlp_out"], by="role", metric="logit_diff")
+    assert by_role.about["changed_roles"] == ["first.first", "first.last"]
+
+
+def test_spans_belong_to_their_pairs_alone():
+    """Two tasks with other spans in one process: neither knows the other's roles."""
+    cities, facts = (made(pair(spans={name: "food"})) for name in ("city", "subject"))
+    assert (cities.spans, facts.spans) == (["city"], ["subject"])
+    for pairs, known, unknown in ((cities, "city", "subject"), (facts, "subject", "city")):
+        frame = ma.trace(tiny("gpt2"), pairs, [f"L0.mlp_out@{known}.last"]).frame
+        assert set(frame["role"]) == {f"{known}.last"}
+        with pytest.raises(SiteError, match=f"unknown role '{unknown}"):
+            ma.trace(tiny("gpt2"), pairs, [f"L0.mlp_out@{unknown}.last"])
+    with pytest.raises(SiteError, match="unknown role 'city"):
+        Site.parse("L0.mlp_out@city.last")
+    with pytest.raises(ConfigError, match="unknown noise span 'city'"):
+        ma.make_pairs(tiny("gpt2"), EXAMPLES, ma.GaussianNoise(span="city"))
+    both = ma.Tokens.stack([facts[0].clean, cities[0].clean])
+    assert both.positions("city", row=1) == facts[0].clean.positions("subject")
+    assert both.positions("city", row=0) == [] != both.positions("subject", row=0)
+
+
+@pytest.mark.parametrize("corruption", [None, ma.GaussianNoise(span="first", draws=2)])
+def test_faithfulness_reads_the_answers_of_each_pair(corruption):
+    """With the last layer's stream ablated, the run is the corrupted one; with nothing, the clean one."""
+    model, pairs = tiny("gpt2"), made(corruption=corruption)
+    ranking = [(Site(model.n_layers - 1, "resid_post"), 1.0)]
+    curve = faithfulness(model, pairs, ranking, mode="ablate", randoms=0, draws=5)
+    clean = np.mean([float(p.clean_scores[0] - p.clean_scores[1]) for p in pairs])
+    corrupted = np.mean(
+        [float((p.corrupted_scores[:, 0] - p.corrupted_scores[:, 1]).mean()) for p in pairs]
+    )
+    assert abs(clean - corrupted) > 1e-3
+    np.testing.assert_allclose(curve.metric_mean, [clean, corrupted], atol=1e-5)
 
 
 def test_noise_on_a_span_changes_the_embeddings_of_the_span_alone():
@@ -225,7 +306,17 @@ MISTAKES = {
     "other length": (
         {"corrupted": "the staff was very great but the food was"},
         AlignmentError,
-        "a: the clean prompt has .* and the corrupted one .*; they part at token 2, ' f' and ' staff'",
+        "a: the clean prompt has .* and the corrupted one .*; outside the named spans, they part at token [0-9]+, 'g' and 'v'",
+    ),
+    "other length, no spans": (
+        {"corrupted": "the staff was great but the staff was", "spans": {}}, AlignmentError, "one 12; they part at token 2, ' f' and ' staff'",
+    ),
+    "touching spans": (
+        {"corrupted": "the staff was great but the staff was", "spans": {"a": "food", "b": "was great"}}, AlignmentError, "'a' and 'b', which touch",
+    ),
+    "two ways": (
+        {"clean": "the food was great but", "corrupted": "the staff was great but the food was great but",
+         "spans": {"a": "food", "b": "great"}}, AlignmentError, "in several ways",
     ),
     "long answer": ({"answer": " food"}, PromptError, "' food' of 'a' is 2 tokens, and one is needed; its first is ' f'"),
     "melting answer": ({"clean": CLEAN + " ", "corrupted": CORRUPTED + " ", "answer": "food"}, PromptError, "melts into"),

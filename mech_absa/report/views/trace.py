@@ -235,7 +235,7 @@ def _role_lines(rows: pd.DataFrame, highlight: int) -> list[Line]:
     peak = peak[peak > 0.05 * peak.max()].sort_values(ascending=False, kind="stable")
     bright = set(peak.index[:highlight])
     lines = []
-    for role in in_reading_order(set(rows["role"])):
+    for role in in_reading_order(rows["role"]):
         one = rows[rows["role"] == role].sort_values("layer")
         colour, dash = ROLE_STYLES.get(role, ("", "-"))
         look = (COLOURS.index(colour) if colour in COLOURS else 7, ["-", "--", ":"].index(dash))

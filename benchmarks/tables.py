@@ -1,4 +1,4 @@
-"""Write the tables of the simulated studies into `benchmarks/README.md`, from their result files.
+"""Write tables of results into `benchmarks/README.md`, from their result files.
 
     python -m benchmarks.tables
 
@@ -82,11 +82,25 @@ def stability(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def versions(result: dict[str, Any]) -> str:
+    """Return the CPU seconds of two versions of the project, a row per kind of work."""
+    head = ["work", "before, CPU s", "after, CPU s", "after / before", "lowest, highest", "difference of the results"]  # fmt: skip
+    rows = [
+        [
+            result["titles"][r["work"]], f"{r['before']:.3g}", f"{r['after']:.3g}", f"{r['ratio']:.2f}",
+            f"{r['low']:.2f}, {r['high']:.2f}", f"{r['difference']:.0e}",
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "null-maps": ("selection.json", selection),
     "coverage": ("coverage.json", coverage),
     "null-tests": ("coverage.json", null_tests),
     "stability": ("stability.json", stability),
+    "versions": ("versions.json", versions),
 }
 """Name of a table -> its result file, and what makes it."""
 

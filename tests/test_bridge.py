@@ -116,7 +116,9 @@ def test_matrices_and_the_points_around_them_are_those_of_hooked_transformer(arc
         twin = Model(bridge.backend.twin(), bridge.tokenizer, "twin")
         other = Model(hooked.backend.twin(), hooked.tokenizer, "twin")
         for model in (twin, other):
-            model.backend.set_matrix(1, name, W.flip(0), None)  # a norm may follow: 0.5 W does nothing
+            model.backend.set_matrix(
+                1, name, W.flip(0), None
+            )  # a norm may follow: 0.5 W does nothing
         ids = torch.arange(9)[None] + 7
         with torch.inference_mode():
             new, theirs = twin.forward(ids), other.forward(ids)

@@ -13,6 +13,7 @@ for each query head that reads it. An MLP is made of all its matrices. Biases ha
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from .ranking import Pool
 Gradients = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 """(layer, matrix) -> mean gradient and mean squared gradient of the loss."""
 
+_KNOWN: weakref.WeakKeyDictionary[Evidence, Gradients] = weakref.WeakKeyDictionary()
+"""Gradients of evidence that is still in use: four selectors read the same."""
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:
@@ -52,7 +56,14 @@ def loss_gradients(evidence: Evidence) -> Gradients:
     """Return gradients of the loss at every matrix, one example at a time.
 
     The weights stay as they are: gradients are those of a difference D = 0 that is added to each.
+    They are computed once for an evidence.
     """
+    if evidence not in _KNOWN:
+        _KNOWN[evidence] = _gradients(evidence)
+    return _KNOWN[evidence]
+
+
+def _gradients(evidence: Evidence) -> Gradients:
     model = evidence.model
     shape = Shape.of(model)
     places = matrices(range(model.n_layers), *shape.matrices)

@@ -11,6 +11,7 @@ from mech_absa.errors import ConfigError
 from mech_absa.prompts import Verbalizer
 from mech_absa.scoring import label_scores
 from mech_absa.select import Evidence, selector
+from mech_absa.select import weights as pruning
 from mech_absa.select.clusters import cluster_layers, linear_cka
 from mech_absa.select.weights import structures
 from mech_absa.sites import Site
@@ -140,6 +141,18 @@ def test_the_sum_of_S_is_the_slope_of_scaling_a_structure():
     assert model.n_kv_heads < model.n_heads
     torch.testing.assert_close(a[:, width : 3 * width], b[:, width : 3 * width])
     assert not torch.allclose(a[:, :width], b[:, :width])
+
+
+def test_four_selectors_compute_the_gradients_once(monkeypatch):
+    computed = []
+    compute = pruning._gradients
+    monkeypatch.setattr(pruning, "_gradients", lambda e: computed.append(e) or compute(e))
+    seen, other = evidence("gpt2"), evidence("gpt2")
+    for name in ("taylor1", "taylor2", "saap", "fluctuation"):
+        selector(name)(seen)
+    assert computed == [seen]
+    selector("taylor1")(other)
+    assert computed == [seen, other]
 
 
 def test_gradients_leave_the_weights_alone():

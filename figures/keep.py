@@ -34,7 +34,7 @@ def keep_map(plan: Plan, work: Path, results: Path) -> None:
 
 def keep_trace(plan: Plan, work: Path, results: Path) -> None:
     """Keep the same, and one pair word by word: the one with the median total effect."""
-    keep_map(study, work, results)
+    keep_map(plan, work, results)
     effects = Effects.load(work / plan.steps[0].name)
     typical = effects.total.sort_values(kind="stable").index[(len(effects.total) - 1) // 2]
     frame = effects.frame[

@@ -6,6 +6,7 @@ import pandas as pd
 
 from mech_absa import plots
 
+from . import charts
 from .study import Shown, Study, best, cell, sentence, shows
 from .tables import NONE, Table
 
@@ -163,3 +164,91 @@ def _accuracy(row: pd.Series) -> str:
         f"{100 * row['accuracy']:.1f} [{100 * row['accuracy_low']:.1f}, "
         f"{100 * row['accuracy_high']:.1f}]"
     )
+
+
+# ---- the edit at places --------------------------------------------------------------------------
+
+PLACES = {
+    "zero_shot": "unedited, the paper's wording", "best_wording": "unedited, best wording", "traced": "traced layers {}",
+    "paper": "the paper's layers {}", "random": "random layers {}", "last": "last layers {}", "first": "first layers {}",
+    "all": "all layers {}", "lora all": "LoRA, all layers {}", "traced, last token": "traced layers {}, LoReFT at the last token",
+    "traced, a word": "traced layers {}, LoReFT at a word of the sentence",
+}  # fmt: skip
+"""Places of the edit in words."""
+FILES = ("device", "laptop", "restaurant", "service")
+SMALLER = (
+    "Smaller than the paper's protocol: one training set from all four domains, a sample of each "
+    "test file, one epoch, two learning rates."
+)
+
+
+def _placed(study: Study) -> pd.DataFrame:
+    """Return places.csv with names in words that hold the layers."""
+    table = study.table("places.csv")
+    words = [PLACES[r["place"]].format(r["layers"]) for _, r in table.iterrows()]
+    return table.assign(words=words)
+
+
+@shows("table_smollm2_places", "SmolLM2: the paper's edit at places", "smollm2/places")
+def places(study: Study) -> Shown:
+    """Tabulate accuracy by place and file, and the difference from the traced layers."""
+    table = _placed(study)
+    rows = [
+        (
+            row["words"], NONE if pd.isna(row["rate"]) else f"{row['rate']:g}", f"{int(row['parameters']):,}",
+            str(int(row["seeds"])), *(f"{100 * row[f]:.1f}" for f in FILES), _accuracy(row),
+            NONE if pd.isna(row["minus_traced"]) else _points(row),
+        )
+        for _, row in table.iterrows()
+    ]  # fmt: skip
+    head = ("place", "rate", "parameters", "seeds", *FILES, "mean", "minus traced")
+    caption = f"Accuracy in percent and differences in points. {SMALLER} {study.source}"
+    return Shown(Table(caption, "tab:smollm2-places", head, (("", tuple(rows)),)), _outcome(study))
+
+
+def _points(row: pd.Series) -> str:
+    """Return a difference from the traced layers in points, with its interval."""
+    value, low, high = (100 * row[c] for c in ("minus_traced", "minus_low", "minus_high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _outcome(study: Study) -> str:
+    """Say which places differ from the traced layers, by the measure that was fixed before."""
+    table = _placed(study)
+    trained = table[(table["parameters"] > 0) & table["minus_traced"].notna()]
+    parts = []
+    for what, chosen in (
+        ("better than the traced layers", trained["minus_low"] > 0),
+        ("worse", trained["minus_high"] < 0),
+        ("no difference shown", (trained["minus_low"] <= 0) & (trained["minus_high"] >= 0)),
+    ):
+        rows = [f"{r['words']} {_points(r)}" for _, r in trained[chosen].iterrows()]
+        parts.append(f"{what}: {', '.join(rows) or 'none'}")
+    traced = table[table["place"] == "traced"].iloc[0]
+    done = study.run["trainings"]
+    return (
+        f"The traced layers ({traced['layers']}) reach {_accuracy(traced)} %. Differences from them in "
+        f"points, with intervals over test sentences: {sentence(parts)} {done['done']} of "
+        f"{done['planned']} trainings are done. {SMALLER}"
+    )
+
+
+@shows("smollm2_places", "SmolLM2, Figures 4 and 5: which layers and which token", "smollm2/places")
+def places_drawn(study: Study) -> Shown:
+    """Draw accuracy by place, with single seeds."""
+    table, answers = _placed(study), study.table("answers.csv")
+    single = {
+        name: [
+            float((answers[c] == answers["gold"]).mean())
+            for c in answers.columns[3:]
+            if c.partition("/")[0] == name
+        ]
+        for name in table["place"]
+    }
+    figure = charts.dots(
+        table.assign(single=table["place"].map(single)), place="words", title="The paper's edit at places of SmolLM2-135M",
+        note=f"{study.note}{plots.SEPARATOR}bars: 95 % intervals by sentence; faint: single seeds",
+    )  # fmt: skip
+    order = table.sort_values("accuracy", ascending=False, kind="stable")
+    ranked = "; ".join(f"{r['words']} {100 * r['accuracy']:.1f}" for _, r in order.iterrows())
+    return Shown(figure, f"Accuracy in percent over the four test files, best first: {ranked}.")

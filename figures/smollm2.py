@@ -35,20 +35,21 @@ from mech_absa.readers import write_jsonl
 from mech_absa.records import write_json
 from mech_absa.stats import cluster_bootstrap
 
+from . import smollm2_places
 from .interaction import interaction_table
-from .keep import keep_map, keep_matrix, record, scrubbed, write_table
-from .plan import MATRIX, PATCH, ROOT, Plan, Step, flags, near, trace_step
+from .keep import keep_map, record, scrubbed, write_table
+from .plan import PATCH, ROOT, Plan, Step, flags, near, trace_step
 from .reproduce import Config as Reproduce
 from .reproduce import Runner
 from .smollm2_adapter import DOMAINS, file, split
 
-EVALUATE = "mech_absa.evaluate"
+EVALUATE, PLACES = "mech_absa.evaluate", "figures.smollm2_places"
 MODEL = "smollm2"
 MAMS_ROWS, DOMAIN_ROWS = 600, 400
 """Rows that the adapter was trained on, of MAMS and of each domain."""
 KINDS = ("resid_post", "attn_out", "mlp_out")
-SECONDS = {"trace": 9.0, "test": 0.5, "training": 1.5}
-"""Seconds of one core for a pair in one direction, a test row, and a training row."""
+SECONDS = {"trace": 9.0, "test": 0.5}
+"""Seconds of one core for a pair in one direction and for a test row."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Sizes:
     """Pairs of the trace of `aspect-swap`, where all that stands before the question is 0."""
     noise: int = 60
     """Pairs of the trace with noise, which costs five times as much for each."""
-    opinion: int = 20
+    opinion: int = 24
     """Pairs of the trace of `opinion-swap`."""
     words: int = 30
     """Longest sentence that is traced."""
@@ -90,13 +91,19 @@ class Sizes:
     """Rows of each kind from which pairs are taken."""
     test: int = 200
     """Rows of each test file."""
-    train: int = 200
+    train: int = 40
     """Training rows a domain of the edits."""
-    edit_test: int = 150
+    held: int = 16
+    """Validation rows a domain of the edits."""
+    edit_test: int = 50
     """Test rows a domain of the edits."""
+    seeds: int = 2
+    """Trainings of each place."""
 
 
-FAST = Sizes(pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=8, edit_test=4)
+FAST = Sizes(
+    pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1
+)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def studies(data: Path, work: Path, sizes: Sizes) -> list[Plan]:
         *(traces(work, sizes, name) for name in ("aspect_swap", "noise", "opinion_swap")),
         accuracy(data, sizes),
         *(traces(work, sizes, name, "noise") for name in ("aspect_swap", "opinion_swap")),
-        edits(data, sizes),
+        places(data, sizes),
     ]
 
 
@@ -175,7 +182,7 @@ def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> P
             "lexicon": str(rows / "lexicon.jsonl"),
         },
     }  # fmt: skip
-    given = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role"}
+    given = {"model": MODEL, "data": str(rows / f"{name}.jsonl"), "by": "role", "memory": 1}
     step = trace_step("trace", **given, direction=direction, **more[name])
     called = name if direction == "denoise" else f"{name}_{direction}"
     return Plan(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
@@ -192,20 +199,27 @@ def accuracy(data: Path, sizes: Sizes) -> Plan:
     return Plan(f"{MODEL}/accuracy", question, (step,), keep_scores)
 
 
-WHERE = ("sites", "middle", "first", "last", "random")
+def edits(data: Path, sizes: Sizes) -> smollm2_places.Config:
+    """Return what the study of places is asked for."""
+    return smollm2_places.Config(
+        data, train=sizes.train, held=sizes.held, test=sizes.edit_test, seeds=sizes.seeds
+    )
 
 
-def edits(data: Path, sizes: Sizes) -> Plan:
-    """Return the paper's edit at traced and other layers, one seed, one training per domain."""
-    train, test = ([str(file(data, n, part)) for n in DOMAINS] for part in ("train", "test"))
-    words = flags(
-        model=MODEL, train=train, test=test, limit_train=sizes.train, limit_test=sizes.edit_test,
-        methods=("zero_shot", *(f"lora@{w}" for w in WHERE)), seeds=0, validation=0,
-        sites=f"figures/results/{MODEL}/noise/sites.json", rank=8,
-    )  # fmt: skip
-    step = Step("seed0", MATRIX, (*words, "--any-sites", "--quiet"), {})
+def places(data: Path, sizes: Sizes) -> Plan:
+    """Return the paper's edit at traced and other layers, each place at a rate of its own."""
+    asked = edits(near(data), sizes)
+    names = ("data", "train", "held", "test", "seeds")
+    words = flags(**{n: getattr(asked, n) for n in names})
     question = "Does editing at the traced layers answer better than editing elsewhere?"
-    return Plan(f"{MODEL}/edits", question, (step,), keep_matrix)
+    return Plan(f"{MODEL}/places", question, (Step("places", PLACES, words, {}),), keep_places)
+
+
+def keep_places(plan: Plan, work: Path, results: Path) -> None:
+    """Keep the tables of the trainings and of the answers."""
+    for name in ("trainings", "answers", "places"):
+        table = pd.read_csv(work / plan.steps[0].name / f"{name}.csv", keep_default_na=False)
+        write_table(table, results / f"{name}.csv")
 
 
 BANDS = {"0-5": (0, 5), "9-14": (9, 14), "15-20": (15, 20), "24-29": (24, 29)}
@@ -300,8 +314,7 @@ def budget(chosen: list[Plan], sizes: Sizes) -> float:
         elif step.module == EVALUATE:
             seconds += SECONDS["test"] * 2 * sizes.test * (len(DOMAINS) + 1)
         else:
-            each = SECONDS["training"] * sizes.train + SECONDS["test"] * 4 * sizes.edit_test
-            seconds += len(WHERE) * len(DOMAINS) * each
+            seconds += smollm2_places.seconds(edits(Path(), sizes))
     return seconds / 3600
 
 

@@ -531,7 +531,12 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
         and config.noise_draws == 10
         and config.limit == sizes.noise
     )
-    own_command = {"places", "smollm2/accuracy", *(f"smollm2/{name}" for name in smollm2.QUESTIONS)}
+    own_command = {
+        "places",
+        "smollm2/places",
+        "smollm2/accuracy",
+        *(f"smollm2/{name}" for name in smollm2.QUESTIONS),
+    }
     assert {it for item in make.ITEMS for it in (*item.needs, *item.may)} <= {
         s.name for s in studies
     } | own_command

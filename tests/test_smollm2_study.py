@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import pandas as pd
 import pytest
 
 from mech_absa.errors import ConfigError
+from mech_absa.sites import Site
 
 if not (Path(__file__).parents[1] / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 
-from figures import smollm2, smollm2_adapter
+from figures import smollm2, smollm2_adapter, smollm2_places
 
 
 def rows(n: int, words: int = 3) -> list[dict[str, str]]:
@@ -85,15 +87,18 @@ def test_every_step_is_a_command_that_its_module_takes(data, tmp_path):
     """The flags of all steps are parsed by the commands themselves."""
     import tyro
 
-    from mech_absa.commands import evaluate, matrix, patch
+    from mech_absa.commands import evaluate, patch
 
-    commands = {"mech_absa.patch": patch, "mech_absa.evaluate": evaluate}
+    commands = {
+        "mech_absa.patch": patch,
+        "mech_absa.evaluate": evaluate,
+        "figures.smollm2_places": smollm2_places,
+    }
     made = smollm2.studies(data, tmp_path, smollm2.Sizes())
     assert len({s.name for s in made}) == len(made)
     for study in made:
         (step,) = study.steps
-        module = commands.get(step.module, matrix)
-        tyro.cli(module.Config, args=list(step.flags))
+        tyro.cli(commands[step.module].Config, args=list(step.flags))
     assert 1 < smollm2.budget(made, smollm2.Sizes()) < 10
 
 
@@ -103,3 +108,87 @@ def test_what_is_refused(data, tmp_path):
     (data / "dmaste").mkdir()
     with pytest.raises(ConfigError, match="--only 'x' is no study; accepted: aspect_swap, noise"):
         smollm2.run(smollm2.Config(data, only=("x",), runs=tmp_path))
+
+
+# ---- the edit at places --------------------------------------------------------------------------
+
+
+def test_places_by_hand():
+    """In 30 layers with 18-23 traced, the layers that no other place has are the random ones."""
+    sites = [Site(layer, "resid_post", None, "query.last") for layer in range(18, 24)]
+    found = {p.name: p for p in smollm2_places.places(sites, 30)}
+    shown = {n: smollm2_places._layers(p.layers) for n, p in found.items()}
+    assert shown == {
+        "traced": "18-23", "paper": "9-14", "random": "6-8,15-17", "last": "24-29", "first": "0-5",
+        "all": "0-29", "lora all": "0-29", "traced, last token": "18-23", "traced, a word": "18-23",
+    }  # fmt: skip
+    parts = found["traced, last token"].preset(1e-3).parts
+    assert [p.place for p in parts if p.family == "loreft"] == [
+        f"L{i}.resid_post@answer" for i in range(18, 24)
+    ]
+    assert [p.place for p in parts if p.family == "lora"] == [f"L{i}.W_O" for i in range(18, 24)]
+    assert {p.lr for p in parts} == {1e-3} and found["lora all"].preset(1.0).parts[
+        0
+    ].place == "L0.W_Q"
+
+
+def test_differences_of_places_by_hand():
+    """Two seeds of the traced layers answer 3 of 4 and 2 of 4 rows; one of the last layers 1 of 4."""
+    answers = pd.DataFrame(
+        {
+            "file": ["a", "a", "b", "b"], "sentence": [0, 1, 2, 3], "gold": ["p", "n", "p", "neutral"],
+            "zero_shot": ["p", "p", "p", "p"], "traced/0": ["p", "n", "p", "p"],
+            "traced/1": ["p", "p", "p", "p"], "last/0": ["n", "n", "n", "p"],
+        }
+    )  # fmt: skip
+    trainings = pd.DataFrame(
+        {"place": ["traced", "traced"], "rate": [1.0, 4.0], "seed": [0, 0], "loss": [0.7, 0.6], "parameters": 5}
+    )  # fmt: skip
+    found = smollm2_places.compared(answers, trainings).set_index("place")
+    traced, last = found.loc["traced"], found.loc["last"]
+    assert traced["accuracy"] == 0.625 and traced["a"] == 0.75 and traced["b"] == 0.5
+    assert traced[["seed_low", "seed_high", "rate", "parameters", "seeds"]].tolist() == [
+        0.5,
+        0.75,
+        4,
+        5,
+        2,
+    ]
+    assert last["minus_traced"] == -0.5  # over seed 0, which both have
+    assert found.loc["zero_shot", "minus_traced"] == -0.125 and np.isnan(traced["minus_traced"])
+    assert last["parameters"] == 0 and found.loc["last", "neutral"] == 0
+
+
+@pytest.fixture
+def asked(data, tmp_path):
+    """Two trainings in each place of the bundled model, on two rows a domain."""
+    (tmp_path / "sites.json").write_text(json.dumps({"sites": ["L4.resid_post@query.last"]}))
+    return smollm2_places.Config(
+        data, model="bundled", sites=tmp_path / "sites.json", train=2, held=1, test=1, seeds=1,
+        words=9, out=tmp_path / "places",
+    )  # fmt: skip
+
+
+def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
+    """Two trainings, an answer and the wordings are taken away; what comes back is the same."""
+    smollm2_places.main(replace(asked, until=0.0))
+    assert not list(asked.out.glob("parts/*.json"))  # too late for anything
+    smollm2_places.main(asked)
+    names = ("answers.csv", "places.csv")
+    before = [(asked.out / name).read_bytes() for name in names]
+    table = pd.read_csv(asked.out / "trainings.csv")
+    assert len(table) == 18 and table["place"].nunique() == 9
+    kept = sorted(asked.out.glob("parts/*.json"))
+    gone = [p for p in kept if p.stem in ("wordings", "paper-x0.001-s0", "last-x0.004-s0")]
+    gone += [p for p in kept if p.name.startswith("paper") and p.name.endswith(".test.json")]
+    assert len(gone) == 4
+    for path in gone:
+        path.unlink()
+    capsys.readouterr()
+    smollm2_places.main(asked)
+    assert capsys.readouterr().out.count("\n") == 4  # the budget, two trainings, an answer
+    assert [(asked.out / name).read_bytes() for name in names] == before
+    record = json.loads((asked.out / "run.json").read_text())
+    assert record["trainings"] == {"done": 18, "planned": 18}
+    assert record["rows"] == {"train": 8, "validation": 4, "test": 4}
+    assert "data" not in record["config"]

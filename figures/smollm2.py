@@ -235,9 +235,9 @@ GROUPS = {
 """Roles that are averaged together."""
 
 
-def keep(study: Plan, work: Path, results: Path) -> None:
+def keep(plan: Plan, work: Path, results: Path) -> None:
     """Keep the map, its means over bands of layers, and the difference of both directions."""
-    keep_map(study, work, results)
+    keep_map(plan, work, results)
     effects = ma.Effects.load(work / "trace")
     write_table(banded(effects.importance(by="role")), results / "bands.csv")
     other = work.with_name(work.name.removesuffix("_noise"))
@@ -292,10 +292,10 @@ def over(values: np.ndarray, cells: np.ndarray) -> np.ndarray:
         return np.where(there, chosen, 0.0).sum(1) / there.sum(1)
 
 
-def keep_scores(study: Plan, work: Path, results: Path) -> None:
+def keep_scores(plan: Plan, work: Path, results: Path) -> None:
     """Keep the scores and the comparisons, files by their names alone."""
     for name in ("scores.csv", "comparisons.csv"):
-        if (path := work / study.steps[0].name / name).exists():
+        if (path := work / plan.steps[0].name / name).exists():
             table = pd.read_csv(path)
             named = table["data"].map(lambda d: "/".join(Path(d).parts[-2:]))
             write_table(table.assign(data=named), results / name)

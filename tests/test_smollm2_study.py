@@ -169,6 +169,7 @@ def asked(data, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
     """Two trainings, an answer and the wordings are taken away; what comes back is the same."""
     smollm2_places.main(replace(asked, until=0.0))

@@ -199,17 +199,40 @@ def places_tuned(study: Study) -> Shown:
         table, [("interval over samples", "low", "high")], title="Accuracy of an edit by place, rates tuned per place",
         note=study.note,
     )  # fmt: skip
-    done = study.run["trainings"]
     says = (
         "The same edit in different places. For each place and budget, the learning rate with the "
         "lowest loss on validation reviews is taken; the sites were chosen on training reviews. "
         f"Accuracy, best first. {' '.join(map(sentence, parts))} All edits train "
         f"{_count(table, 'all layers', among=False)} parameters, those of all layers "
-        f"{_count(table, 'all layers', among=True)}."
+        f"{_count(table, 'all layers', among=True)}. {_at_the_end(study, table)}"
     )
-    if done["done"] < done["planned"]:
-        says += f" {done['done']} of {done['planned']} trainings are done."
+    if missing := _missing(study, table):
+        says += f" Planned and not run: {'; '.join(missing)}."
     return Shown(figure, says)
+
+
+def _at_the_end(study: Study, table: pd.DataFrame) -> str:
+    """Return a sentence that counts the chosen rates at the upper end of the grid."""
+    chosen = [float(r) for rates in table["rates"] for r in str(rates).split(";")]
+    largest = max(study.run["config"]["rates"])
+    return (
+        f"Of {len(chosen)} tuned rates, {sum(r == largest for r in chosen)} are the largest of the "
+        "grid, so a larger one might do better there."
+    )
+
+
+def _missing(study: Study, table: pd.DataFrame) -> list[str]:
+    """Return the planned budgets that lack a place, in words."""
+    config, everything = study.run["config"], study.run["rows"]["train"]
+    of = table.groupby(["budget", "epochs"])["place"].nunique()
+    whole = {budget for budget, n in of.items() if n == of.max()}
+    planned = [
+        (n or everything, e)
+        for n in config["examples"]
+        for e in config["epochs"]
+        if f"{n}x{e}" not in config["skip"]
+    ]
+    return [_budget(*b) for b in sorted(planned, key=lambda b: b[0] * b[1]) if b not in whole]
 
 
 def _budget(budget: int, epochs: int) -> str:

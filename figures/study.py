@@ -133,8 +133,12 @@ class Study:
             for n in ("mech-absa", "torch", "transformer-lens")
             if n in versions
         )
+        again = "".join(
+            f" ({' and '.join(r['methods'])} run again on {r['date']})"
+            for r in self.record.get("reruns", [])
+        )
         return (
-            f"Run {self.record['study']} of {self.record['date']}: model {model['name']} "
+            f"Run {self.record['study']} of {self.record['date']}{again}: model {model['name']} "
             f"({model['sha256'][:8]}), {self.n}; {named}."
         )
 

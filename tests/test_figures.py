@@ -265,6 +265,41 @@ def test_a_budget_of_all_examples_is_the_number_of_training_rows(tmp_path):
     assert editing._places(Study(folder))["budget"].tolist() == [64]
 
 
+def test_budgets_that_were_planned_and_not_run_are_named(tmp_path):
+    """Three of four budgets are whole, one lacks a place, and one was never planned."""
+    (tmp_path / "run.json").write_text(
+        '{"rows": {"train": 900}, "config": {"examples": [64, 0], "epochs": [1, 2, 10], '
+        '"skip": ["0x10"], "rates": [1, 2.5]}}'
+    )
+    done = [(64, 1, "a"), (64, 1, "b"), (64, 2, "a"), (64, 2, "b"), (900, 1, "a")]
+    table = pd.DataFrame(done, columns=["budget", "epochs", "place"]).assign(
+        rates=["1; 2.5", "2.5", "1", "1", "1"]
+    )
+    study = Study(tmp_path)
+    assert editing._missing(study, table) == [
+        "64 examples and 10 epochs",
+        "900 examples and 1 epoch",
+        "900 examples and 2 epochs",
+    ]
+    assert editing._at_the_end(study, table).startswith("Of 6 tuned rates, 2 are the largest")
+
+
+def test_random_layers_of_the_results_share_none_with_the_traced_or_the_last():
+    """Every seed of every kept matrix; the traced ones are those of its own rows."""
+    kept = [p for p in (make.HERE / "results").glob("*/matrix.csv")]
+    seen = 0
+    for path in kept:
+        table = pd.read_csv(path)
+        layers = {w: t["layers"].unique() for w, t in table.groupby("where")}
+        taken = {
+            i for w in ("sites", "last") for row in layers.get(w, ()) for i in str(row).split()
+        }
+        for row in layers.get("random", ()):
+            seen += 1
+            assert not taken & set(str(row).split()), (path.parent.name, row)
+    assert seen >= 3
+
+
 def test_effects_of_windows_are_rounded_so_that_noise_does_not_rank_them():
     importance = pd.DataFrame(
         [

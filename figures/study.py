@@ -134,12 +134,12 @@ class Study:
             if n in versions
         )
         again = "".join(
-            f" ({' and '.join(r['methods'])} run again on {r['date']})"
+            f"; {' and '.join(r['methods'])} run again on {r['date']}"
             for r in self.record.get("reruns", [])
         )
         return (
-            f"Run {self.record['study']} of {self.record['date']}{again}: model {model['name']} "
-            f"({model['sha256'][:8]}), {self.n}; {named}."
+            f"Run {self.record['study']} of {self.record['date']}: model {model['name']} "
+            f"({model['sha256'][:8]}), {self.n}; {named}{again}."
         )
 
     @property

@@ -286,7 +286,7 @@ def test_budgets_that_were_planned_and_not_run_are_named(tmp_path):
 
 def test_random_layers_of_the_results_share_none_with_the_traced_or_the_last():
     """Every seed of every kept matrix; the traced ones are those of its own rows."""
-    kept = [p for p in (make.HERE / "results").glob("*/matrix.csv")]
+    kept = list((make.HERE / "results").glob("*/matrix.csv"))
     seen = 0
     for path in kept:
         table = pd.read_csv(path)

@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 VENV4  ?= .venv-tl4
-TL4_TESTS ?= tests/test_bridge.py tests/patch/test_own.py tests/test_patching.py tests/edits/test_edits.py tests/edits/test_store.py
+TL4_TESTS ?= tests/test_bridge.py tests/patch/test_own.py tests/test_patching.py tests/test_demos.py tests/edits/test_edits.py tests/edits/test_store.py
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PURELIB := 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -64,6 +64,7 @@ from mech_absa.errors import ConfigError, choices
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import get_metric
 from mech_absa.model import DTYPES, Model, hooked_from_hf
+from mech_absa.model.bridge import bridge_from_hf
 from mech_absa.patch import loop, wave
 from mech_absa.patch.job import SPANS, Job, Span, components
 from mech_absa.patch.pairs import Counterfactual, GaussianNoise, Pair, make_runs
@@ -189,7 +190,9 @@ def random_model(shape: Shape, device: str = "cpu", seed: int = 0) -> Model:
             else:
                 mean, std = 0.0, 1.5 / p.shape[0 if transposed else 1] ** 0.5
             p.normal_(mean, std, generator=generator)
-    return Model(hooked_from_hf(hf, dtype, device), None, type(hf).__name__)
+    old = int(TL_VERSION.partition(".")[0]) < 4  # 4 has the bridge alone
+    root = hooked_from_hf(hf, dtype, device) if old else bridge_from_hf(hf, device)
+    return Model(root, None, type(hf).__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,12 +95,38 @@ def versions(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def peers(result: dict[str, Any]) -> str:
+    """Return cells a CPU second of three ways, a row per shape and version of TransformerLens."""
+    keys = list(dict.fromkeys((r["model"], r["tokens"], r["version"]) for r in result["rows"]))
+    of = {(r["model"], r["tokens"], r["version"], r["way"]): r for r in result["rows"]}
+    rows = []
+    for key in keys:
+        naive, batched, ours = (of[(*key, way)] for way in ("naive", "batched", "ours"))
+        pace = [f"{r['cells_per_cpu_second']:.3g}" for r in (naive, batched, ours)]
+        wall = [f"{r['cells'] / r['wall_seconds']:.3g}" for r in (naive, batched, ours)]
+        times = [
+            f"**{ours['cells_per_cpu_second'] / r['cells_per_cpu_second']:.1f}**"
+            for r in (naive, batched)
+        ]
+        run = ", ".join(f"{r['cells_run']:,}" for r in (naive, batched, ours))
+        worst = max(r["difference"] or 0.0 for r in (naive, batched))
+        rows.append(
+            [key[0], key[1], key[2], f"{ours['cells']:,}", *pace, *times, " / ".join(wall), run, f"{worst:.0e}"]
+        )  # fmt: skip
+    head = [
+        "shape", "tokens", "TransformerLens", "cells", "its naive loop", "batched", "ours",
+        "times the naive loop", "times the batched", "by wall time", "cells run", "largest difference",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "null-maps": ("selection.json", selection),
     "coverage": ("coverage.json", coverage),
     "null-tests": ("coverage.json", null_tests),
     "stability": ("stability.json", stability),
     "versions": ("versions.json", versions),
+    "peers": ("peers.json", peers),
 }
 """Name of a table -> its result file, and what makes it."""
 

@@ -144,6 +144,25 @@ def test_tables_of_the_page_are_those_of_the_results(name):
     assert tables.block(name) in tables.README.read_text("utf-8")
 
 
+def test_the_three_ways_beside_each_other_compute_the_same_cells():
+    """The naive loop, the batched one and the drop-in, on the installed TransformerLens; a later run replaces its rows."""
+    peers = importlib.import_module("benchmarks.peers")
+    rows = peers.measure("tiny", threads=torch.get_num_threads())
+    assert [r.way for r in rows] == ["naive", "batched", "ours"]
+    assert all(r.cells == 144 and r.cells_per_cpu_second > 0 for r in rows)
+    assert [r.cells_run for r in rows] == [12, 36, 144]
+    assert all(r.difference < 1e-4 for r in rows[:2]) and rows[2].difference is None
+    older = [dict(vars(r), version="3.0") for r in rows] + [
+        dict(vars(r), cells_run=0) for r in rows
+    ]
+    merged = peers.merge(older, rows)
+    assert len(merged) == 6 and all(r["cells_run"] for r in merged)
+    faster = peers.factors(merged)[f"tiny-12-tl{peers.VERSION.partition('.')[0]}"]
+    assert faster["naive"] == rows[2].cells_per_cpu_second / rows[0].cells_per_cpu_second
+    table = tables.peers({"rows": merged})
+    assert table.count("| tiny | 12 |") == 2 and "| 3.0 |" in table
+
+
 def test_no_null_map_is_clear_more_often_than_the_page_promises():
     """At most 5 % of 1,000 maps in every case; the docstring of `select` says so."""
     result = json.loads((SCRIPT.parent / "results" / "selection.json").read_text())

@@ -40,6 +40,8 @@ SCHEMA = 2
 """Version of the files of a run folder. 2 added `inputs` and `files` to run.json; 1 is still
 read.
 """
+CHUNK = 1 << 17
+"""Rows of a table that are in memory at a time where it is read in chunks."""
 TEMPORARY = ".tmp-"
 """Prefix of files and folders that a killed process may leave; the next owner of the folder removes
 them.
@@ -280,6 +282,40 @@ def read_table(
     if schema is not None and (wrong := table_problem(table, schema, not csv)) is not None:
         raise error(f"{path} is damaged ({wrong}); make the run again")
     return table
+
+
+def read_chunks(
+    path: str | Path, columns: Sequence[str], error: type[MechAbsaError] = RunFolderError
+) -> Iterator[pd.DataFrame]:
+    """Read a parquet table that this package wrote, about `CHUNK` rows at a time.
+
+    Args:
+        path: of a parquet file.
+        columns: that are read.
+        error: class of what is raised.
+
+    Raises:
+        MechAbsaError: it cannot be read, or does not look like the schema of its name.
+    """
+    import pyarrow.parquet as pq
+
+    from .schemas import TABLES, table_problem
+
+    path = Path(path)
+    schema = TABLES[path.name]
+    try:
+        with pq.ParquetFile(path) as file:
+            parts = file.iter_batches(batch_size=CHUNK, columns=list(columns))
+            tables = (part.to_pandas() for part in parts) if file.metadata.num_rows else None
+            for table in tables or [file.schema_arrow.empty_table().to_pandas()]:
+                if (wrong := table_problem(table, schema, True)) is not None:
+                    raise error(f"{path} is damaged ({wrong}); make the run again")
+                yield table
+    except FileNotFoundError:
+        raise error(f"there is no file {path}") from None
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as failure:
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise error(f"{path} is damaged ({reason}); make the run again") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

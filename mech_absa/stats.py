@@ -142,22 +142,22 @@ def cluster_bootstrap(
         mean = sums.sum(axis=0) / counts.sum(axis=0)
     ends = np.full((2, n_cells), np.nan)
 
-    weights = (
-        np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=draws).astype(float)
-    )
+    weights = _resampled(k, draws, seed)
     nothing_missing = bool(
         (counts == counts[:, :1]).all()
     )  # then one column of counts serves every cell
     usable = np.flatnonzero((counts > 0).sum(axis=0) >= 2)
     step = max(1, _BUDGET // draws)
     for cells in (usable[i : i + step] for i in range(0, len(usable), step)):
-        drawn = weights @ (counts[:, :1] if nothing_missing else counts[:, cells])
+        drawn = _product(weights, counts[:, :1] if nothing_missing else counts[:, cells])
         with np.errstate(
             invalid="ignore"
         ):  # a draw may miss every cluster that has a value here: NaN, left out below
-            means = weights @ sums[:, cells] / drawn
+            means = _product(weights, sums[:, cells]) / drawn
         if method == "studentized":
-            ends[:, cells] = _studentized(weights, means, sums[:, cells], counts[:, cells], level)
+            ends[:, cells] = _studentized(
+                weights.astype(float), means, sums[:, cells], counts[:, cells], level
+            )
             continue
         ends[:, cells] = _percentiles(means, level)
         if (which := np.flatnonzero(bent[cells])).size:
@@ -674,6 +674,27 @@ def _cluster_sums(
     present = ~np.isnan(table)
     sums = np.add.reduceat(np.where(present, table, 0.0), starts, axis=0)
     return sums, np.add.reduceat(present.astype(float), starts, axis=0), tuple(shape)
+
+
+def _resampled(k: int, draws: int, seed: int) -> Int[np.ndarray, "draw k"]:
+    """Return how often each draw takes each cluster; whole numbers of two bytes, since there may be
+    thousands of clusters.
+    """
+    rng, share = np.random.default_rng(seed), np.full(k, 1 / k)
+    counts = np.empty((draws, k), dtype=np.int16 if k < 2**15 else np.int32)
+    for start in range(0, draws, rows := max(1, _BUDGET // k)):
+        block = counts[start : start + rows]
+        block[:] = rng.multinomial(k, share, size=len(block))
+    return counts
+
+
+def _product(
+    weights: Int[np.ndarray, "draw k"], values: Float[np.ndarray, "k cell"]
+) -> Float[np.ndarray, "draw cell"]:
+    """Return `weights @ values`, with a part of the weights as float64 in memory at a time."""
+    rows = max(1, _BUDGET // len(values))
+    parts = [weights[i : i + rows].astype(float) @ values for i in range(0, len(weights), rows)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _skewed(

@@ -37,16 +37,16 @@ from ..patch.corruption import (
     Resample,
     as_corruption,
 )
-from ..patch.directions import BothDirections
-from ..patch.effects import Effects
+from ..patch.directions import BothDirections, interaction_table
 from ..patch.gradients import agreement
 from ..patch.importance import ImportanceMap, Selection, traced_in
 from ..patch.own import prompt_pairs
 from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
-from ..patch.request import DEFAULT_RULES, Request
+from ..patch.request import DEFAULT_RULES, Direction, Request
 from ..patch.self_check import self_check
-from ..patch.traced import as_written, read_frame, write_frame
+from ..patch.stored import StoredEffects, join_parts, save_about, write_part
+from ..patch.traced import as_written
 from ..progress import bar
 from ..readers import load_examples
 from ..readers.own import holds_prompt_pairs, load_prompt_pairs
@@ -371,9 +371,8 @@ def main(config: Config) -> Path | None:
     group.wait()
     if not group.first:
         return None
-    effects = task.plan.gather(
-        [read_frame(folder.part(_part(i))) for i in range(len(task.plan.batches))]
-    )
+    parts = [folder.part(_part(i)) for i in range(len(task.plan.batches))]
+    effects = join_parts(task.plan, parts, folder.path)
     extra = controls(task, effects, say)
     effects.about.update(extra)
     effects.about.update({"self_checks": checks, "adapter": task.adapter})
@@ -439,14 +438,14 @@ def sweep(p: Plan, folder: RunFolder, group: _Group, quiet: bool) -> None:
     with bar("tracing", sum(cells.values()), quiet=quiet or not group.first) as tick:
         tick(sum(cells[i] for i in mine if i not in todo))
         for index, frame in p.iterate(todo, tick):
-            write_frame(frame, folder.part(_part(index)))
+            write_part(frame, folder.part(_part(index)))
 
 
 def _part(index: int) -> str:
     return f"effects-{index:06d}.parquet"
 
 
-def controls(task: Task, effects: Effects, say: Callable[..., None]) -> About:
+def controls(task: Task, effects: StoredEffects, say: Callable[..., None]) -> About:
     """Return how far an estimate, or half precision, is from exact effects; empty for an exact
     run.
     """
@@ -462,22 +461,18 @@ def controls(task: Task, effects: Effects, say: Callable[..., None]) -> About:
     return {}
 
 
-def compare_with_exact(p: Plan, effects: Effects, cells: int, seed: int) -> dict[str, Any]:
+def compare_with_exact(p: Plan, effects: StoredEffects, cells: int, seed: int) -> dict[str, Any]:
     """Compare an estimate with exact effects of random cells that are not zero for certain."""
-    column = "estimate" if "estimate" in effects.frame else "effect"
-    frame = effects.frame[effects.frame[column] != 0].sample(frac=1.0, random_state=seed)
-    exact = p.exact(frame.head(cells))
-    estimate = frame.head(cells)[column].to_numpy()
+    column = "estimate" if "estimate" in effects.columns else "effect"
+    frame = effects.sample(column, cells, seed)
+    exact = p.exact(frame)
+    estimate = frame[column].to_numpy()
     return {"cells": len(exact), **agreement(exact, estimate, k=max(1, len(exact) // 10))}
 
 
-def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[str, Any]:
+def half_precision_control(p: Plan, effects: StoredEffects, config: Config) -> dict[str, Any]:
     """Return the largest and mean difference to float32 on cells drawn at random."""
-    frame = (
-        effects.frame[effects.frame["effect"] != 0]
-        .sample(frac=1.0, random_state=config.seed)
-        .head(config.control)
-    )
+    frame = effects.sample("effect", config.control, config.seed)
     wide, _ = adapted(
         config,
         load_model(
@@ -498,7 +493,11 @@ def half_precision_control(p: Plan, effects: Effects, config: Config) -> dict[st
 
 
 def leave(
-    task: Task, folder: RunFolder, effects: Effects, extra: dict[str, Any], say: Callable[..., None]
+    task: Task,
+    folder: RunFolder,
+    effects: StoredEffects,
+    extra: dict[str, Any],
+    say: Callable[..., None],
 ) -> None:
     """Average, choose sites, and write all files, the figures and the report."""
     config = task.config
@@ -506,9 +505,9 @@ def leave(
     importance = effects.importance(
         by="role", level=config.level, adjustment=config.adjustment, seed=config.seed
     )
-    both = BothDirections.of(effects) if "direction" in effects.frame else None
+    both = effects if "direction" in effects.columns else None
     selection = _chosen(task, importance, both, say)
-    effects.save(folder.path)
+    save_about(effects)
     importance.save(folder.path / "importance.csv")
     if both is not None:
         leave_interaction(both, config, folder.path)
@@ -542,7 +541,11 @@ def leave(
 
 
 def record_of(
-    task: Task, effects: Effects, selection: Selection | None, extra: dict[str, Any], seconds: float
+    task: Task,
+    effects: StoredEffects,
+    selection: Selection | None,
+    extra: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return what run.json says of a trace."""
     model, about = task.model, effects.about
@@ -577,15 +580,19 @@ def record_of(
     }
 
 
-def leave_interaction(both: BothDirections, config: Config, folder: Path) -> None:
+def leave_interaction(both: StoredEffects, config: Config, folder: Path) -> None:
     """Write `interaction.csv`: PIE, TIE and their difference for every cell of the map by role."""
-    table = both.table(level=config.level, adjustment=config.adjustment, seed=config.seed)
+    interaction = both.over(lambda few: BothDirections.of(few).interaction)
+    pie = both.over(lambda few: BothDirections.of(few).pie)
+    tie = both.over(lambda few: BothDirections.of(few).tie)
+    options = {"level": config.level, "adjustment": config.adjustment, "seed": config.seed}
+    table = interaction_table(interaction, pie, tie, **options)
     with atomic(folder / "interaction.csv") as temporary:
         as_written(table).to_csv(temporary, index=False, float_format="%.8g")
 
 
 def _chosen(
-    task: Task, importance: ImportanceMap, both: BothDirections | None, say: Callable[..., None]
+    task: Task, importance: ImportanceMap, both: StoredEffects | None, say: Callable[..., None]
 ) -> Selection | None:
     """Return the sites; None, with a warning in the record, where no effect leaves a choice.
 
@@ -600,19 +607,26 @@ def _chosen(
 
 
 def _select(
-    importance: ImportanceMap, config: Config, both: BothDirections | None
+    importance: ImportanceMap, config: Config, both: StoredEffects | None
 ) -> Selection | None:
     kinds = set(importance.table["kind"])
     if config.select_kind is None and not kinds - set(HEAD_KINDS):
         return None  # heads have no neighbouring layers to choose
     if both is not None and config.rule != "mean":
-        importance = both.by_rule(config.rule).importance(
+        way = Direction.DENOISE if config.rule == "pie" else Direction.NOISE
+        ruled = both.over(
+            lambda few: BothDirections.of(few).by_rule(config.rule),
+            {"direction": str(way), "rule": config.rule},
+        )
+        importance = ruled.importance(
             by="role", level=config.level, adjustment="none", seed=config.seed
         )
     return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
 
 
-def print_map(importance: ImportanceMap, effects: Effects, selection: Selection | None) -> None:
+def print_map(
+    importance: ImportanceMap, effects: StoredEffects, selection: Selection | None
+) -> None:
     """Print the cells with the largest effects, and the sites that were chosen."""
     from .tables import print_table
 

@@ -12,7 +12,9 @@ from jaxtyping import Float
 
 from ..errors import ConfigError, DataError, choices
 from .effects import Effects
+from .importance import ImportanceMap
 from .request import Direction
+from .traced import Averaged
 
 RULES = ("mean", "pie", "tie")
 """Effects that sites may be chosen by."""
@@ -119,11 +121,7 @@ class BothDirections:
             columns kind, layer, head, role, pie, tie, interaction; the interval, p-values and counts are
             those of the interaction.
         """
-        table = self.interaction.importance(by="role", **options).table
-        table = table.rename(columns={"aie": "interaction"})
-        for at, (name, one) in enumerate((("pie", self.pie), ("tie", self.tie)), start=4):
-            table.insert(at, name, np.nanmean(one.matrix("role")[0], axis=0))
-        return table
+        return interaction_table(self.interaction, self.pie, self.tie, **options)
 
     @property
     def mean(self) -> Effects:
@@ -151,8 +149,19 @@ class BothDirections:
         return replace(self.pie, frame=frame, about=about, controls=controls)
 
 
+def interaction_table(
+    interaction: Averaged, pie: Averaged, tie: Averaged, **options: Any
+) -> pd.DataFrame:
+    """Return PIE, TIE and INT of every cell of a map by role; see `BothDirections.table`."""
+    table = ImportanceMap.of(interaction, by="role", **options).table
+    table = table.rename(columns={"aie": "interaction"})
+    for at, (name, one) in enumerate((("pie", pie), ("tie", tie)), start=4):
+        table.insert(at, name, np.nanmean(one.matrix("role")[0], axis=0))
+    return table
+
+
 def _undirected(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns="direction").reset_index(drop=True)
 
 
-__all__ = ["RULES", "BothDirections"]
+__all__ = ["RULES", "BothDirections", "interaction_table"]

@@ -60,6 +60,11 @@ class Effects(Traced):
         return f"Effects({len(self.pairs)} pairs, {len(self.frame)} cells of {kinds}; {self.about.get('method', 'exact')}, {self.about.get('direction')})"
 
     @property
+    def kinds(self) -> list[str]:
+        """Return the kinds of state that were traced."""
+        return list(self.frame["kind"].unique())
+
+    @property
     def total(self) -> pd.Series:
         """Return TE of every pair: what the corruption takes away."""
         pairs = self.pairs.set_index("example_id")

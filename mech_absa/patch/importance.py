@@ -23,7 +23,7 @@ from ..records import About, atomic, read_table
 from ..sites import Site, in_reading_order, sites_file, traced_in
 from ..stats import cell_tests, cluster_bootstrap, resolution, skewed, support
 from .selection import CONTROL, Selection, select
-from .traced import Traced, as_written, cell_site, with_absent
+from .traced import Averaged, Traced, as_written, cell_site, with_absent
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -81,7 +81,7 @@ class ImportanceMap:
     @classmethod
     def of(
         cls,
-        effects: Traced,
+        effects: Averaged,
         by: str = "role",
         *,
         level: float = 0.95,

@@ -8,7 +8,7 @@ goes to the loop, and the reason is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -374,19 +374,19 @@ class Plan:
         order = {q.id: i for i, q in enumerate(self.pairs)}
         place = frame["example_id"].map(order).to_numpy()
         frame = frame.iloc[np.argsort(place, kind="stable")].reset_index(drop=True)
-        frame, controls = _without_controls(frame)
+        frame, controls = without_controls(frame)
         if self.request.exact_top:
-            frame = self._finish_exactly(frame)
+            frame = self.finish_exactly(frame, leading_cells([frame], self.request.exact_top))
         pairs = pair_table(self.model, self.pairs, frame)
         return Effects(frame, pairs, self.about() | {"flops": flops}, controls)
 
-    def _finish_exactly(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def finish_exactly(self, frame: pd.DataFrame, leading: pd.Index) -> pd.DataFrame:
         """Replace estimates of the leading cells by exact effects; new columns say which.
 
-        The leading cells are those of the map by role with the largest average estimate.
+        Args:
+            frame: of whole pairs.
+            leading: from `leading_cells`.
         """
-        size = frame.groupby(TOP_KEYS, sort=False)["effect"].mean().abs()
-        leading = size.sort_values(ascending=False, kind="stable").index[: self.request.exact_top]
         exact = pd.MultiIndex.from_frame(frame[TOP_KEYS]).isin(leading)
         frame = frame.assign(exact=exact, estimate=frame["effect"])
         values = self.exact(frame[exact])
@@ -496,7 +496,7 @@ def _is_at(span: Span, at: str | int, length: int) -> bool:
     return span.position == (at if at >= 0 else at + length)
 
 
-def _without_controls(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+def without_controls(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Return the cells, and the effects of control spans; None where there are none."""
     control = frame["role"].str.startswith(CONTROL).to_numpy(dtype=bool)
     if not control.any():
@@ -507,6 +507,21 @@ def _without_controls(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame |
     return frame[~control].reset_index(drop=True), rows.assign(size=size)[keys].reset_index(
         drop=True
     )
+
+
+def leading_cells(frames: Iterable[pd.DataFrame], n: int) -> pd.Index:
+    """Return the cells of the map by role with the largest average estimate.
+
+    Args:
+        frames: effects of some pairs after the other.
+        n: how many cells.
+    """
+    sums = [f.groupby(TOP_KEYS, sort=False)["effect"].agg(["sum", "count"]) for f in frames]
+    whole = sums[0]
+    if len(sums) > 1:
+        whole = pd.concat(sums).groupby(level=TOP_KEYS, sort=False).sum()
+    size = (whole["sum"] / whole["count"]).abs()
+    return size.sort_values(ascending=False, kind="stable").index[:n]
 
 
 def _parts(tick: Tick | None, n: int) -> Tick | None:
@@ -552,4 +567,13 @@ def changed_roles(pairs: Pairs) -> list[str]:
     return in_reading_order(changed)
 
 
-__all__ = ["Plan", "changed_roles", "default_memory", "gold_and_foil", "metric_of", "plan"]
+__all__ = [
+    "Plan",
+    "changed_roles",
+    "default_memory",
+    "gold_and_foil",
+    "leading_cells",
+    "metric_of",
+    "plan",
+    "without_controls",
+]

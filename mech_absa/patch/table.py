@@ -94,7 +94,12 @@ def _absent(values: Sequence[int | None], dtype: type) -> np.ndarray:
 
 
 def pair_table(model: Model, pairs: Pairs, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per pair: what was asked, its tokens, and the answers of both runs."""
+    """Return one row per pair: what was asked, its tokens, and the answers of both runs.
+
+    Args:
+        frame: with columns example_id, clean and corrupted; the first row of each pair is read.
+    """
+    texts: dict[int, str] = {}
     runs = frame.drop_duplicates("example_id").set_index("example_id")[["clean", "corrupted"]]
     rows = []
     for q in pairs:
@@ -108,12 +113,12 @@ def pair_table(model: Model, pairs: Pairs, frame: pd.DataFrame) -> pd.DataFrame:
                 q.example.answer,
                 q.example.domain,
                 q.example.cluster,
-                _texts(model, q.clean.ids[0]),
+                _texts(model, q.clean.ids[0], texts),
                 list(q.clean.role_names),
                 pairs.words_of(q),
                 q.clean_scores.exp().tolist(),
                 None if scores is None else scores.exp().mean(0).tolist(),
-                None if q.corrupted is q.clean else _texts(model, q.corrupted.ids[0]),
+                None if q.corrupted is q.clean else _texts(model, q.corrupted.ids[0], texts),
                 float(runs.loc[q.id, "clean"]),
                 float(runs.loc[q.id, "corrupted"]),
             )
@@ -121,8 +126,9 @@ def pair_table(model: Model, pairs: Pairs, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
-def _texts(model: Model, ids: Tensor) -> list[str]:
-    """Return the text of every token."""
-    if model.tokenizer is None:
-        return [str(i) for i in ids.tolist()]
-    return [model.tokenizer.decode([i]) for i in ids.tolist()]
+def _texts(model: Model, ids: Tensor, known: dict[int, str]) -> list[str]:
+    """Return the text of every token; a text that many prompts share is one object in memory."""
+    for i in ids.tolist():
+        if i not in known:
+            known[i] = str(i) if model.tokenizer is None else model.tokenizer.decode([i])
+    return [known[i] for i in ids.tolist()]

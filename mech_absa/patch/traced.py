@@ -6,9 +6,10 @@ maps, so that neither needs to import the other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -90,34 +91,7 @@ class Traced:
             values, NaN if a pair lacks the cell; and a frame with columns kind, layer, head and
             `by`, one row per cell, in reading order.
         """
-        if by not in ("role", "position"):
-            raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
-        keys = ["kind", "layer", "head", by]
-        table = (
-            as_written(self.frame)
-            .groupby(["example_id", *keys], observed=True, sort=False)["effect"]
-            .mean()
-            .unstack("example_id")
-        )
-        table = table.reindex(columns=self.pairs["example_id"])
-        cells = table.index.to_frame(index=False)
-        cells["_kind"] = cells["kind"].map(
-            {k: i for i, k in enumerate(self.frame["kind"].unique())}
-        )
-        cells["_by"] = (
-            cells[by].map({r: i for i, r in enumerate(self._roles(set(cells[by])))})
-            if by == "role"
-            else cells[by]
-        )
-        order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
-        cells = cells.loc[order, keys].reset_index(drop=True)
-        cells = cells.astype({"kind": str, **({"role": str} if by == "role" else {})})
-        return table.to_numpy(dtype=float)[order].T, with_absent(cells)
-
-    def _roles(self, present: set[str]) -> list[str]:
-        """Return roles in reading order; named spans in the order of the prompts."""
-        told = [role for roles in self.pairs["roles"] for role in roles if role in present]
-        return in_reading_order([*told, *sorted(present)])
+        return matrix_of([self.frame], self.pairs, by)
 
     def matched(self, cells: pd.DataFrame) -> np.ndarray | None:
         """Return the control of each cell of a map by role, `[pair cell]`: as many template tokens.
@@ -181,6 +155,62 @@ class Traced:
             about,
             read_frame(controls) if controls.exists() else None,
         )
+
+
+@runtime_checkable
+class Averaged(Protocol):
+    """Describe what a map is made of: effects in memory, or in a file."""
+
+    @property
+    def pairs(self) -> pd.DataFrame: ...
+    @property
+    def about(self) -> About: ...
+    def matrix(self, by: str = "role") -> tuple[np.ndarray, pd.DataFrame]: ...
+    def matched(self, cells: pd.DataFrame) -> np.ndarray | None: ...
+
+
+def matrix_of(
+    frames: Iterable[pd.DataFrame], pairs: pd.DataFrame, by: str
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return effects as `[pair cell]`, and what each cell is; see `Traced.matrix`.
+
+    Args:
+        frames: effects of some pairs after the other; all rows of a pair stand in one frame.
+        pairs: all pairs, in order.
+        by: `role` or `position`.
+
+    Raises:
+        ConfigError: `by` is another word.
+    """
+    if by not in ("role", "position"):
+        raise ConfigError(f"effects were asked for by {by!r}; accepted: role or position")
+    keys = ["kind", "layer", "head", by]
+    kinds: dict[str, int] = {}
+    means = []
+    for frame in frames:
+        for kind in frame["kind"].unique():
+            kinds.setdefault(kind, len(kinds))
+        groups = as_written(frame).groupby(["example_id", *keys], observed=True, sort=False)
+        means.append(groups["effect"].mean().unstack("example_id"))
+    table = means[0] if len(means) == 1 else pd.concat(means, axis=1)
+    table = table.reindex(columns=pairs["example_id"])
+    cells = table.index.to_frame(index=False)
+    cells["_kind"] = cells["kind"].map(kinds)
+    cells["_by"] = (
+        cells[by].map({r: i for i, r in enumerate(_roles(pairs, set(cells[by])))})
+        if by == "role"
+        else cells[by]
+    )
+    order = cells.sort_values(["_kind", "layer", "head", "_by"], kind="stable").index
+    cells = cells.loc[order, keys].reset_index(drop=True)
+    cells = cells.astype({"kind": str, **({"role": str} if by == "role" else {})})
+    return table.to_numpy(dtype=float)[order].T, with_absent(cells)
+
+
+def _roles(pairs: pd.DataFrame, present: set[str]) -> list[str]:
+    """Return roles in reading order; named spans in the order of the prompts."""
+    told = dict.fromkeys(role for roles in pairs["roles"] for role in roles if role in present)
+    return in_reading_order([*told, *sorted(present)])
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:

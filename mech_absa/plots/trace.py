@@ -46,6 +46,7 @@ from .words import (
 if TYPE_CHECKING:
     from ..patch.effects import Effects
     from ..patch.importance import ImportanceMap
+    from ..patch.stored import StoredEffects
 
 TITLE = "Where a state carries the answer: average indirect effect (AIE)"
 
@@ -291,7 +292,9 @@ def _head_places(table: pd.DataFrame, roles: Sequence[str] | int) -> list[Any]:
 # ---- one prompt ---------------------------------------------------------------------------------
 
 
-def example_map(effects: Effects, example_id: str | None = None, kind: str | None = None) -> Figure:
+def example_map(
+    effects: Effects | StoredEffects, example_id: str | None = None, kind: str | None = None
+) -> Figure:
     """Draw token x layer of one prompt, with its words on the axis.
 
     Args:
@@ -313,7 +316,7 @@ def example_map(effects: Effects, example_id: str | None = None, kind: str | Non
     if rows.empty or kind in HEAD_KINDS:
         raise DataError(
             f"example {example_id!r} has no map of kind {kind!r}; "
-            f"it was traced at {choices(effects.frame['kind'].unique())}"
+            f"it was traced at {choices(effects.kinds)}"
         )
     meta = pairs.loc[example_id]
     tokens, roles, layers = list(meta["tokens"]), list(meta["roles"]), layers_of(rows)
@@ -378,7 +381,7 @@ def save_trace_figures(
     importance: ImportanceMap,
     folder: str | Path,
     selection: Iterable[Site] | None = None,
-    effects: Effects | None = None,
+    effects: Effects | StoredEffects | None = None,
 ) -> list[Path]:
     """Write the figures of a trace as PNG and PDF, and return their paths.
 

@@ -24,7 +24,7 @@ from ..plots.words import corruption_words, facts
 from ..records import About
 from ..sites import HEAD_KINDS
 from . import maps
-from .runs import Run, with_whole_numbers
+from .runs import EffectRows, Run, with_whole_numbers
 from .text import bracket, embedded, number
 from .views.trace import mark_words, top_sites
 
@@ -62,9 +62,10 @@ def effects_html(effects: Effects, importance: ImportanceMap) -> str:
     data = _data(table, importance.about, [])
     pairs = effects.pairs.head(MOST_EXAMPLES)
     frame = effects.frame[effects.frame["example_id"].isin(set(pairs["example_id"]))]
-    tables = {"pairs.parquet": pairs, "effects.parquet": with_whole_numbers(frame)}
+    tables = {"pairs.parquet": pairs}
     about = {"template": effects.about.get("template")}
-    run = Run(Path(), "trace", "", {}, tables, {"about.json": about})
+    rows = EffectRows.of(frame)
+    run = Run(Path(), "trace", "", {}, tables, {"about.json": about}, rows)
     data["examples"] = maps.examples(run, BUDGET)
     height = max([650, *(ROW * len(tokens) + OVERHEAD for tokens in pairs["tokens"])])
     return _frame(data, table, importance.about, repr(effects), _height(table) + height)

@@ -20,7 +20,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from ..sites import HEAD_KINDS, ROLES, in_reading_order
-from .runs import Run
+from .runs import EffectRows, Run
 from .text import digits
 
 BUDGET = 8 << 20
@@ -97,20 +97,20 @@ def average(table: pd.DataFrame, sites: Iterable[str] = ()) -> dict[str, Any]:
 
 
 class _Cells:
-    """The effects of a trace as columns of numbers, sorted by example."""
+    """The effects of some pairs of a trace as columns of numbers, sorted by example."""
 
-    def __init__(self, frame: pd.DataFrame, roles: Sequence[str] = ROLES):
+    def __init__(self, frame: pd.DataFrame, of: EffectRows, roles: Sequence[str] = ROLES):
         self.roles = list(roles)
-        self.kind, self.kinds = _codes(frame["kind"])
-        self.layers = sorted(int(x) for x in frame["layer"].unique())
+        self.kinds, self.layers, self.by_role = of.kinds, of.layers, of.by_role
+        kind, names = _codes(frame["kind"])
+        self.kind = np.array([self.kinds.index(k) for k in names], dtype=int)[kind]
         self.layer = np.searchsorted(self.layers, frame["layer"].to_numpy())
         self.head = frame["head"].to_numpy()
         self.position = frame["position"].to_numpy()
-        self.by_role = bool((self.position < 0).all())
         self.effect = frame["effect"].to_numpy(float)
         self.patched = frame["patched"].to_numpy(float)
         role, names = _codes(frame["role"])
-        self.role = np.array([self.roles.index(r) for r in names])[role]
+        self.role = np.array([self.roles.index(r) for r in names], dtype=int)[role]
         ids, examples = pd.factorize(frame["example_id"])
         order = np.argsort(ids, kind="stable")
         starts = np.searchsorted(ids[order], np.arange(len(examples) + 1))
@@ -158,32 +158,58 @@ def examples(run: Run, budget: int = BUDGET, seed: int = 0) -> dict[str, Any]:
     """
     pairs = run.tables["pairs.parquet"]
     roles = in_reading_order([*ROLES, *(role for own in pairs["roles"] for role in own)])
-    cells = _Cells(run.tables["effects.parquet"], roles)
+    effects = run.effects
+    assert effects is not None
     template = str(run.notes["about.json"].get("template") or "")
-    sizes = [len(set(r)) if cells.by_role else len(r) for r in pairs["roles"]]
-    need = sum(sizes) * len(cells.layers) * len(cells.kinds)
+    sizes = [len(set(r)) if effects.by_role else len(r) for r in pairs["roles"]]
+    need = sum(sizes) * len(effects.layers) * len(effects.kinds)
     keep = len(pairs) if need <= budget else max(1, len(pairs) * budget // need)
     words: dict[str, int] = {}
+    chosen = pairs.iloc[sorted(random.Random(seed).sample(range(len(pairs)), keep))]
+    found = _drawn(chosen, effects, roles)
     drawn = [
-        _one_example(pairs.iloc[i], cells, template, words)
-        for i in sorted(random.Random(seed).sample(range(len(pairs)), keep))
+        _one_example(pair, roles, template, words) | found[str(pair["example_id"])]
+        for _, pair in chosen.iterrows()
     ]
     labels = next((list(map(str, x)) for x in pairs["labels"]), []) if len(pairs) else []
     return {
-        "kinds": cells.kinds, "layers": cells.layers, "byRole": cells.by_role, "roles": roles, "labels": labels,
+        "kinds": effects.kinds, "layers": effects.layers, "byRole": effects.by_role, "roles": roles, "labels": labels,
         "words": list(words), "total": len(pairs), "list": drawn,
     }  # fmt: skip
 
 
+def _drawn(
+    pairs: pd.DataFrame, effects: EffectRows, roles: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the largest effect and the small maps of pairs, by their ids."""
+    drawn: dict[str, dict[str, Any]] = {}
+    index = {role: i for i, role in enumerate(roles)}
+    rows_of = dict(zip(pairs["example_id"], pairs["roles"], strict=True))
+
+    def draw(name: str, cells: _Cells) -> None:
+        codes = [index[r] for r in rows_of[name]]
+        places = sorted(set(codes)) if effects.by_role else list(range(len(codes)))
+        rows = cells.of(name)
+        drawn[str(name)] = {"b": cells.best(rows), "m": cells.maps(rows, places)}
+
+    for frame in effects.of_pairs(rows_of):
+        cells = _Cells(frame, effects, roles)
+        for name in cells.rows:
+            draw(name, cells)
+    nothing = pd.DataFrame(columns=["example_id", "kind", "layer", "head", "position", "role", "effect", "patched"])  # fmt: skip
+    for name in rows_of:
+        if str(name) not in drawn:
+            draw(name, _Cells(nothing, effects, roles))
+    return drawn
+
+
 def _one_example(
-    pair: pd.Series, cells: _Cells, template: str, words: dict[str, int]
+    pair: pd.Series, known: Sequence[str], template: str, words: dict[str, int]
 ) -> dict[str, Any]:
-    """Return one pair: texts, tokens as numbers of `words`, probabilities, maps."""
-    roles = [cells.roles.index(r) for r in pair["roles"]]
+    """Return one pair: texts, tokens as numbers of `words`, probabilities."""
+    roles = [known.index(r) for r in pair["roles"]]
     parts = {"{sentence}": str(pair["sentence"]), "{aspect}": str(pair["aspect"])}
     asked = re.sub(r"\{sentence\}|\{aspect\}", lambda m: parts[m[0]], template)
-    places = sorted(set(roles)) if cells.by_role else list(range(len(roles)))
-    rows = cells.of(pair["example_id"])
 
     def tokens(column: str) -> list[int] | None:
         value = pair.get(column)
@@ -199,7 +225,6 @@ def _one_example(
         "id": str(pair["example_id"]), "s": str(pair["sentence"]), "a": str(pair["aspect"]), "g": str(pair["polarity"]),
         "t": tokens("tokens"), "r": roles, "pc": _numbers(pair.get("p_clean")), "px": _numbers(pair.get("p_corrupted")),
         "x": tokens("corrupted_tokens"), "c": digits(pair.get("clean")), "d": digits(pair.get("corrupted")),
-        "b": cells.best(rows), "m": cells.maps(rows, places),
     }  # fmt: skip
 
 

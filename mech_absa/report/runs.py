@@ -7,6 +7,7 @@ selection, no side effects) is absent here too, never a made-up value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..errors import DataError
-from ..records import read_json, read_table
+from ..records import read_chunks, read_json, read_table
 from ..schemas import ABOUT, ANY_OBJECT, SITES
 
 Kind = Literal["trace", "train", "evaluate", "matrix"]
@@ -33,6 +34,72 @@ WORDS: dict[str, str] = {
 
 
 @dataclass(frozen=True, eq=False)
+class EffectRows:
+    """The table of effects of a trace, which may be too large for memory.
+
+    Attributes:
+        source: the table, or the file that holds it.
+        size: rows.
+        kinds: kinds of state, in the order in which they first appear.
+        layers: in ascending order.
+        by_role: whether no row names a position.
+    """
+
+    source: pd.DataFrame | Path
+    size: int
+    kinds: list[str]
+    layers: list[int]
+    by_role: bool
+
+    def __len__(self) -> int:
+        return self.size
+
+    @classmethod
+    def of(cls, source: pd.DataFrame | Path) -> EffectRows:
+        """Look through a table, or through a file, once.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        size, by_role = 0, True
+        kinds: dict[str, None] = {}
+        layers: set[int] = set()
+        for rows in _chunks(source):
+            size += len(rows)
+            kinds |= dict.fromkeys(map(str, rows["kind"].unique()))
+            layers |= {int(layer) for layer in rows["layer"].unique()}
+            by_role = by_role and bool((rows["position"] < 0).all())
+        return cls(source, size, list(kinds), sorted(layers), by_role)
+
+    def of_pairs(self, wanted: Iterable[str]) -> Iterator[pd.DataFrame]:
+        """Yield the rows of some pairs, a few pairs at a time.
+
+        The rows of a pair stand together in the file; they are given together too.
+        """
+        names, rest = set(wanted), None
+        for rows in _chunks(self.source):
+            rows = rows[rows["example_id"].isin(names)]
+            rows = rows if rest is None else pd.concat([rest, rows])
+            if not len(rows):
+                continue
+            last = (rows["example_id"] == rows["example_id"].iloc[-1]).to_numpy()
+            rest = rows[last]  # the next part may hold more of this pair
+            if not last.all():
+                yield rows[~last]
+        if rest is not None:
+            yield rest
+
+
+def _chunks(source: pd.DataFrame | Path) -> Iterator[pd.DataFrame]:
+    """Yield a table, or a file's part by part, with whole numbers for heads and positions."""
+    if isinstance(source, pd.DataFrame):
+        yield with_whole_numbers(source)
+        return
+    for rows in read_chunks(source, EFFECT_COLUMNS, DataError):
+        yield with_whole_numbers(rows)
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run folder.
 
@@ -41,8 +108,9 @@ class Run:
         kind: what it holds.
         name: short, and told apart from the other runs of a report.
         record: `run.json`; empty where it is missing.
-        tables: file name -> table, of the files that are there.
+        tables: file name -> table, of the files that are there, but for the effects of a trace.
         notes: file name -> object, of the JSON files that are there.
+        effects: of a trace.
     """
 
     path: Path
@@ -51,6 +119,7 @@ class Run:
     record: dict[str, Any]
     tables: dict[str, pd.DataFrame] = field(repr=False)
     notes: dict[str, Any] = field(repr=False)
+    effects: EffectRows | None = field(default=None, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,18 +171,19 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         )
     tables: dict[str, pd.DataFrame] = {}
     notes: dict[str, Any] = {}
+    effects = None
     for file in (*FILES[kind], "run.json"):
         path = folder / file
         if not path.is_file():
             continue
-        if path.suffix == ".json":
+        if file == "effects.parquet":
+            effects = EffectRows.of(path)
+        elif path.suffix == ".json":
             notes[file] = read_json(path, NOTES.get(file, ANY_OBJECT), DataError)
         else:
-            columns = EFFECT_COLUMNS if file == "effects.parquet" else None
-            tables[file] = read_table(path, columns, DataError)
-    for file in ("effects.parquet", "importance.csv"):
-        if file in tables:
-            tables[file] = with_whole_numbers(tables[file])
+            tables[file] = read_table(path, error=DataError)
+    if "importance.csv" in tables:
+        tables["importance.csv"] = with_whole_numbers(tables["importance.csv"])
     record = notes.pop("run.json", {})
     return Run(
         folder,
@@ -122,6 +192,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         record if isinstance(record, dict) else {},
         tables,
         notes,
+        effects,
     )
 
 

@@ -292,11 +292,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 DIES = """
 import os, signal, sys
 from mech_absa.commands import patch
-write = patch.write_frame
+write = patch.write_part
 def once(frame, path):
     write(frame, path)
     os.kill(os.getpid(), signal.SIGKILL)
-patch.write_frame = once
+patch.write_part = once
 patch.cli(sys.argv[1:])
 """  # the process kills itself when the first part of its sweep is on disk
 

@@ -263,7 +263,7 @@ def test_the_command_leaves_what_it_leaves_for_reviews(run):
 
 def test_a_killed_run_is_taken_up(run, monkeypatch):
     calls = []
-    write = command.write_frame
+    write = command.write_part
 
     def dies(frame: pd.DataFrame, path: Path) -> None:
         if calls:
@@ -277,7 +277,7 @@ def test_a_killed_run_is_taken_up(run, monkeypatch):
              "spans": {"verb": "was"}} for x in ("great", "great but")]  # fmt: skip
     two.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert traced(run, two, *flags, out="whole") == 0
-    monkeypatch.setattr(command, "write_frame", dies)
+    monkeypatch.setattr(command, "write_part", dies)
     assert traced(run, two, *flags, out="killed") == 130
     monkeypatch.undo()
     assert traced(run, two, *flags, "--resume", out="killed") == 0

@@ -24,9 +24,10 @@ from support.made_runs import (
     train_folder,
 )
 
+from mech_absa import records
 from mech_absa.commands.report import cli
 from mech_absa.errors import DataError
-from mech_absa.report import leave_report, write_report
+from mech_absa.report import leave_report, maps, write_report
 from mech_absa.report.charts import Line, interval_chart, line_chart, ticks, y_range
 from mech_absa.report.maps import NOTHING, quantised, spaced
 from mech_absa.report.runs import read_runs
@@ -369,6 +370,20 @@ def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):
     assert (folder / "edit.json").read_text() == kept and not (folder / "report.html").exists()
     (folder / "history.csv").unlink()
     assert leave_report(folder) == folder / "report.html"
+
+
+@pytest.mark.parametrize("rows", [7, 100])
+def test_effects_that_are_read_in_parts_give_the_same_page(runs, monkeypatch, rows):
+    (run,) = read_runs([runs["trace"]])
+    whole = maps.examples(run)
+    monkeypatch.setattr(records, "CHUNK", rows)
+    (run,) = read_runs([runs["trace"]])
+    assert maps.examples(run) == whole and run.effects is not None
+    assert max(map(len, run.effects.of_pairs(run.tables["pairs.parquet"]["example_id"]))) < len(run.effects)  # fmt: skip
+    few = maps.examples(run, budget=2_000)  # a sample of the pairs
+    kept = {e["id"]: e for e in whole["list"]}
+    assert 0 < len(few["list"]) < len(kept)
+    assert all(e["m"] == kept[e["id"]]["m"] and e["b"] == kept[e["id"]]["b"] for e in few["list"])
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def facts(run: Run, account: dict[str, Any], total: float | None) -> list[tuple[
             ("Method", method_words(about)),
             ("Restored together", f"windows of {window} layers" if window > 1 else "one state"),
             ("States", "all tokens of a role together" if about.get("by") == "role" else "one token at a time"),
-            ("Cells", f"{len(run.tables['effects.parquet']):,} effects of {kept:,} pairs"),
+            ("Cells", f"{len(run.effects or ()):,} effects of {kept:,} pairs"),
             ("Average total effect", total),
             ("Noise", noise if account.get("sigma") else None),
             ("Device", record.get("device")),

@@ -1,0 +1,105 @@
+"""Measure the memory and the time of `mech-absa patch` as the number of examples grows.
+
+    python -m benchmarks.memory             writes results/memory.json, one line per run as it ends
+    python -m benchmarks.memory --only 20   one size
+
+The model is a random GPT-2 of two layers with the tokenizer of the bundled model, so that 10,000
+examples take minutes; what is kept per example does not depend on the size of the model. Every run
+traces one pair per example by role, with all kinds of state but heads, and 2 draws of noise. The peak
+is that of the whole process (`ru_maxrss`), the report and the figures included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mech_absa as ma
+from mech_absa.records import read_json, write_json
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "memory.json"
+RUNS = ((20, 0.05), (1_000, 0.05), (10_000, 0.05), (20, 0.5), (1_000, 0.5))
+"""Examples, and --memory in GiB."""
+DOMAINS = ("restaurant", "laptop", "device", "service")
+
+
+def rows_of(n: int) -> Iterator[dict[str, Any]]:
+    """Yield built-in reviews as JSON lines hold them; every round over them begins with other words."""
+    known = [e for d in DOMAINS for e in ma.load_examples(f"builtin:{d}/train")]
+    for i in range(n):
+        e, start = known[i % len(known)], f"Visit {i // len(known)}: "
+        assert e.span is not None
+        yield {
+            "id": f"{i:05d}", "text": start + e.sentence, "aspect": e.aspect, "polarity": e.polarity.value,
+            "from": e.span[0] + len(start), "to": e.span[1] + len(start), "domain": e.domain,
+        }  # fmt: skip
+
+
+def random_model(folder: Path) -> None:
+    """Write a random GPT-2 of two layers with the bundled tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(ma.__file__).parent / "assets" / "model")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(n: int, memory: float, folder: Path) -> dict[str, Any]:
+    """Trace n examples in a process of their own and return what it took."""
+    data, out = folder / f"{n}.jsonl", folder / f"run-{n}-{memory}"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(n)), encoding="utf-8")
+    words = ["-m", "mech_absa.patch", "--model", str(folder / "model"), "--data", str(data)]
+    words += ["--keep", "all", "--by", "role", "--noise-draws", "2", "--adapter", "none"]
+    words += ["--memory", str(memory), "--out", str(out), "--quiet"]
+    start = time.perf_counter()
+    process = os.posix_spawn(sys.executable, [sys.executable, "-W", "ignore", *words], os.environ)
+    _, status, usage = os.wait4(process, 0)
+    if status:
+        raise SystemExit(
+            f"the trace of {n} examples ended with {os.waitstatus_to_exitcode(status)}"
+        )
+    made = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return {
+        "examples": n,
+        "memory_gib": memory,
+        "pairs": made["pairs"]["kept"],
+        "effects": made["engine"]["cells"],
+        "peak_mib": round(usage.ru_maxrss / 1024),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "effects_mib": round((out / "effects.parquet").stat().st_size / 2**20, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=int, help="examples")
+    options = parser.parse_args(argv)
+    rows = read_json(RESULT)["runs"] if RESULT.exists() else []
+    done = {(row["examples"], row["memory_gib"]) for row in rows}
+    with tempfile.TemporaryDirectory() as name:
+        random_model(Path(name) / "model")
+        for n, memory in RUNS:
+            if (n, memory) in done or options.only not in (None, n):
+                continue
+            rows.append(measure(n, memory, Path(name)))
+            print(rows[-1], flush=True)
+            write_json(RESULT, {"threads": os.environ.get("OMP_NUM_THREADS"), "runs": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -48,6 +49,8 @@ def test_the_words_that_load_the_same_model():
 def test_ctrl_c_ends_it_cleanly_even_while_it_traces():
     command = [sys.executable, "-m", "mech_absa", "explore"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A test that runs in the background of a script ignores SIGINT, and so would what it starts.
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), **options) as process:
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:") and "token=" in url

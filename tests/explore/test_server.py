@@ -33,6 +33,7 @@ def test_the_token_opens_the_page(client):
     assert policy.startswith("default-src 'none'") and "connect-src 'self'" in policy
     assert answer.getheader("referrer-policy") == "no-referrer"
     assert answer.getheader("cache-control") == "no-store"
+    assert 'id="go" class="main" disabled' in page  # nothing is traced before the first answer
     assert not re.search(r"https?:(?!//(www\.w3\.org|127\.0\.0\.1))//", page)  # asks nobody else
 
 

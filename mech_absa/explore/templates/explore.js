@@ -201,6 +201,7 @@ async function long(what, path, body, told) {
     await follow(path, body, running.signal, { ...told, error: d => { outcome = "failed"; problem(d.sentence); } });
     if (outcome !== "failed") outcome = "done";
   } catch (error) { if (error.name !== "AbortError") { outcome = "failed"; problem(error.message); } }
+  running.abort();  // a page that failed leaves no job behind
   running = null;
   busy = "";
   enable();

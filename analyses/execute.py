@@ -65,6 +65,8 @@ def tidy(notebook: Any) -> Any:
     }
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if "outputs" in cell:  # a bar leaves an empty place when the work is done
+            cell.outputs = [o for o in cell.outputs if o.get("data", {}).get("text/html") != ""]
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output.metadata = {}

@@ -135,6 +135,7 @@ def train_edit(
         template=q.template,
         verbalizer=q.verbalizer,
         on_step=step,
+        progress=False,
     )
     tell(
         "tested",

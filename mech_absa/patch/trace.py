@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from ..metrics import Metric
 from ..model import Model
-from ..progress import bar
+from ..progress import bar, wanted
 from ..sites import Site
 from .directions import BothDirections
 from .effects import Effects
@@ -35,7 +34,7 @@ def trace(
     engine: str = "wavefront",
     memory: int | float | None = None,
     check: bool = True,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Effects:
     """Measure the effect of every site on every pair.
 
@@ -62,7 +61,7 @@ def trace(
         engine: `wavefront`, or `loop` for one forward pass per cell.
         memory: bytes for activations in flight; by the device where None.
         check: run `self_check` (a few percent of the time) and fail where an identity is broken.
-        progress: show a bar.
+        progress: show a bar; where None, in a terminal and in a notebook.
 
     Returns:
         one row per pair and cell.
@@ -97,7 +96,7 @@ def trace(
     )
     p = plan(model, pairs, request)
     checks = self_check(p) if check and request.method == Method.EXACT else {}
-    with bar("tracing", p.cells) if progress else nullcontext() as tick:
+    with bar("tracing", p.cells, quiet=not wanted(progress)) as tick:
         frames = [frame for _, frame in p.iterate(tick=tick)]
     effects = p.gather(frames)
     effects.about["self_checks"] = checks

@@ -62,6 +62,7 @@ class Effect(Selector):
             direction=self.direction,
             method=self.method,
             check=False,
+            progress=False,
         )
         values, cells = effects.matrix("role")
         left_out = {CONTROL, "answer", *changed_roles(pairs)}

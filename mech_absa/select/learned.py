@@ -34,6 +34,7 @@ def trained_gates(evidence: Evidence, gates: Gates, epochs: int) -> Iterator[tup
         seed=evidence.seed,
         template=evidence.template,
         verbalizer=evidence.verbalizer,
+        progress=False,
     )
     for gate in edit:
         assert isinstance(gate, HeadGate)

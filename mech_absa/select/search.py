@@ -417,7 +417,8 @@ def search_cells(
         ConfigError, SiteError, ModelError: an argument is not accepted.
     """
     effects = trace(
-        model, pairs, kinds, by="role", metric=metric, direction=direction, method=estimate, check=False
+        model, pairs, kinds, by="role", metric=metric, direction=direction, method=estimate, check=False,
+        progress=False,
     )  # fmt: skip
     values, cells = effects.matrix("role")
     wanted = np.ones(len(cells), dtype=bool) if roles is None else cells["role"].isin(list(roles))

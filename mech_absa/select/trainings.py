@@ -306,6 +306,7 @@ class Trainings:
             template=s.template,
             verbalizer=s.verbalizer,
             cache=self.cache,
+            progress=False,
         )
         seconds = time.process_time() - clock
         loss, accuracy = self.quality(edit, self.held if job.sample == TUNING else self.test)

@@ -18,7 +18,7 @@ from ..edits.edit import Edit
 from ..errors import ConfigError, choices
 from ..examples import Example, class_counts, split_by_sentence
 from ..model import Model
-from ..progress import bar
+from ..progress import bar, wanted
 from ..prompts import PromptTemplate, Verbalizer
 from ..words import expect
 from .prefix import PrefixCache
@@ -39,7 +39,7 @@ def fit(
     cache: PrefixCache | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
-    progress: bool = False,
+    progress: bool | None = None,
     on_step: Callable[[Progress], Any] | None = None,
 ) -> Edit:
     """Train an edit of a model that itself stays as it is, to the last bit.
@@ -59,7 +59,7 @@ def fit(
         checkpoint: file that keeps the state while training; where it exists already, training goes
             on from it. The caller removes it.
         checkpoint_every: steps between two states.
-        progress: show a bar.
+        progress: show a bar; where None, in a terminal and in a notebook.
         on_step: called after every step.
 
     Returns:
@@ -90,7 +90,7 @@ def fit(
     if path is not None and path.exists():
         training.resume(path)
     first = training.team.rank == 0
-    with bar("training", training.steps, quiet=not (progress and first)) as advance:
+    with bar("training", training.steps, quiet=not (first and wanted(progress))) as advance:
         advance(training.state.step)
         for group in training.groups():
             training.step(group)

@@ -315,6 +315,7 @@ def _train_and_test(
                 template=grid.template,
                 verbalizer=grid.verbalizer,
                 cache=cache,
+                progress=False,
             )
         record, layers = edit.record, [str(layer) for layer in edit.layers]
         about |= {

@@ -10,8 +10,9 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
     <!-- names: fit Preset -->                  a table of public names: what each is, with a link to its home
     <!-- svg: runs -->                          docs/img/runs.svg, inline, so that it takes the colours of the page
 
-`figures/readme_heatmap.png` and the JSON schemas of `mech_absa.schemas` become files of the site. As a
-Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they are written (a
+`figures/smollm2_aspect_swap.png`, the picture of the README, and the JSON schemas of
+`mech_absa.schemas` become files of the site. The notebooks of `analyses/` become pages with their
+outputs. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they are written (a
 string in them is a list of axes, not a forward reference), and `a, b: what they are` in a docstring
 speaks of both.
 """
@@ -32,7 +33,10 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PICTURES = {"img/heatmap.png": ROOT / "figures" / "readme_heatmap.png"}
+PICTURES = {"img/heatmap.png": ROOT / "figures" / "smollm2_aspect_swap.png"}
+NOTEBOOKS = sorted((ROOT / "analyses").glob("[0-9]_*.ipynb"))
+PAGE_OF = {"../mech_absa/assets/README.md": "../bundled.md"}
+"""File that notebooks link to -> the page that shows it."""
 MARK = re.compile(r"^<!-- (help|include|rest|svg|names): (.+?) -->$", flags=re.MULTILINE)
 WIDTH = "84"
 CONSTANTS = {"ROLES": "What a token can be for, in reading order"}
@@ -142,13 +146,33 @@ def filled(markdown: str) -> str:
     return MARK.sub(replace, markdown)
 
 
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Return a notebook and its outputs as Markdown, and its pictures by their names."""
+    from nbconvert import MarkdownExporter
+
+    here = {"unique_key": path.stem, "output_files_dir": ""}
+    text, resources = MarkdownExporter().from_filename(str(path), resources=here)
+
+    def link(match: re.Match[str]) -> str:
+        words, target = match[1], match[2]
+        if target.endswith(".ipynb") and "/" not in target:
+            target = target.removesuffix(".ipynb") + ".md"
+        elif (path.parent / target).exists():
+            if target not in PAGE_OF:
+                return words  # a file of the project that is no page
+            target = PAGE_OF[target]
+        return f"[{words}]({target})"
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", link, text), resources["outputs"]
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs: the text of a page before it becomes HTML."""
     return filled(markdown)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs: the pictures that stand elsewhere in the project."""
+    """mkdocs: the pictures, schemas and notebooks that stand elsewhere in the project."""
     from mkdocs.structure.files import File
 
     for uri, path in PICTURES.items():
@@ -158,6 +182,11 @@ def on_files(files: Any, config: Any) -> Any:
     for name, schema in published().items():
         text = json.dumps(schema, indent=2) + "\n"
         files.append(File.generated(config, f"schemas/{name}", content=text))
+    for path in NOTEBOOKS:
+        text, pictures = notebook_page(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, data in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=data))
     return files
 
 

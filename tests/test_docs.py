@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -452,7 +453,7 @@ def test_what_counts_as_fetched():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The built pages; a warning of the build is an error."""
-    for name in ("mkdocs", "mkdocstrings", "material"):
+    for name in ("mkdocs", "mkdocstrings", "material", "nbconvert"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
@@ -479,6 +480,23 @@ def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
     assert "batch pos d_model" in re.sub(
         r"<[^>]+>", "", reference
     )  # axes are shown as they are written
+
+
+def test_every_notebook_is_a_page_with_its_outputs(site):
+    """The code, the printed numbers and the pictures of a notebook; its links stay in the site."""
+    for path in sorted((ROOT / "analyses").glob("[0-9]_*.ipynb")):
+        html = (site / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
+        said = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", html)))
+        pictures = 0
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                printed = " ".join("".join(output.get("text", "")).split())
+                assert printed in said, f"{path.name} prints {printed[:60]}"
+                pictures += "image/png" in output.get("data", {})
+        shown = re.findall(rf'src="({path.stem}[^"]*\.png)"', html)
+        assert len(shown) == pictures and all((site / "notebooks" / p).exists() for p in shown)
+        for target in re.findall(r'href="([^":#]+)"', html):
+            assert (site / "notebooks" / target).exists(), f"{path.name} links to {target}"
 
 
 def test_search_works_from_disk(site, tmp_path):

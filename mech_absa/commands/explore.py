@@ -21,9 +21,9 @@ from tyro.conf import OmitArgPrefixes
 
 from ..errors import ConfigError
 from ..model import load_model
-from . import patch
 from .cli import command, tell_left_out
 from .flags import ModelFlags, QuestionFlags, ReadFlags, Sources, flat, join
+from .patch import with_adapter
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
         tell_left_out(examples)
     m = config.model
     base = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
-    model, _ = patch.adapted(patch.Config(adapter=config.adapter, model=m), base)
+    model, _ = with_adapter(config.adapter, base)
     explorer = Explorer(
         model, train, held, template=config.question.prompt, verbalizer=config.question.verbalizer,
         host=config.host, port=config.port, words=model_words(config),

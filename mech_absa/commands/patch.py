@@ -79,21 +79,9 @@ Data = TypeVar("Data", Examples, PromptPairs)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Find which layers, tokens and components of a language model carry the sentiment of an aspect.
+class PairFlags:
+    """Say which examples are traced."""
 
-    Every example is run clean and corrupted. Then one clean state at a time is put back into the
-    corrupted run, and its effect on the answer is measured, for every layer, token and component.
-
-    Examples:
-      mech-absa patch --limit 40 --out runs/first
-      mech-absa patch --data reviews.csv --model gpt2 --by role --out runs/mine
-      mech-absa patch --method ig --metric logit_diff --limit 20
-    """
-
-    data: Sources = ("builtin:restaurant+laptop/train",)
-    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined.
-    JSON lines with clean, corrupted, answer, foil and spans are prompt pairs of your own, of any task."""
     limit: OptionalInt = None
     """Trace at most this many pairs, drawn by --seed from all data."""
     head: bool = False
@@ -104,9 +92,12 @@ class Config:
     """Pairs that are traced: paper (clean answer right, corrupted answer wrong), clean (clean answer right) or all."""
     strict: bool = False
     """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
-    adapter: str = "auto"
-    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, or none. auto is
-    bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
+
+
+@dataclass(frozen=True)
+class CorruptionFlags:
+    """Say how the corrupted run is made."""
+
     corruption: str = "auto"
     """noise (Gaussian noise on the embeddings, the paper's), counterfactual (a minimal edit of the text; the data must have them),
     aspect-swap (the question asks about another aspect of the sentence), opinion-swap (the opinion expression replaced from --lexicon),
@@ -119,6 +110,12 @@ class Config:
     """Independent draws of the noise per pair."""
     noise_span: str = "all"
     """Tokens that are noised: all (the paper), sentence, aspect or query; or a named span of your own prompt pairs."""
+
+
+@dataclass(frozen=True)
+class SweepFlags:
+    """Say which states are put back, and what is read."""
+
     sites: Sources = ("resid_post", "attn_out", "mlp_out")
     """Kinds of state (resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; q, k, v by the loop), or single sites such as L5.head3."""
     layers: str = "all"
@@ -149,8 +146,12 @@ class Config:
     """Number of devices over which the layers are spread."""
     memory: OptionalFloat = None
     """GiB for activations in flight. Default: half a GiB on a CPU, a third of a GPU."""
-    seed: int = 0
-    """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
+
+
+@dataclass(frozen=True)
+class ChoiceFlags:
+    """Say how effects are averaged, tested and drawn, and how sites are chosen."""
+
     level: float = 0.95
     """Level of the intervals."""
     adjustment: str = "maxt"
@@ -163,6 +164,33 @@ class Config:
     """Neighbouring layers that are chosen. Default: the paper's share of the depth, 6 of 32."""
     figures: bool = True
     """Draw the figures."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Find which layers, tokens and components of a language model carry the sentiment of an aspect.
+
+    Every example is run clean and corrupted. Then one clean state at a time is put back into the
+    corrupted run, and its effect on the answer is measured, for every layer, token and component.
+
+    Examples:
+      mech-absa patch --limit 40 --out runs/first
+      mech-absa patch --data reviews.csv --model gpt2 --by role --out runs/mine
+      mech-absa patch --method ig --metric logit_diff --limit 20
+    """
+
+    data: Sources = ("builtin:restaurant+laptop/train",)
+    """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined.
+    JSON lines with clean, corrupted, answer, foil and spans are prompt pairs of your own, of any task."""
+    adapter: str = "auto"
+    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, or none. auto is
+    bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
+    seed: int = 0
+    """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
+    pairs: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)
+    corrupt: OmitArgPrefixes[CorruptionFlags] = field(default_factory=CorruptionFlags)
+    sweep: OmitArgPrefixes[SweepFlags] = field(default_factory=SweepFlags)
+    choice: OmitArgPrefixes[ChoiceFlags] = field(default_factory=ChoiceFlags)
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -203,16 +231,23 @@ def corruption_of(config: Config, examples: Examples | PromptPairs) -> Corruptio
     Raises:
         ConfigError: there is none of that name.
     """
-    name = config.corruption
+    name = config.corrupt.corruption
     if name == "auto":
         whole = len(examples) and all(e.counterfactuals for e in examples)
         name = "counterfactual" if whole else "noise"
     if name == "noise":
-        return GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
+        return GaussianNoise(
+            config.corrupt.noise_scale,
+            config.corrupt.noise_draws,
+            config.corrupt.noise_span,
+            config.seed,
+        )
     if name == "resample":
         return Resample(config.seed)
-    if name == "opinion-swap" and config.lexicon:
-        training = [e for s in config.lexicon for e in load_examples(s, **config.reading.options)]
+    if name == "opinion-swap" and config.corrupt.lexicon:
+        training = [
+            e for s in config.corrupt.lexicon for e in load_examples(s, **config.reading.options)
+        ]
         return OpinionSwap(Lexicon.of(training), seed=config.seed)
     return as_corruption(name)
 
@@ -257,11 +292,11 @@ def drawn(data: Data, config: Config) -> Data:
     Raises:
         DataError: none is left.
     """
-    if config.sample is not None:
-        data = data.sample(config.sample, config.seed)
+    if config.pairs.sample is not None:
+        data = data.sample(config.pairs.sample, config.seed)
     if not len(data):
         raise DataError(f"{data.source}: no example is left (left out: {data.left_out})")
-    if config.limit is None or config.head:
+    if config.pairs.limit is None or config.pairs.head:
         return data
     order = list(range(len(data)))
     random.Random(config.seed).shuffle(order)
@@ -287,35 +322,45 @@ def with_adapter(name: str, model: Model) -> tuple[Model, str | None]:
 
 def check_flags(config: Config, spans: Sequence[str] = ()) -> None:
     """Reject what can be rejected before anything is loaded; `spans` are those of own prompts."""
-    at_least(1, limit=config.limit, sample=config.sample, select_width=config.select_width)
-    at_least(1, control=config.control, n_devices=config.n_devices)
-    if config.memory is not None and not 2**-10 <= config.memory <= 2**20:
+    at_least(
+        1,
+        limit=config.pairs.limit,
+        sample=config.pairs.sample,
+        select_width=config.choice.select_width,
+    )
+    at_least(1, control=config.sweep.control, n_devices=config.sweep.n_devices)
+    if config.sweep.memory is not None and not 2**-10 <= config.sweep.memory <= 2**20:
         raise ConfigError(
-            f"--memory {config.memory:g} was given; accepted: GiB between 0.001 and 1048576"
+            f"--memory {config.sweep.memory:g} was given; accepted: GiB between 0.001 and 1048576"
         )
-    share("--level", config.level)
-    one_of("--adjustment", config.adjustment, list(ADJUSTMENTS))
+    share("--level", config.choice.level)
+    one_of("--adjustment", config.choice.adjustment, list(ADJUSTMENTS))
     one_of("--dtype", config.model.dtype, list(DTYPES))
-    one_of("--corruption", config.corruption, ["auto", *WORDS])
-    if config.corruption == "opinion-swap" and not config.lexicon:
+    one_of("--corruption", config.corrupt.corruption, ["auto", *WORDS])
+    if config.corrupt.corruption == "opinion-swap" and not config.corrupt.lexicon:
         raise ConfigError(
             "--corruption opinion-swap needs --lexicon with training data that marks opinion expressions"
         )
-    if config.corruption in ("auto", "noise"):
-        GaussianNoise(config.noise_scale, config.noise_draws, config.noise_span, config.seed)
-        if config.noise_span not in spans:
-            NoiseSpan.parse(config.noise_span, "noise span")
-    if config.rule != "mean" and config.direction != "both":
+    if config.corrupt.corruption in ("auto", "noise"):
+        GaussianNoise(
+            config.corrupt.noise_scale,
+            config.corrupt.noise_draws,
+            config.corrupt.noise_span,
+            config.seed,
+        )
+        if config.corrupt.noise_span not in spans:
+            NoiseSpan.parse(config.corrupt.noise_span, "noise span")
+    if config.choice.rule != "mean" and config.sweep.direction != "both":
         raise ConfigError(
-            f"--rule {config.rule} was given with --direction {config.direction}; both is needed"
+            f"--rule {config.choice.rule} was given with --direction {config.sweep.direction}; both is needed"
         )
     config.reading.check()
     config.question.check(words=(3,))
     request_of(config, spans=spans)
-    if config.select_kind is not None:
-        kinds = [Site.parse(s, spans).kind if "." in s else s for s in config.sites]
+    if config.choice.select_kind is not None:
+        kinds = [Site.parse(s, spans).kind if "." in s else s for s in config.sweep.sites]
         named = [k for k in dict.fromkeys(kinds) if k not in HEAD_KINDS]
-        one_of("--select-kind", config.select_kind, named)
+        one_of("--select-kind", config.choice.select_kind, named)
 
 
 def request_of(
@@ -327,18 +372,18 @@ def request_of(
         ConfigError, SiteError: a word or a number is not accepted.
     """
     return Request.parse(
-        config.sites,
+        config.sweep.sites,
         layers=layers,
-        by=config.by,
-        metric=config.metric,
-        direction=config.direction,
-        window=config.window,
-        method=config.method,
-        steps=config.steps,
-        rules=config.rules,
-        exact_top=config.exact_top,
-        engine=config.engine,
-        memory=None if config.memory is None else int(config.memory * 2**30),
+        by=config.sweep.by,
+        metric=config.sweep.metric,
+        direction=config.sweep.direction,
+        window=config.sweep.window,
+        method=config.sweep.method,
+        steps=config.sweep.steps,
+        rules=config.sweep.rules,
+        exact_top=config.sweep.exact_top,
+        engine=config.sweep.engine,
+        memory=None if config.sweep.memory is None else int(config.sweep.memory * 2**30),
         spans=spans,
     )
 
@@ -365,7 +410,7 @@ def main(config: Config) -> Path | None:
         folder.open()
     group.wait()
     started = time.time()
-    exact = config.method == "exact"
+    exact = config.sweep.method == "exact"
     checks = self_check(task.plan, seed=config.seed) if group.first and exact else {}
     sweep(task.plan, folder, group, config.run.quiet)
     group.wait()
@@ -395,14 +440,18 @@ def prepare(
         tell_left_out(examples)
     m = config.model
     base = load_model(
-        m.model, device=group.device, dtype=m.dtype, backend=m.backend, n_devices=config.n_devices
+        m.model,
+        device=group.device,
+        dtype=m.dtype,
+        backend=m.backend,
+        n_devices=config.sweep.n_devices,
     )
-    layers = parse_layers(config.layers, base.n_layers)
-    if config.select_width is not None and config.select_width > len(layers):
+    layers = parse_layers(config.sweep.layers, base.n_layers)
+    if config.choice.select_width is not None and config.choice.select_width > len(layers):
         raise ConfigError(
-            f"--select-width {config.select_width} was given; {len(layers)} layers are traced"
+            f"--select-width {config.choice.select_width} was given; {len(layers)} layers are traced"
         )
-    for site in config.sites:
+    for site in config.sweep.sites:
         if "." in site:
             base.check_site(Site.parse(site, spans))
     model, adapter = adapted(config, base)
@@ -411,7 +460,7 @@ def prepare(
     say(f"{len(examples)} examples from {examples.source}{more}; {model}{merged}")
     pairs = pairs_of(config, model, examples)
     p = plan(model, pairs, request_of(config, layers, spans))
-    for line in before.lines(p, config.direction, config.adjustment):
+    for line in before.lines(p, config.sweep.direction, config.choice.adjustment):
         say(line)
     return Task(config, examples, base, model, adapter, p, before.warnings(p, examples))
 
@@ -419,7 +468,7 @@ def prepare(
 def pairs_of(config: Config, model: Model, examples: Examples | PromptPairs) -> Pairs:
     """Return the runs of the examples, or of the prompt pairs."""
     filters: dict[str, Any] = {
-        "keep": config.keep, "limit": config.limit, "strict": config.strict,
+        "keep": config.pairs.keep, "limit": config.pairs.limit, "strict": config.pairs.strict,
     }  # fmt: skip
     corruption = corruption_of(config, examples)
     if isinstance(examples, PromptPairs):
@@ -450,8 +499,8 @@ def controls(task: Task, effects: StoredEffects, say: Callable[..., None]) -> Ab
     run.
     """
     config = task.config
-    if config.method != "exact":
-        against = compare_with_exact(task.plan, effects, config.control, config.seed)
+    if config.sweep.method != "exact":
+        against = compare_with_exact(task.plan, effects, config.sweep.control, config.seed)
         say(f"against {against['cells']} exact cells: {_spelled(against)}")
         return {"estimate_against_exact": against}
     if config.model.dtype in HALF:
@@ -472,7 +521,7 @@ def compare_with_exact(p: Plan, effects: StoredEffects, cells: int, seed: int) -
 
 def half_precision_control(p: Plan, effects: StoredEffects, config: Config) -> dict[str, Any]:
     """Return the largest and mean difference to float32 on cells drawn at random."""
-    frame = effects.sample("effect", config.control, config.seed)
+    frame = effects.sample("effect", config.sweep.control, config.seed)
     wide, _ = adapted(
         config,
         load_model(
@@ -480,7 +529,7 @@ def half_precision_control(p: Plan, effects: StoredEffects, config: Config) -> d
             device=config.model.device,
             dtype="float32",
             backend=config.model.backend,
-            n_devices=config.n_devices,
+            n_devices=config.sweep.n_devices,
         ),
     )
     exact = replace(p, model=wide).exact(frame)
@@ -503,7 +552,7 @@ def leave(
     config = task.config
     started = extra.pop("sweep_seconds")
     importance = effects.importance(
-        by="role", level=config.level, adjustment=config.adjustment, seed=config.seed
+        by="role", level=config.choice.level, adjustment=config.choice.adjustment, seed=config.seed
     )
     both = effects if "direction" in effects.columns else None
     selection = _chosen(task, importance, both, say)
@@ -513,7 +562,7 @@ def leave(
         leave_interaction(both, config, folder.path)
     if selection is not None:
         selection.save(folder.path / "sites.json", traced_in(task.model, task.base, task.adapter))
-    if config.figures:
+    if config.choice.figures:
         from ..plots import save_trace_figures
 
         save_trace_figures(importance, folder.path / "figures", selection, effects)
@@ -570,7 +619,11 @@ def record_of(
         },
         "data": task.examples.account(),
         "pairs": {k: v for k, v in about.items() if k in counted} | before.account(task.pairs),
-        "engine": {"method": task.config.method, "cells": len(effects), "flops": about["flops"]},
+        "engine": {
+            "method": task.config.sweep.method,
+            "cells": len(effects),
+            "flops": about["flops"],
+        },
         **extra,
         "average_total_effect": float(effects.total.mean()),
         "sites": None if selection is None else str(selection),
@@ -585,7 +638,11 @@ def leave_interaction(both: StoredEffects, config: Config, folder: Path) -> None
     interaction = both.over(lambda few: BothDirections.of(few).interaction)
     pie = both.over(lambda few: BothDirections.of(few).pie)
     tie = both.over(lambda few: BothDirections.of(few).tie)
-    options = {"level": config.level, "adjustment": config.adjustment, "seed": config.seed}
+    options = {
+        "level": config.choice.level,
+        "adjustment": config.choice.adjustment,
+        "seed": config.seed,
+    }
     table = interaction_table(interaction, pie, tie, **options)
     with atomic(folder / "interaction.csv") as temporary:
         as_written(table).to_csv(temporary, index=False, float_format="%.8g")
@@ -610,18 +667,20 @@ def _select(
     importance: ImportanceMap, config: Config, both: StoredEffects | None
 ) -> Selection | None:
     kinds = set(importance.table["kind"])
-    if config.select_kind is None and not kinds - set(HEAD_KINDS):
+    if config.choice.select_kind is None and not kinds - set(HEAD_KINDS):
         return None  # heads have no neighbouring layers to choose
-    if both is not None and config.rule != "mean":
-        way = Direction.DENOISE if config.rule == "pie" else Direction.NOISE
+    if both is not None and config.choice.rule != "mean":
+        way = Direction.DENOISE if config.choice.rule == "pie" else Direction.NOISE
         ruled = both.over(
-            lambda few: BothDirections.of(few).by_rule(config.rule),
-            {"direction": str(way), "rule": config.rule},
+            lambda few: BothDirections.of(few).by_rule(config.choice.rule),
+            {"direction": str(way), "rule": config.choice.rule},
         )
         importance = ruled.importance(
-            by="role", level=config.level, adjustment="none", seed=config.seed
+            by="role", level=config.choice.level, adjustment="none", seed=config.seed
         )
-    return importance.select(config.select_kind, width=config.select_width, seed=config.seed)
+    return importance.select(
+        config.choice.select_kind, width=config.choice.select_width, seed=config.seed
+    )
 
 
 def print_map(

@@ -68,26 +68,9 @@ REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "h
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train an edit of a frozen model on aspect-sentiment data.
+class PlaceFlags:
+    """Say where the model is edited."""
 
-    Examples:
-      mech-absa train --data builtin:restaurant/train --sites runs/trace --out runs/edit
-      mech-absa train --data train.jsonl --layers 10-15 --preset paper --model gpt2
-    """
-
-    data: Sources
-    """Training files, or built-in ones such as builtin:restaurant/train."""
-    limit: OptionalInt = None
-    """Train on at most this many examples of each source, drawn by --seed."""
-    head: bool = False
-    """Take the first examples of the data for --limit, instead of drawing them."""
-    test: OptionalSources = ()
-    """Test files. Nothing is chosen on them; rows that stand in the training data are counted."""
-    validation: float = 0.1
-    """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
-    validation_data: OptionalSources = ()
-    """Files to choose the best epoch on, instead of a share."""
     sites: OptionalSources = ()
     """Where to edit: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last."""
     any_sites: bool = False
@@ -96,6 +79,12 @@ class Config:
     """Where to edit, without --sites: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
     positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
     """With --layers: roles (query.last, aspect, answer, ...) or positions (-1) at which representations are edited."""
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """Say what is trained, and how. What is left out comes from the preset."""
+
     preset: str = "both"
     """both (the paper's pair, with rates for small models), paper, authors_code, a method such as lora_o or loreft, or table2:lora."""
     rank: int = 4
@@ -120,12 +109,37 @@ class Config:
     """labels (among the label words) or text (the answer's tokens and the end of sequence)."""
     patience: OptionalInt = None
     """Epochs without a gain on the validation examples before training stops; 0 never stops."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an edit of a frozen model on aspect-sentiment data.
+
+    Examples:
+      mech-absa train --data builtin:restaurant/train --sites runs/trace --out runs/edit
+      mech-absa train --data train.jsonl --layers 10-15 --preset paper --model gpt2
+    """
+
+    data: Sources
+    """Training files, or built-in ones such as builtin:restaurant/train."""
+    limit: OptionalInt = None
+    """Train on at most this many examples of each source, drawn by --seed."""
+    head: bool = False
+    """Take the first examples of the data for --limit, instead of drawing them."""
+    test: OptionalSources = ()
+    """Test files. Nothing is chosen on them; rows that stand in the training data are counted."""
+    validation: float = 0.1
+    """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
+    validation_data: OptionalSources = ()
+    """Files to choose the best epoch on, instead of a share."""
     seed: int = 0
     """Seed of the parameters, the order, the dropout, draws and the validation split."""
     memory: float = 1.0
     """GiB for activations below the edit, which are computed once; the rest is computed again."""
     checkpoint_every: int = 100
     """Steps between two states that --resume can go on from."""
+    place: OmitArgPrefixes[PlaceFlags] = field(default_factory=PlaceFlags)
+    recipe: OmitArgPrefixes[RecipeFlags] = field(default_factory=RecipeFlags)
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -134,8 +148,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("--data names no file; at least one training file is needed")
-        brings = self.preset.startswith("table2:")
-        if bool(self.sites) == (self.layers is not None) and not brings:
+        brings = self.recipe.preset.startswith("table2:")
+        if bool(self.place.sites) == (self.place.layers is not None) and not brings:
             raise ConfigError(
                 "where to edit must be said once: give --sites FOLDER, or --layers such as 2-5"
             )
@@ -145,9 +159,9 @@ class Config:
             )
         at_least(1, checkpoint_every=self.checkpoint_every, limit=self.limit)
         at_least(0, memory=self.memory)
-        if self.patience and not self.validation and not self.validation_data:
+        if self.recipe.patience and not self.validation and not self.validation_data:
             raise ConfigError(
-                f"--patience {self.patience} waits for a gain on validation examples; give --validation or --validation-data too"
+                f"--patience {self.recipe.patience} waits for a gain on validation examples; give --validation or --validation-data too"
             )
         self.reading.check()
         self.question.check()
@@ -177,12 +191,14 @@ def where(config: Config, model: Model) -> tuple[list[Site], list[str]]:
     Raises:
         SiteError: the sites are of another model, or this one lacks them.
     """
-    if config.sites:
-        return named_sites(config.sites, model, config.any_sites)
-    if config.layers is None:
+    if config.place.sites:
+        return named_sites(config.place.sites, model, config.place.any_sites)
+    if config.place.layers is None:
         return [], []
-    at = places(config.positions)
-    return [model.check_site(s) for s in presets.range_sites(config.layers, at, model.n_layers)], []
+    at = places(config.place.positions)
+    return [
+        model.check_site(s) for s in presets.range_sites(config.place.layers, at, model.n_layers)
+    ], []
 
 
 def named_sites(words: Sequence[str], model: Model, anywhere: bool) -> tuple[list[Site], list[str]]:
@@ -206,14 +222,14 @@ def places(words: Sequence[str]) -> list[int | str]:
 
 def preset_of(config: Config, model: Model, sites: Sequence[Site]) -> Preset:
     """Return the preset that the flags name, with what other flags change."""
-    preset = presets.named(config.preset, sites, Shape.of(model), config.rank)
-    if config.preset.startswith("table2:") and sites:
+    preset = presets.named(config.recipe.preset, sites, Shape.of(model), config.recipe.rank)
+    if config.recipe.preset.startswith("table2:") and sites:
         raise ConfigError(
-            f"--preset {config.preset} brings its own places; leave --sites and --layers out, or choose another preset"
+            f"--preset {config.recipe.preset} brings its own places; leave --sites and --layers out, or choose another preset"
         )
     names = ("epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience")
-    given = {n: v for n in names if (v := getattr(config, n)) is not None}
-    rates = {True: config.lr_representation, False: config.lr_weight}
+    given = {n: v for n in names if (v := getattr(config.recipe, n)) is not None}
+    rates = {True: config.recipe.lr_representation, False: config.recipe.lr_weight}
 
     def rate(family: str, lr: float) -> float:
         value = rates[family in REPRESENTATION]

@@ -165,6 +165,13 @@ def test_no_command_knows_a_flag_that_is_not(name, capsys):
     assert "there is no flag --modle" in said and said.count("\n") == 1
 
 
+def test_verify_ends_with_its_verdict():
+    from mech_absa.commands.verify import LARGEST, conclusion
+
+    assert conclusion(1.5e-5, LARGEST).startswith("They agree (up to 0.001 is rounding)")
+    assert conclusion(2e-3, LARGEST).startswith("They differ by more than rounding (0.001)")
+
+
 def test_version_is_said_and_nothing_begins(capsys):
     assert run("--version", main=lambda config: pytest.fail("it must not begin")) == 0
     said = capsys.readouterr()

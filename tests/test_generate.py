@@ -75,8 +75,11 @@ def harder() -> dict[str, list[Example]]:
     return {name: shipped(name) for name in HARDER}
 
 
-def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path):
+def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path, capsys):
     assert cli(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
+    *paths, conclusion = capsys.readouterr().out.splitlines()
+    named = re.search(r"mech-absa patch --data (\S+) ", conclusion)
+    assert named is not None and named[1] in paths
     for name in FILES + HARDER:
         assert (tmp_path / "w" / f"{name}.jsonl").read_bytes() == g.builtin_path(
             name

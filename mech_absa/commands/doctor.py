@@ -39,9 +39,8 @@ from .flags import (
     at_least,
 )
 from .machine import Machine, crowding
+from .verify import LARGEST
 
-VERIFIED = 1e-3
-"""Largest difference of logits to Hugging Face's in float32 that rounding explains."""
 TEXT = "The food was great, but the service was slow."
 
 
@@ -232,7 +231,7 @@ def advice(
 ) -> Iterator[str]:
     """Yield what to do about what was seen, a sentence each."""
     difference = model["difference_to_hugging_face"]
-    if difference is not None and config.model.dtype == "float32" and not difference <= VERIFIED:
+    if difference is not None and config.model.dtype == "float32" and not difference <= LARGEST:
         yield (
             f"the logits differ from Hugging Face's by {difference:.2g}, more than rounding explains: "
             "do not trust a trace of this model before you know why"

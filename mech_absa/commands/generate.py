@@ -31,6 +31,8 @@ def run(config: Config) -> None:
         raise ConfigError(f"--out {config.out} is not an empty folder; give a new or an empty one")
     for path in write_world(config.out, config.seed):
         print(path)
+    first = config.out / "restaurant" / "train.jsonl"
+    print(f"Wrote the built-in reviews; trace some: mech-absa patch --data {first} --limit 40")
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

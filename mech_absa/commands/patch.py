@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..errors import ConfigError, DataError
 from ..examples import Examples
@@ -188,9 +188,15 @@ class Config:
     seed: int = 0
     """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
     pairs: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)
-    corrupt: OmitArgPrefixes[CorruptionFlags] = field(default_factory=CorruptionFlags)
-    sweep: OmitArgPrefixes[SweepFlags] = field(default_factory=SweepFlags)
-    choice: OmitArgPrefixes[ChoiceFlags] = field(default_factory=ChoiceFlags)
+    corrupt: Annotated[OmitArgPrefixes[CorruptionFlags], arg(name="corruption")] = field(
+        default_factory=CorruptionFlags
+    )
+    sweep: Annotated[OmitArgPrefixes[SweepFlags], arg(name="tracing")] = field(
+        default_factory=SweepFlags
+    )
+    choice: Annotated[OmitArgPrefixes[ChoiceFlags], arg(name="statistics")] = field(
+        default_factory=ChoiceFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)

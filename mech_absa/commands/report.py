@@ -53,6 +53,8 @@ def main(config: Config) -> Path:
     """Write the page and say where it is."""
     path = write_report(config.folders, config.out)
     print(f"{path}  ({path.stat().st_size / 2**20:.1f} MiB)")
+    what = "one run" if len(config.folders) == 1 else f"{len(config.folders)} runs side by side"
+    print(f"Wrote {what} as one page; open it in a browser, it needs no network.")
     return path
 
 

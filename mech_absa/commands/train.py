@@ -23,9 +23,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..edits.base import Shape
 from ..edits.edit import Edit
@@ -139,7 +139,9 @@ class Config:
     checkpoint_every: int = 100
     """Steps between two states that --resume can go on from."""
     place: OmitArgPrefixes[PlaceFlags] = field(default_factory=PlaceFlags)
-    recipe: OmitArgPrefixes[RecipeFlags] = field(default_factory=RecipeFlags)
+    recipe: Annotated[OmitArgPrefixes[RecipeFlags], arg(name="training")] = field(
+        default_factory=RecipeFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)

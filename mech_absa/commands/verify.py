@@ -28,6 +28,10 @@ TEXTS = (
     "Ça va? 价格 is fine 🙂 — but the déjà vu café’s waiter wasn't.",
 )
 
+LARGEST, HALF_LARGEST = 1e-3, 0.1
+"""Differences of logits that rounding explains, in float32 and wider, and in half precision."""
+HALF = ("bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -62,7 +66,17 @@ def main(config: Config) -> float:
     )
     if not math.isfinite(difference):
         raise ModelError(f"{model.name} gives logits that are not numbers; its weights are damaged")
+    print(conclusion(difference, HALF_LARGEST if config.model.dtype in HALF else LARGEST))
     return difference
+
+
+def conclusion(difference: float, largest: float) -> str:
+    """Say in one line whether a trace here is a trace of Hugging Face's model."""
+    if difference <= largest:
+        return (
+            f"They agree (up to {largest:g} is rounding): a trace here is of Hugging Face's model."
+        )
+    return f"They differ by more than rounding ({largest:g}): do not trust a trace before you know why."
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

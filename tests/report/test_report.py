@@ -522,7 +522,9 @@ def test_no_run_no_page(tmp_path, capsys):
 def test_the_command_writes_where_it_is_told(runs, tmp_path, capsys):
     out = tmp_path / "deep" / "page.html"
     assert cli([str(runs["train"]), "--out", str(out)]) == 0
-    assert str(out) in capsys.readouterr().out and out.is_file()
+    path, conclusion = capsys.readouterr().out.splitlines()
+    assert path.startswith(str(out)) and out.is_file()
+    assert conclusion == "Wrote one run as one page; open it in a browser, it needs no network."
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ def _listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen()  # who opens the address at once waits, and is not refused
     except (OSError, OverflowError) as error:
         sock.close()
         why = getattr(error, "strerror", None) or str(error)

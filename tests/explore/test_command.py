@@ -52,13 +52,16 @@ def test_ctrl_c_ends_it_cleanly_even_while_it_traces():
     # A test that runs in the background of a script ignores SIGINT, and so would what it starts.
     options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), **options) as process:
-        url = process.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:") and "token=" in url
-        browser = Client(url)
-        events = browser.follow("/api/trace")
-        assert next(events)[0] == "start"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-        browser.leave()
+        try:
+            url = process.stdout.readline().strip()
+            assert url.startswith("http://127.0.0.1:") and "token=" in url
+            browser = Client(url)
+            events = browser.follow("/api/trace")
+            assert next(events)[0] == "start"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+            browser.leave()
+        finally:
+            process.kill()  # where it has ended, nothing
     assert process.returncode == 0 and err == ""
     assert out.endswith("ended\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 
 import numpy as np
@@ -307,3 +308,11 @@ def test_wrong_arguments_are_refused(model, explorer):
     with pytest.raises(ConfigError, match=r"cannot listen at no\.such\.host:0"):
         server._listen("no.such.host", 0)
     assert isinstance(explorer.session, Session)
+
+
+def test_an_address_that_is_opened_at_once_waits_and_is_not_refused():
+    """The command prints its address before the server is up."""
+    with server._listen("127.0.0.1", 0) as waiting:
+        address = waiting.getsockname()
+        with socket.create_connection(address, timeout=60) as early:
+            assert early.getpeername() == address

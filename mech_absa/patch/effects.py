@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import DataError
+from ..sites import in_reading_order
 from .importance import ImportanceMap
 from .traced import COLUMNS, CONTROL_COLUMNS, PAIR_COLUMNS, Traced, as_written
 
@@ -101,7 +102,9 @@ class Effects(Traced):
         return self.frame
 
     def to_xarray(self) -> xr.DataArray:
-        """Return effects by role as an array with axes example, kind, layer, head, role."""
+        """Return effects by role as an array with axes example, kind, layer, head, role; roles stand
+        in reading order.
+        """
         values, cells = self.matrix("role")
         index = pd.MultiIndex.from_frame(as_written(cells))
         frame = pd.DataFrame(
@@ -113,7 +116,7 @@ class Effects(Traced):
             .to_xarray()
             .transpose("example", "kind", "layer", "head", "role")
         )
-        return array
+        return array.reindex(role=in_reading_order(array["role"].values.tolist()))
 
     def show(self, example_id: str, kind: str | None = None) -> Any:
         """Show the prompt of one pair, its tokens coloured by their largest effect over layers

@@ -160,13 +160,15 @@ class ImportanceMap:
         return self.table
 
     def to_xarray(self) -> xr.Dataset:
-        """Return aie, ci_low, ci_high, p, p_adjusted and n over the axes kind, layer, head,
-        role.
+        """Return aie, ci_low, ci_high, p, p_adjusted and n over the axes kind, layer, head, role;
+        roles stand in reading order.
         """
         by = "role" if "role" in self.table else "position"
         arrays: xr.Dataset = (
             as_written(self.table).set_index(["kind", "layer", "head", by]).to_xarray()
         )
+        if by == "role":
+            return arrays.reindex(role=in_reading_order(arrays["role"].values.tolist()))
         return arrays
 
     def grid(self, kind: str, column: str = "aie") -> pd.DataFrame:

@@ -14,7 +14,7 @@ from mech_absa.errors import ConfigError, DataError, SiteError
 from mech_absa.patch.directions import BothDirections
 from mech_absa.patch.effects import Effects
 from mech_absa.patch.importance import ImportanceMap, load_sites
-from mech_absa.sites import ROLES
+from mech_absa.sites import ROLES, in_reading_order
 
 LAYERS = 6
 
@@ -256,6 +256,8 @@ def test_xarray_and_grid_agree_with_the_table():
         == row["aie"]
     )
     assert importance.grid("resid_post").loc["query.last", 3] == row["aie"]
+    roles = importance.to_xarray()["role"].values.tolist()
+    assert roles == list(importance.grid("resid_post").index) != sorted(roles)
 
 
 def test_effects_as_an_array_match_the_matrix():
@@ -266,6 +268,8 @@ def test_effects_as_an_array_match_the_matrix():
         at = {n: cell[n] for n in ("kind", "layer", "role")}
         mine = array.sel(**at, head=-1)
         assert mine.to_numpy() == pytest.approx(values[:, column])
+    roles = array["role"].values.tolist()
+    assert roles == in_reading_order(roles) != sorted(roles)
 
 
 def test_of_is_deterministic():

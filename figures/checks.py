@@ -78,7 +78,9 @@ def _agreement(study: Study, metric: str) -> Shown:
                 table[keys].assign(aie=table[method]), {**about, "method": method, "steps": steps}
             )
             rho = spearman_interval(table["exact"], table[method])
-            name = plots.method_words(estimate.about).removeprefix("estimate: ")
+            name = (
+                plots.method_words(estimate.about).removeprefix("estimate: ").replace(", ", ",\n")
+            )
             charts.agreement(exact, estimate, ax, rho=rho, title=name)
             ax.set_xlabel("AIE, exact")
             ax.set_ylabel("AIE, estimate" if ax is axes[0, 0] else "")

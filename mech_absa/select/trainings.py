@@ -29,7 +29,7 @@ from ..model import Model
 from ..prompts import PromptTemplate, Verbalizer
 from ..records import read_json, write_json
 from ..train import presets
-from ..train.fit import fit
+from ..train.fit import fit, keep_streams
 from ..train.prefix import PrefixCache
 from ..train.presets import LAST_OF_QUERY, Preset
 from ..train.task import Prepared, Task
@@ -194,6 +194,7 @@ class Trainings:
         self.model, self.data, self.settings, self.parts = model, data, settings, parts
         self.places = tuple(dict.fromkeys(places))
         self.cache = PrefixCache(model, settings.memory)
+        self._skipped: list[Job] = []  # trainings of a run that was killed
         for edit in settings.edits:
             for layers in self.places:
                 settings.preset(Shape.of(model), edit, layers, 1)
@@ -286,28 +287,38 @@ class Trainings:
 
     def _row(self, job: Job) -> dict[str, Any]:
         if (known := self.read(job)) is not None:
+            self._skipped.append(job)
             return known
+        for done in self._skipped:
+            self._keep(done)
+        self._skipped.clear()
         row = self.train(job)
         write_json(self.path(job), row)
         return row
 
+    def _trained(self, job: Job) -> tuple[list[Example], Preset, dict[str, Any]]:
+        """Return what a training is made of: rows, preset, and options of `fit`."""
+        s = self.settings
+        number = s.seed + (1000 if job.sample == TUNING else job.sample)
+        chosen = draw(self.data.train, job.budget.examples, number)
+        preset = s.preset(Shape.of(self.model), job.edit, job.layers, job.budget.epochs)
+        options = {"seed": number, "template": s.template, "verbalizer": s.verbalizer}
+        return chosen, preset.rates(job.rate), options
+
+    def _keep(self, job: Job) -> None:
+        """Keep the streams that a training which is done has kept, so that the next one computes the
+        same.
+        """
+        chosen, preset, options = self._trained(job)
+        keep_streams(self.model, chosen, preset, self.cache, **options)
+        first = Edit.fresh(self.model, preset.parts, options["seed"]).layers[0]
+        self.task.keep(first, self.held if job.sample == TUNING else self.test)
+
     def train(self, job: Job) -> dict[str, Any]:
         """Train one edit and score it: on validation rows while tuning, on test rows otherwise."""
-        s = self.settings
-        number = 1000 if job.sample == TUNING else job.sample
-        chosen = draw(self.data.train, job.budget.examples, s.seed + number)
-        preset = s.preset(Shape.of(self.model), job.edit, job.layers, job.budget.epochs)
+        chosen, preset, options = self._trained(job)
         clock = time.process_time()
-        edit = fit(
-            self.model,
-            chosen,
-            preset.rates(job.rate),
-            seed=s.seed + number,
-            template=s.template,
-            verbalizer=s.verbalizer,
-            cache=self.cache,
-            progress=False,
-        )
+        edit = fit(self.model, chosen, preset, cache=self.cache, progress=False, **options)
         seconds = time.process_time() - clock
         loss, accuracy = self.quality(edit, self.held if job.sample == TUNING else self.test)
         return {
@@ -327,6 +338,7 @@ class Trainings:
 
     def quality(self, edit: Edit, items: list[Prepared]) -> tuple[float | None, float | None]:
         """Return (cross-entropy, accuracy); None for both where the edit diverged."""
+        self.task.keep(edit.layers[0], items)
         if edit.record.diverged:
             return None, None
         loss, accuracy = self.task.quality(edit, items, BATCH)

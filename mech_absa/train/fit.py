@@ -107,6 +107,31 @@ def fit(
     return training.finish().with_record(warnings=notes)
 
 
+def keep_streams(
+    model: Model,
+    train: Sequence[Example],
+    preset: Preset,
+    cache: PrefixCache,
+    *,
+    validation: Sequence[Example] | float | None = None,
+    seed: int = 0,
+    template: PromptTemplate | None = None,
+    verbalizer: Verbalizer | None = None,
+) -> None:
+    """Fill a cache as `fit` with these arguments does, without training.
+
+    Streams are computed in batches, and the last digits depend on what a batch holds. So a study that
+    is taken up after a kill first keeps the streams of the trainings that are done.
+
+    Args:
+        model, train, preset, cache, validation, seed, template, verbalizer: as in `fit`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training that is done has warned already
+        train, held, _ = divided(train, validation, seed)
+    Training(Task(model, preset.loss, template, verbalizer, cache), preset, train, held, seed)
+
+
 def divided(
     train: Sequence[Example], validation: Any, seed: int
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:

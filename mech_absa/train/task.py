@@ -133,6 +133,11 @@ class Task:
         scores = batch_scores(self.stream(edit), prompts, self.continuations, need)
         return F.cross_entropy(scores, gold, reduction="sum")
 
+    def keep(self, layer: int, items: Sequence[Prepared]) -> None:
+        """Keep the streams of items as they enter a layer, for the scores of edits there."""
+        runs = [extend(q.prompt, c) for q in items for c in self.continuations]
+        self.cache.fill(layer, runs)
+
     def scores(
         self,
         edit: Edit | None,
@@ -147,8 +152,7 @@ class Task:
         """
         prompts = [q.prompt for q in items]
         if edit is not None:
-            runs = [extend(p, c) for p in prompts for c in self.continuations]
-            self.cache.fill(edit.layers[0], runs)
+            self.keep(edit.layers[0], items)
         scores = label_scores(
             self.stream(edit),
             prompts,

@@ -133,6 +133,7 @@ class Training:
         check_positions(self.edit, self.items)
         self.team = Team()
         task.cache.fill(self.edit.layers[0], [run for q in self.items for run in q.runs])
+        task.keep(self.edit.layers[0], self.held)
         self.optimiser = _optimiser(self.edit)
         self.batches = math.ceil(len(self.items) / preset.batch_size)
         self.steps = preset.epochs * math.ceil(self.batches / preset.accumulate)

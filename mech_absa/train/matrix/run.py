@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...axes import LabelScores
 from ...edits.base import Shape, Where, parse_place
-from ...edits.edit import count
+from ...edits.edit import Edit, count
 from ...errors import ConfigError
 from ...evaluate.predictions import Predictions
 from ...evaluate.scores import score
@@ -38,7 +38,7 @@ from ...schemas import COUNT, TEXT, obj, some
 from ...scoring import question
 from ...sites import Site, parse_layers
 from .. import presets
-from ..fit import fit
+from ..fit import fit, keep_streams
 from ..memory import peak, reset_peak
 from ..places import NAMED, named_layers, random_layers
 from ..prefix import PrefixCache
@@ -263,19 +263,53 @@ def run_matrix(
     """
     rows: list[dict[str, Any]] = []
     tests = PrefixCache(model, budget // 2)
+    skipped: list[tuple[Domain, Method, int]] = []  # trainings of a run that was killed
     for domain in grid.domains:
         cache = PrefixCache(model, budget // 2)  # shared by all methods and seeds of this domain
         for method, seed in grid.trainings(domain):
             part = None if parts is None else parts / f"{method}-{domain.name}-{seed}.json"
             if part is not None and part.exists():
                 rows += read_json(part, ROWS)
+                skipped.append((domain, method, seed))
             else:
+                for which in skipped:
+                    _keep(model, grid, which, cache if which[0] is domain else None, tests)
+                skipped.clear()
                 new = _train_and_test(model, grid, (domain, method, seed), cache, tests)
                 if part is not None:
                     write_json(part, new)
                 rows += new
             on_done(1)
     return rows
+
+
+def _keep(
+    model: Model,
+    grid: Grid,
+    which: tuple[Domain, Method, int],
+    cache: PrefixCache | None,
+    tests: PrefixCache,
+) -> None:
+    """Keep the streams that a training which is done has kept, so that the next one computes the same.
+
+    Args:
+        model, grid, which, tests: as in `_train_and_test`.
+        cache: streams of the training domain; None where nothing is trained on it any more.
+    """
+    domain, method, seed = which
+    if method.preset == ZERO_SHOT:
+        return
+    preset = grid.preset(model, method, seed)
+    options: dict[str, Any] = {"template": grid.template, "verbalizer": grid.verbalizer}
+    if cache is not None:
+        validation = grid.validation or None
+        keep_streams(
+            model, domain.train.items, preset, cache, validation=validation, seed=seed, **options
+        )
+    first = Edit.fresh(model, preset.parts, seed).layers[0]
+    for test in grid.domains:
+        task = Task(model, "labels", cache=tests, **options)
+        task.keep(first, task.prepare(test.test.items))
 
 
 def _train_and_test(

@@ -9,8 +9,10 @@ scored once, at the end, for the base model, the adapter of the first version, a
 
 With `--ranks 16 --rates 3e-3`, which were chosen so, no candidates are trained.
 
-The folder holds the edit, `choice.csv` with the candidates, and `scores.csv`. A run that was stopped
-goes on from its last checkpoint.
+The folder holds the edit, `choice.csv` with the candidates, and `scores.csv`, which has the simple
+baselines too, trained on the train files of the same version. The edit ships as `adapter_v2`, and
+`results/harder_adapter.csv` is its `scores.csv`. A run that was stopped goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import tyro
 
 import mech_absa as ma
 from mech_absa.edits.store import save_edit
+from mech_absa.evaluate.baselines import baseline_predictions
 from mech_absa.evaluate.predictions import joined, predict
 from mech_absa.evaluate.scores import score
 from mech_absa.examples import Example, split_by_sentence
@@ -89,6 +92,13 @@ def choose(model: Model, items: list[Example], config: Config) -> tuple[int, flo
     return int(best["rank"]), float(best["rate"])
 
 
+def simple(version: str) -> pd.DataFrame:
+    """Return the scores of the baselines on all test files of a version."""
+    answers = baseline_predictions(data(version, "train"), data(version, "test"))
+    table = pd.concat([score(p).to_pandas() for p in answers], ignore_index=True)
+    return table.assign(data=f"builtin:{version}test")
+
+
 def test(model: Model, edits: dict[str, ma.Edit | None], config: Config) -> None:
     """Score every edit on every test file; write and print the table."""
     tables = []
@@ -97,6 +107,7 @@ def test(model: Model, edits: dict[str, ma.Edit | None], config: Config) -> None
             parts = [predict(model, data(version, "test", (d,)), edit, name=name) for d in DOMAINS]
             for p in (*parts, joined(parts, f"builtin:{version}test")):
                 tables.append(score(p).to_pandas())
+    tables += [simple(version) for version in ("", "v2/")]
     table = pd.concat(tables, ignore_index=True)
     table.to_csv(config.out / "scores.csv", index=False)
     print(table[table["subset"] == "all"][["system", "data", "n", "accuracy", "macro_f1"]])

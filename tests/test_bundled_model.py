@@ -15,11 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mech_absa.world as g
 from mech_absa.edits.store import load_edit
-from mech_absa.examples import Example, Polarity
+from mech_absa.errors import EditError
+from mech_absa.evaluate.predictions import predict
+from mech_absa.examples import Example, Examples, Polarity
 from mech_absa.model import load_model, weights_hash
 
 ASSETS = Path(g.__file__).parents[1] / "assets"
@@ -174,14 +177,13 @@ HUGGING_FACE = {
 }
 
 
-@pytest.fixture(scope="module")
-def adapted():
+def merged_by_hand(folder: Path):
     """The checkpoint as `transformers` reads it, with W + (alpha / r) A B in place of every adapted matrix."""
     model = AutoModelForCausalLM.from_pretrained(
         FOLDER, local_files_only=True, dtype=torch.float32
     ).eval()
-    tensors = load_file(ADAPTER / "edit.safetensors")
-    parts = json.loads((ADAPTER / "edit.json").read_text(encoding="utf-8"))["parts"]
+    tensors = load_file(folder / "edit.safetensors")
+    parts = json.loads((folder / "edit.json").read_text(encoding="utf-8"))["parts"]
     assert len(tensors) == 2 * len(parts)
     for i, part in enumerate(parts):
         layer, matrix = part["place"].split(".")
@@ -191,6 +193,11 @@ def adapted():
         scale = part["options"]["alpha"] / part["options"]["rank"]
         linear.weight.data += scale * (tensors[f"{i:03}.A"] @ tensors[f"{i:03}.B"]).T
     return model
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return merged_by_hand(ADAPTER)
 
 
 def asked(r: dict) -> str:
@@ -222,3 +229,35 @@ def test_merging_the_adaptation_gives_the_model_made_by_hand_and_leaves_the_base
         ids = torch.tensor([tok(asked(r))["input_ids"]])
         torch.testing.assert_close(merged.hooked(ids), adapted(ids).logits, atol=1e-3, rtol=1e-4)
     assert weights_hash(base.hooked) == before
+
+
+@torch.inference_mode()
+def test_the_second_adaptation_scores_what_its_card_says_and_is_the_model_made_by_hand(tok):
+    """It is named, belongs to the bundled model alone, and answers the harder reviews a little better than the first.
+
+    Measured on all rows: 89.9 % of the first version and 52.8 % of the second; 120 and 160 rows lie near that.
+    """
+    base = load_model()
+    edit = load_edit("bundled-v2", base)
+    assert edit.n_parameters == 286_720 and edit.layers == tuple(range(8))
+    made, labels = merged_by_hand(ADAPTER.parent / "adapter_v2"), tuple(f" {w}" for w in LABELS)
+    for version, n, low, high in (("", 30, 0.80, 0.98), ("v2/", 40, 0.42, 0.64)):
+        rows = [
+            r
+            for d in ("restaurant", "laptop", "device", "service")
+            for r in shipped(f"{version}{d}/test", n)
+        ]
+        examples = Examples(
+            tuple(
+                Example(
+                    r["text"], r["aspect"], Polarity(r["polarity"]), (r["from"], r["to"]), id=str(i)
+                )
+                for i, r in enumerate(rows)
+            )
+        )
+        answers = predict(base, examples, edit, batch_size=16)
+        assert low <= float(answers.correct.mean()) <= high, version
+        by_hand = [best(made, tok, asked(r), labels) == f" {r['polarity']}" for r in rows[:12]]
+        assert by_hand == list(answers.correct[:12])
+    with pytest.raises(EditError, match="this edit was made for bundled"):
+        load_edit("bundled-v2", load_model(tiny_folder("llama")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from itertools import permutations, product
 
 import numpy as np
@@ -537,7 +536,7 @@ def test_max_t_is_the_step_down_of_westfall_and_young_by_enumeration():
     """All 2^7 patterns, and for every rank the largest statistic over the cells not yet rejected."""
     values = np.random.default_rng(3).normal(0.6, 1, (7, 5))
     t = values / np.sqrt((values**2).sum(0))
-    patterns = np.array(list(itertools.product([1, -1], repeat=7)))
+    patterns = np.array(list(product([1, -1], repeat=7)))
     for one_sided in (False, True):
         side = (lambda x: x) if one_sided else np.abs
         observed, drawn = side(t.sum(0)), side(patterns @ t)
@@ -606,6 +605,52 @@ def test_many_cells_can_reject_under_every_correction():
         assert (got.adjusted[1:] <= 0.05).mean() < 0.01
 
 
+def test_resampled_p_values_against_all_draws():
+    """Three clusters have 27 draws; the textbook's t of each, with no spread as infinitely far away."""
+    values = np.array([[1.0, -2.0], [2.0, 0.5], [6.0, 1.0]])
+    mean = values.mean(0)
+
+    def t(rows, centre):
+        spread = rows.std(0) / np.sqrt(3)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.nan_to_num(np.abs(rows.mean(0) - centre) / spread, nan=0.0, posinf=np.inf)
+
+    observed = t(values, 0.0)
+    draws = np.array([t(values[list(i)], mean) for i in product(range(3), repeat=3)])
+    draws[[0, 13, 26]] = np.inf  # one cluster three times: no spread, whatever the distance
+    largest = (draws.max(1)[:, None] >= observed).mean(0)
+    got = stats.cell_tests(values, adjustment="bootstrap", draws=40_000)
+    assert got.p == pytest.approx((draws >= observed).mean(0), abs=0.01)
+    first, second = np.argsort(-observed)
+    assert got.adjusted[first] == pytest.approx(largest[first], abs=0.01)
+    assert got.adjusted[second] == pytest.approx(max(got.p[second], got.adjusted[first]), abs=0.01)
+    assert got.floor == pytest.approx(1 / 9)
+
+
+def test_resampling_keeps_its_level_where_effects_are_skewed():
+    """20 clusters, 30 cells without an effect, each 0 in most clusters and large in a few."""
+    rng, found = np.random.default_rng(5), {"maxt": 0, "bootstrap": 0}
+    for i in range(80):
+        values = (rng.random((20, 30)) < 0.3) * rng.exponential(1, (20, 30)) - 0.3
+        for name in found:
+            tests = stats.cell_tests(values, adjustment=name, draws=499, seed=i)
+            found[name] += bool((tests.adjusted <= 0.05).any())
+    assert found["bootstrap"] <= 9 < found["maxt"]  # 9: the 99 % point of a binomial at 0.05
+
+
+def test_resampling_finds_what_is_there():
+    rng = np.random.default_rng(6)
+    values = rng.normal(size=(40, 50))
+    values[:, 7] += 1.5
+    values[3, 9] = np.nan
+    got = stats.cell_tests(values, np.arange(40) // 2 * 2, adjustment="bootstrap", draws=999)
+    assert np.flatnonzero(got.adjusted <= 0.05).tolist() == [7] and got.floor == 1 / 1000
+    same = stats.cell_tests(np.ones((6, 1)), adjustment="bootstrap", draws=99)
+    assert same.adjusted == pytest.approx([0.01])
+    with pytest.raises(ConfigError, match="unknown adjustment 'bootstrap'"):
+        stats.adjust([0.1], "bootstrap")
+
+
 def test_resolution_by_hand():
     """k sentences give 2 / 2^k; Holm multiplies by the cells, Benjamini-Yekutieli by their harmonic sum too."""
     assert stats.resolution(6, 10**6).possible and not stats.resolution(5, 1).possible
@@ -613,6 +658,8 @@ def test_resolution_by_hand():
     assert stats.resolution(10, 100, "holm").needed == 12  # 100 * 2 / 2^12 = 0.0488
     assert stats.resolution(10, 2, "by").smallest == pytest.approx(2 / 1024 * 2 * 1.5)
     assert stats.resolution(30, 10).smallest == 1 / 10_000
+    assert stats.resolution(3, 10, "bootstrap").smallest == pytest.approx(1 / 9)
+    assert stats.resolution(3, 10, "bootstrap").needed == 4
     assert "no cell can reach 0.05" in str(stats.resolution(4, 9))
     with pytest.raises(ConfigError, match="0 clusters"):
         stats.resolution(0, 3)

@@ -105,11 +105,11 @@ def of_the_map(about: Mapping[str, Any]) -> list[str]:
         about: of an `ImportanceMap`.
     """
     cells, of = about.get("skewed_cells") or 0, about.get("tested_cells") or 0
-    if not cells:
+    if not cells or about.get("adjustment") == "bootstrap":
         return []
     return [
         f"{cells} of {of} cells have skewed effects; sign-flip p-values of such cells are too small too often, so read their "
-        "intervals and single pairs"
+        "intervals and single pairs, or take --adjustment bootstrap"
     ]
 
 

@@ -72,7 +72,7 @@ class Config:
     head: bool = False
     """Take the first examples of the data for --limit, instead of drawing them."""
     edit: OptionalSources = ()
-    """Folders of edits; none for the unedited model, bundled for the shipped one. Default: none."""
+    """Folders of edits; none for the unedited model, bundled for the shipped one, bundled-v2 for the one of the harder reviews. Default: none."""
     predictions: OptionalPaths = ()
     """Answers of another system: one file per test file, in the same order."""
     train_data: OptionalSources = ()

@@ -155,7 +155,7 @@ class ChoiceFlags:
     level: float = 0.95
     """Level of the intervals."""
     adjustment: str = "maxt"
-    """Correction of p-values: maxt or holm (family-wise), bh or by (false discoveries), or none."""
+    """Correction of p-values: maxt, bootstrap (for skewed effects) or holm (family-wise), bh or by (false discoveries), or none."""
     rule: Literal["mean", "pie", "tie"] = "mean"
     """With --direction both, choose sites by PIE (denoise), TIE (noise) or their mean."""
     select_kind: OptionalText = None
@@ -183,8 +183,8 @@ class Config:
     """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined.
     JSON lines with clean, corrupted, answer, foil and spans are prompt pairs of your own, of any task."""
     adapter: str = "auto"
-    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, or none. auto is
-    bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
+    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, bundled-v2, or none. auto
+    is bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
     seed: int = 0
     """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
     pairs: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)

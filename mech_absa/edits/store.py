@@ -37,6 +37,8 @@ from .record import TrainingRecord
 EDIT_SCHEMA = 2
 WEIGHTS, ABOUT, HISTORY = "edit.safetensors", "edit.json", "history.csv"
 BUNDLED_EDIT = BUNDLED.parent / "adapter"
+BUNDLED_V2_EDIT = BUNDLED.parent / "adapter_v2"
+"""The bundled model's second adaptation, trained on both versions of the built-in reviews."""
 SMOLLM2_EDIT = BUNDLED.parent / "adapter_smollm2"
 MOST_SHOWN = 200
 """Characters of a library's own error in a message."""
@@ -100,7 +102,8 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
 
     Args:
         folder: with `edit.safetensors` and `edit.json`; `"bundled"` for the adaptation that ships
-            with the package: of SmolLM2 where `model` is that, and of the bundled model otherwise.
+            with the package: of SmolLM2 where `model` is that, and of the bundled model otherwise;
+            `"bundled-v2"` for the bundled model's adaptation to the harder reviews.
         model: the model it is for; checked now where it is given, and at the first use where it is
             not.
 
@@ -112,7 +115,7 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         >>> load_edit("bundled", load_model()).layers
         (0, 1, 2, 3, 4, 5, 6, 7)
     """
-    folder = (bundled_edit(model) or BUNDLED_EDIT) if str(folder) == "bundled" else Path(folder)
+    folder = _folder(folder, model)
     fields = _read(folder)
     data = (folder / WEIGHTS).read_bytes()
     if sha256_bytes(data) != fields.get("sha256"):
@@ -139,6 +142,13 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         edit.check(model)
         edit = edit.to(model.device)
     return edit.eval()
+
+
+def _folder(name: str | Path, model: Model | None) -> Path:
+    """Return the folder of an edit that ships with the package, or the folder of this name."""
+    if str(name) == "bundled":
+        return bundled_edit(model) or BUNDLED_EDIT
+    return BUNDLED_V2_EDIT if str(name) == "bundled-v2" else Path(name)
 
 
 def bundled_edit(model: Model | None) -> Path | None:

@@ -95,7 +95,7 @@ class ImportanceMap:
             effects: from `trace`.
             by: `role` or `position`.
             level: of the intervals.
-            adjustment: of the p-values over all cells, one of `stats.ADJUSTMENTS`: `maxt` and
+            adjustment: of the p-values over all cells, one of `stats.ADJUSTMENTS`: `maxt`, `bootstrap` and
                 `holm` (family-wise), `bh` and `by` (false discovery rate) or `none`.
             draws: of the bootstrap.
             seed: of the bootstrap and of the sign flips.

@@ -26,6 +26,7 @@ SPAN_WORDS = {
 
 CORRECTIONS = {
     "maxt": "max-T correction",
+    "bootstrap": "bootstrap max-t correction",
     "holm": "Holm correction",
     "bh": "Benjamini-Hochberg correction",
     "by": "Benjamini-Yekutieli correction",

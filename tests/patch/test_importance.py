@@ -142,6 +142,7 @@ def test_skewed_cells_are_counted_and_named():
     (note,) = of_the_map(about)
     assert note.startswith(f"{about['skewed_cells']} of {4 * LAYERS} cells have skewed effects")
     assert of_the_map({"skewed_cells": 0, "tested_cells": 9}) == []
+    assert of_the_map(about | {"adjustment": "bootstrap"}) == []  # it assumes no symmetry
 
 
 def test_zero_cells_are_no_hypotheses():

@@ -111,10 +111,11 @@ def resolution_words(run: Run, sentences: int) -> list[dict[str, str]]:
         return []
     limit = resolution(sentences, tested, adjustment)
     lines = [{"text": f"Resolution: {limit}.", "look": "" if limit.possible else "warn"}]
-    if skewed := digits(run.record.get("skewed_cells")):
+    if adjustment != "bootstrap" and (skewed := digits(run.record.get("skewed_cells"))):
         text = (
             f"{int(skewed)} of {tested} tested cells have skewed effects. Their p-values are too small too often: sign flips "
-            "assume effects symmetric about 0 where nothing is there. Read their intervals and single examples."
+            "assume effects symmetric about 0 where nothing is there. Read their intervals and single examples, or take "
+            "--adjustment bootstrap."
         )
         lines.append({"text": text, "look": "warn"})
     return lines

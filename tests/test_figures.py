@@ -369,6 +369,7 @@ def direction(effects: dict[str, list[float]], direction: str) -> Effects:
         {
             "example_id": ["p0", "p1", "p2"],
             "cluster": ["a", "b", "c"],
+            "roles": [list(effects)] * 3,
             "clean": 0.9,
             "corrupted": 0.1,
         }

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 from support import fast
 from support.tiny_models import tiny_folder
 
+from mech_absa.commands import patch
 from mech_absa.commands.patch import cli
 from mech_absa.examples import Example, Polarity
 from mech_absa.model import load_model
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 FAST = ["--no-figures", "--no-report", "--quiet"]
 
 
-def examples(n: int = 6) -> list[Example]:
+def examples(n: int = 4) -> list[Example]:
     words = ["good", "bad", "fine", "slow"]
     made = []
     for i in range(n):
@@ -59,7 +61,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(data) -> list[str]:
-    """Flags of a run that works."""
+    """Flags of a run that works, by role: a tenth of the cells."""
     return [
         "--model",
         str(tiny_folder("gpt2")),
@@ -71,20 +73,35 @@ def base(data) -> list[str]:
         "2",
         "--template",
         "{sentence} {aspect} ?",
+        "--by",
+        "role",
     ]
 
 
 def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
     out = tmp_path / "run"
     assert (
-        cli([*base, "--out", str(out), "--sites", "resid_post", "attn_out", "head", "--no-report"])
+        cli(
+            [
+                *base,
+                "--by",
+                "token",
+                "--out",
+                str(out),
+                "--sites",
+                "resid_post",
+                "attn_out",
+                "head",
+                "--no-report",
+            ]
+        )
         == 0
     )
     printed = capsys.readouterr().out
-    assert "9 pairs kept of 9, of 4 sentences" in printed and "sites chosen: L" in printed
+    assert "6 pairs kept of 6, of 4 sentences" in printed and "sites chosen: L" in printed
     assert "resolution: 4 sentences and " in printed  # what the sentences can show at all
     record = json.loads((out / "run.json").read_text())
-    assert record["pairs"]["kept"] == 9 and record["data"]["examples"] == 9
+    assert record["pairs"]["kept"] == 6 and record["data"]["examples"] == 6
     assert record["self_checks"]["engine_against_loop"] < 1e-4
     effects = Effects.load(out)
     model_layers, heads = effects.about["n_layers"], effects.about["n_heads"]
@@ -516,18 +533,18 @@ def test_case_is_ignored_only_on_request(base, tmp_path, capsys):
 
 
 def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_path):
-    """Two files of nine examples each: the draw holds both, and follows the seed."""
+    """Two files of six examples each: the draw holds both, and follows the seed."""
     other = tmp_path / "other.jsonl"
     write_jsonl([replace(e, id=f"o{e.id}") for e in examples()], other)
     drawn = {}
     for name, more in {"a": ["--seed", "1"], "b": ["--seed", "2"], "head": ["--head"]}.items():
-        out = tmp_path / name
-        flags = ["--data", str(data), str(other), "--limit", "6", "--sites", "mlp_out", *FAST]
-        assert cli([*base, *flags, *more, "--by", "role", "--out", str(out)]) == 0
-        drawn[name] = pd.read_parquet(out / "pairs.parquet")["example_id"].tolist()
-    assert drawn["head"] == [e.id for e in examples()][:6]
+        flags = ["--data", str(data), str(other), "--limit", "5", "--sites", "mlp_out", *more]
+        config = tyro.cli(patch.Config, args=[*base, *flags])
+        task = patch.prepare(config, patch._Group(config), lambda *_: None)
+        drawn[name] = [pair.id for pair in task.pairs]
+    assert drawn["head"] == [e.id for e in examples()][:5]
     for ids in (drawn["a"], drawn["b"]):
-        assert len(set(ids)) == 6 and 0 < sum(i.startswith("o") for i in ids) < 6
+        assert len(set(ids)) == 5 and 0 < sum(i.startswith("o") for i in ids) < 5
     assert drawn["a"] != drawn["b"]
 
 

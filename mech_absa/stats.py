@@ -274,7 +274,7 @@ def cell_tests(
     p, adjusted = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
     floor = _smallest_p(k, draws, one_sided)
     if adjustment == "bootstrap":
-        p[tested], adjusted[tested] = _resampled(
+        p[tested], adjusted[tested] = _by_resampling(
             sums[:, tested], counts[:, tested], one_sided, draws, seed
         )
         return CellTests(p.reshape(shape), adjusted.reshape(shape), _no_spread(k, draws))
@@ -806,7 +806,7 @@ def _t_of_draws(
     return t
 
 
-def _resampled(
+def _by_resampling(
     sums: Float[np.ndarray, "k cell"],
     counts: Float[np.ndarray, "k cell"],
     one_sided: bool,
@@ -843,7 +843,7 @@ def _resampled(
 
 
 def _no_spread(k: int, draws: int) -> float:
-    """Return the smallest p of `_resampled`: one draw in k^(k-1) takes a single cluster k times."""
+    """Return the smallest p of `_by_resampling`: one draw in k^(k-1) takes a single cluster k times."""
     return max(1 / (1 + draws), float(k) ** (1 - k))
 
 

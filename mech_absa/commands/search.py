@@ -8,92 +8,141 @@ holds `search.csv` and `run.json`; there is no map, since most cells were never 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from ..errors import ConfigError
+from ..model import Model
+from ..patch.pairs import Pairs
+from ..patch.plan import Plan
 from ..records import RunFolder, atomic
 from ..select.search import Found, Search, Strategy, search_cells
 from ..sites import Site
+from .flags import OptionalFloat
 from .tables import print_table
 
 TOP = 10
-"""Cells that are searched for where no number is given."""
-
-if TYPE_CHECKING:
-    from .patch import Config, Task
-
-
-def asked(config: Config) -> bool:
-    """Return whether the flags ask for a search instead of a whole sweep."""
-    return config.search.budget is not None or config.search.until_clear
+ACCEPTED: dict[str, tuple[object, ...]] = {
+    "by": ("role",), "direction": ("denoise", "noise"), "window": (1,), "layers": ("all",),
+    "exact_top": (0,),
+}  # fmt: skip
+"""What other flags may say when the largest cells are searched for."""
 
 
-def how(config: Config) -> Search:
-    """Return what is searched for; without --budget, all exact cells may be computed.
+@dataclass(frozen=True)
+class SearchFlags:
+    """Look for the largest cells alone, instead of a map of all."""
+
+    budget: OptionalFloat = None
+    """Share of the exact effects that may be computed, such as 0.25. The largest averages by role are searched for; an estimate from
+    gradients, RelP or the one that --method names, says where to begin."""
+    until_clear: bool = False
+    """Search until the intervals of the --top cells lie above all others, or the budget is spent."""
+    top: int = TOP
+    """Cells that are searched for."""
+
+    @property
+    def asked(self) -> bool:
+        """Return whether there is a search instead of a whole sweep."""
+        return self.budget is not None or self.until_clear
+
+    def how(self, level: float, seed: int) -> Search:
+        """Return what is searched for; without --budget, all exact cells may be computed.
+
+        Raises:
+            ConfigError: a number is out of range.
+        """
+        strategy = Strategy.UCB if self.until_clear else Strategy.HALVING
+        budget = 1.0 if self.budget is None else self.budget
+        return Search(self.top, budget, strategy, level=level, seed=seed)
+
+    def check(self, others: Mapping[str, object], level: float) -> None:
+        """Reject what a search does not know; `others` holds the flags of a sweep by name.
+
+        Raises:
+            ConfigError: the first of them.
+        """
+        if not self.asked:
+            if self.top != TOP:
+                raise ConfigError(
+                    f"--top {self.top} was given without --budget or --until-clear, which alone read it"
+                )
+            return
+        self.how(level, 0)
+        for name, accepted in ACCEPTED.items():
+            if others[name] not in accepted:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {others[name]} was given with --budget or "
+                    f"--until-clear; accepted there: {', '.join(map(str, accepted))}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Hold what is searched in.
+
+    Attributes:
+        model, pairs: what is traced on what.
+        kinds: of state, or sites.
+        metric, direction: as in a trace.
+        method: of the estimate; `exact` stands for RelP.
+        how: what is searched for, and the budget.
+    """
+
+    model: Model
+    pairs: Pairs
+    kinds: Sequence[str]
+    metric: str
+    direction: str
+    method: str
+    how: Search
+
+
+def check_size(question: Question, p: Plan) -> None:
+    """Refuse to search for as many cells as there are.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: so many were asked for.
     """
-    flags = config.search
-    strategy = Strategy.UCB if flags.until_clear else Strategy.HALVING
-    budget = 1.0 if flags.budget is None else flags.budget
-    return Search(flags.top, budget, strategy, level=config.choice.level, seed=config.seed)
+    roles = {role for pair in question.pairs for role in pair.clean.role_names}
+    if question.how.k >= (n := len(p.components) * len(roles)):
+        raise ConfigError(
+            f"--top {question.how.k} was given, and there are {n} cells; accepted: 1 to {n - 1}"
+        )
 
 
-def check(config: Config) -> None:
-    """Reject flags that a search does not know.
+def run(question: Question, folder: RunFolder, record: Mapping[str, Any], quiet: bool) -> None:
+    """Search, write search.csv and run.json, and say what was found.
 
-    Raises:
-        ConfigError: the first of them.
+    Args:
+        question: what is searched in.
+        folder: of the run.
+        record: what run.json says of model and data.
+        quiet: print nothing.
     """
-    if not asked(config):
-        if config.search.top != TOP:
-            raise ConfigError(
-                f"--top {config.search.top} was given without --budget or --until-clear, which alone read it"
-            )
-        return
-    how(config)
-    accepted = {
-        "by": (config.sweep.by, ("role",)),
-        "direction": (config.sweep.direction, ("denoise", "noise")),
-        "window": (config.sweep.window, (1,)),
-        "layers": (config.sweep.layers, ("all",)),
-        "exact-top": (config.sweep.exact_top, (0,)),
-    }
-    for flag, (given, known) in accepted.items():
-        if given not in known:
-            raise ConfigError(
-                f"--{flag} {given} was given with --budget or --until-clear; accepted there: "
-                f"{', '.join(map(str, known))}"
-            )
-
-
-def run(task: Task, folder: RunFolder, say: Callable[..., None]) -> None:
-    """Search, write the folder, and say what was found."""
-    config, started = task.config, time.time()
-    method = config.sweep.method
+    q, started = question, time.time()
+    estimate = "relp" if q.method == "exact" else q.method
     found, sites = search_cells(
-        task.model,
-        task.pairs,
-        config.sweep.sites,
-        how(config),
-        metric=config.sweep.metric,
-        direction=config.sweep.direction,
-        estimate="relp" if method == "exact" else method,
+        q.model, q.pairs, q.kinds, q.how, metric=q.metric, direction=q.direction, estimate=estimate
     )
     table = cells(found, sites)
     with atomic(folder.path / "search.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.8g")
     seconds = time.time() - started
-    folder.finish(record(task, found, seconds))
-    if not config.run.quiet:
-        show(found, table, config.choice.level)
-    say(f"{found.spent:,} of {found.total:,} exact effects in {seconds:.1f} s")
-    say(f"  {folder.path / 'search.csv'}\n  {folder.path / 'run.json'}")
-    say(conclusion(found))
+    searched = {
+        "cells": found.k, "certain": found.certain, "exact": found.spent, "of": found.total,
+        "share": found.share, "estimate": estimate,
+    }  # fmt: skip
+    more = {"search": searched, "search_seconds": round(seconds, 3)}
+    folder.finish({"command": "patch.search", **record, **more})
+    if not quiet:
+        show(found, table, q.how.level)
+        print(f"{found.spent:,} of {found.total:,} exact effects in {seconds:.1f} s")
+        print(f"  {folder.path / 'search.csv'}\n  {folder.path / 'run.json'}")
+        print(conclusion(found))
 
 
 def cells(found: Found, sites: list[Site]) -> pd.DataFrame:
@@ -110,27 +159,6 @@ def cells(found: Found, sites: list[Site]) -> pd.DataFrame:
         [pd.DataFrame({"site": named, "found": [i < found.k for i in range(len(named))]}), rest],
         axis=1,
     )
-
-
-def record(task: Task, found: Found, seconds: float) -> dict[str, Any]:
-    """Return what run.json says of a search."""
-    from .patch import model_account
-
-    return {
-        "command": "patch.search",
-        "model": model_account(task),
-        "data": task.examples.account(),
-        "search": {
-            "cells": found.k,
-            "certain": found.certain,
-            "exact": found.spent,
-            "of": found.total,
-            "share": found.share,
-        },
-        "warnings": task.notes,
-        "device": str(task.model.device),
-        "search_seconds": round(seconds, 3),
-    }
 
 
 def show(found: Found, table: pd.DataFrame, level: float) -> None:

@@ -68,7 +68,8 @@ class Search:
         k: cells to find.
         budget: exact cells that may be computed, as a share of the full sweep.
         strategy: how they are spent.
-        pool: candidates, taken by the estimate; default 4 k.
+        pool: candidates, taken by the estimate; default 4 k, and all cells where halving may spend
+            the whole sweep.
         level: at which all intervals hold together.
         seed: of the order of the pairs.
 
@@ -260,7 +261,9 @@ def search(cells: Cells, estimate: Float[np.ndarray, "pair cell"], how: Search) 
             f"the {how.k} largest of {n_cells} cells were asked for; accepted: 1 to {n_cells - 1}"
         )
     tally = Tally(cells, estimate, how)
-    size = min(n_cells, 4 * how.k if how.pool is None else how.pool)
+    whole = how.budget == 1 and how.strategy is Strategy.HALVING
+    usual = n_cells if whole else 4 * how.k
+    size = min(n_cells, usual if how.pool is None else how.pool)
     pool = np.argsort(-np.nanmean(estimate, axis=0), kind="stable")[:size]
     if how.strategy is Strategy.HALVING:
         _halve(tally, pool)
@@ -272,6 +275,8 @@ def search(cells: Cells, estimate: Float[np.ndarray, "pair cell"], how: Search) 
 def _halve(tally: Tally, pool: Int[np.ndarray, " c"]) -> None:
     """Spend the budget in rounds of equal cost; drop the lower half of the candidates after each."""
     k, left = tally.search.k, pool
+    if tally.cells.exists[:, pool].sum() <= tally.most:
+        return tally.measure(pool, len(tally.order))  # nothing has to be dropped
     rounds = max(1, math.ceil(math.log2(len(pool) / k)))
     for number in range(rounds):
         share = (tally.most - tally.spent) // (rounds - number)

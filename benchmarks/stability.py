@@ -6,12 +6,14 @@ Every run draws ten pairs by seed, traces `resid_post` by role on the bundled mo
 and chooses sites by the rule. `stability` is the mean Jaccard index with the sites of bootstrap
 samples of one run's sentences. `agreement` is the mean Jaccard index between the sites of different
 draws of ten pairs: the question that stability wants to answer. MAMS and the restaurant reviews of the
-paper are read from `--shared` and are not part of this project.
+paper (SemEval-2014 among them) are read from `--shared` and are not part of this project. Runs that the
+results file holds are not made again; `--again` makes all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -47,6 +49,7 @@ class Source:
 NOISE = ma.GaussianNoise(draws=3)
 SOURCES = (
     Source("MAMS test, the first pairs", "{shared}/data/mams/test.xml", NOISE, head=True),
+    Source("MAMS validation", "{shared}/data/mams/val.xml", NOISE),
     Source("the paper's restaurant reviews", "{shared}/data/me_absc/rest_train.json", NOISE),
     Source("built-in restaurant reviews", "builtin:restaurant/train", ma.Counterfactual()),
 )
@@ -83,30 +86,43 @@ def agreement(rows: list[dict[str, Any]]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per source that has runs: how stable its choices are, and how many are clear."""
+    found = []
+    for name in (s.name for s in SOURCES):
+        mine = [r for r in rows if r["source"] == name]
+        if mine:
+            found.append(
+                {"source": name, "draws": len(mine), "agreement": agreement(mine),
+                 "stability": float(np.mean([r["stability"] for r in mine])),
+                 "clear": sum(r["clear"] for r in mine)}
+            )  # fmt: skip
+    return found
+
+
 def main() -> None:
-    """Trace, choose, print and write."""
+    """Trace, choose, print and write; after every run, so that a killed benchmark can go on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results/stability.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base = ma.load_model()
     model = ma.load_edit("bundled", base).merged(base)
-    rows, summary = [], []
+    kept = args.out.exists() and not args.again
+    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if kept else []
+    done = {(r["source"], r["seed"]) for r in rows}
+    order = {s.name: i for i, s in enumerate(SOURCES)}
     for source in SOURCES:
-        seeds = range(1 if source.head else args.draws)
-        mine = []
-        for seed in seeds:
-            mine.append(chosen(model, source, args.shared, seed))
-            print(mine[-1], flush=True)
-        rows += mine
-        summary.append(
-            {"source": source.name, "draws": len(mine), "agreement": agreement(mine),
-             "stability": float(np.mean([r["stability"] for r in mine])),
-             "clear": sum(r["clear"] for r in mine)}
-        )  # fmt: skip
-    write_json(args.out, {"pairs": PAIRS, "rows": rows, "summary": summary})
+        for seed in range(1 if source.head else args.draws):
+            if (source.name, seed) in done:
+                continue
+            rows.append(chosen(model, source, args.shared, seed))
+            print(rows[-1], flush=True)
+            rows.sort(key=lambda r: (order[r["source"]], r["seed"]))
+            write_json(args.out, {"pairs": PAIRS, "rows": rows, "summary": summary(rows)})
 
 
 if __name__ == "__main__":

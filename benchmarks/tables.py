@@ -62,12 +62,29 @@ def coverage(result: dict[str, Any]) -> str:
 
 
 def null_tests(result: dict[str, Any]) -> str:
-    """Return in how many null maps of 100 any cell is rejected at 0.05."""
+    """Return in how many null maps of 100 any cell is rejected at 0.05, with intervals where they are known.
+
+    The last columns say how often one cell with an effect is found, where that was measured.
+    """
+    names = {"maxt": "max-T", "bootstrap": "bootstrap", "holm": "Holm", "by": "BY"}
+    first = result["tests"][0]
+    methods = [m for m in names if m in first]
+    powers = [m for m in methods if f"{m}_power" in first]
+
+    def spelled(row: dict[str, Any], method: str) -> str:
+        ends = row.get(f"{method}_interval")
+        shown = "" if ends is None else f" [{', '.join(map(percent, ends))}]"
+        return percent(row[method]) + shown
+
     rows = [
-        [r["effects"], r["clusters"], *(percent(r[m]) for m in ("maxt", "holm", "by"))]
+        [
+            r["effects"], r["clusters"], *(spelled(r, m) for m in methods),
+            *(percent(r[f"{m}_power"]) for m in powers),
+        ]
         for r in result["tests"]
-    ]
-    return table(["effects", "clusters", "max-T", "Holm", "BY"], rows)
+    ]  # fmt: skip
+    head = [names[m] for m in methods] + [f"{names[m]} finds" for m in powers]
+    return table(["effects", "clusters", *head], rows)
 
 
 def stability(result: dict[str, Any]) -> str:

@@ -51,7 +51,11 @@ def random_model(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(Path(ma.__file__).parent / "assets" / "model")
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=end,
+        eos_token_id=end,
+    )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

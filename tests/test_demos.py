@@ -106,7 +106,7 @@ def answer_ids(model: ma.model.Model, pairs: list[tuple[str, str]]) -> torch.Ten
 
 
 @pytest.mark.filterwarnings("ignore:the exact loop of TransformerLens runs")
-@pytest.mark.parametrize("arch", fast(["gpt2", "llama", "pythia", "gemma2"], ["gpt2"]))
+@pytest.mark.parametrize("arch", fast(["gpt2", "llama", "pythia", "gemma2"], []))
 def test_the_demo_gives_the_same_numbers_on_a_small_model(arch):
     model = ma.load_model(str(tiny_folder(arch)))
     words = [(" staff", " key"), (" key", " staff"), (" The", " was"), (" was", " The")]

@@ -75,6 +75,7 @@ def harder() -> dict[str, list[Example]]:
     return {name: shipped(name) for name in HARDER}
 
 
+@pytest.mark.slow
 def test_the_shipped_files_are_what_the_command_writes(tmp_path: Path, capsys):
     assert cli(["--out", str(tmp_path / "w"), "--seed", "0"]) == 0
     *paths, conclusion = capsys.readouterr().out.splitlines()

@@ -107,7 +107,7 @@ def test_its_links_lead_somewhere(path):
 
 @pytest.mark.parametrize(
     "path",
-    [p if p.stem.startswith("1_") else pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS],
+    [pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS],
     ids=lambda p: p.stem,
 )
 def test_it_runs_in_the_fast_mode(path):

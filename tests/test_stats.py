@@ -417,6 +417,7 @@ def test_spearman_of_five_by_hand():
     assert r.p == pytest.approx(10 / 120)
 
 
+@pytest.mark.slow
 def test_spearman_agrees_with_scipy():
     rng = np.random.default_rng(13)
     x = rng.normal(size=(10, 8)).round(1)  # a map, with ties

@@ -269,7 +269,7 @@ def test_atpstar_is_exact_for_queries_and_keys_where_only_the_softmax_bends(arch
     assert distance(estimated(model, job, "atp"), truth) > 0.05
 
 
-@pytest.mark.parametrize("arch", fast(["gpt2", "gemma2", "pythia"], ["pythia"]))
+@pytest.mark.parametrize("arch", fast(["gpt2", "gemma2", "pythia"], []))
 def test_atpstar_ranks_saturated_queries_and_keys_better_than_atp(arch):
     """Queries and keys are what the correction is exact about. States of the stream pass through further attentions, which stay linear, so
     there a better ranking is no theorem (on a random GPT-2 with sharp attention AtP ranked them better)."""

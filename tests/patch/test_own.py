@@ -261,6 +261,7 @@ def test_the_command_leaves_what_it_leaves_for_reviews(run):
     assert "second.last" in page
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_taken_up(run, monkeypatch):
     calls = []
     write = command.write_part

@@ -65,7 +65,7 @@ def test_the_absa_map_is_the_one_on_paper(absa):
         } == ones and truth.sum() == len(ones), kind
 
 
-@pytest.mark.parametrize("seed", fast(range(12), range(3)))
+@pytest.mark.parametrize("seed", fast(range(12), range(1)))
 def test_random_maps_are_exact(seed):
     planted = random_planted(seed, dead=seed % 3 == 0)
     for kind in KINDS:

@@ -32,6 +32,7 @@ def planted() -> Model:
     return load_model((hf, plain.tokenizer))
 
 
+@pytest.mark.slow
 def test_the_planted_heads_are_chosen_and_only_they_are_edited(planted, tmp_path):
     before = weights_hash(planted.hooked)
     edit = lofit(planted, EIGHT, LoFiT(3, batch_size=4, epochs=(12, 12)), template=TEMPLATE)

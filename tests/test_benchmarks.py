@@ -150,7 +150,7 @@ def test_the_three_ways_beside_each_other_compute_the_same_cells():
     rows = peers.measure("tiny", threads=torch.get_num_threads())
     assert [r.way for r in rows] == ["naive", "batched", "ours"]
     assert all(r.cells == 144 and r.cells_per_cpu_second > 0 for r in rows)
-    assert [r.cells_run for r in rows] == [12, 36, 144]
+    assert [r.cells_run for r in rows] == [12, 12, 144]
     assert all(r.difference < 1e-4 for r in rows[:2]) and rows[2].difference is None
     older = [dict(vars(r), version="3.0") for r in rows] + [
         dict(vars(r), cells_run=0) for r in rows

@@ -25,7 +25,7 @@ function probabilities(run, e) {
   E.labels.forEach((label, i) => {
     const gold = label.trim() === e.g ? "gold" : null;
     if (e.pc) rows.push(make("tr", { class: gold }, make("th", { scope: "row" }, label), make("td", {}, "clean"), make("td", { class: "n" }, number(e.pc[i])), make("td", {}, meter(e.pc[i], ""))));
-    if (e.px) rows.push(make("tr", { class: gold }, make("th", { scope: "row" }, e.pc ? "" : label), make("td", {}, "corrupted"), make("td", { class: "n" }, number(e.px[i])), make("td", {}, meter(e.px[i], "x"))));
+    if (e.px) rows.push(make("tr", { class: gold }, e.pc ? make("td", {}) : make("th", { scope: "row" }, label), make("td", {}, "corrupted"), make("td", { class: "n" }, number(e.px[i])), make("td", {}, meter(e.px[i], "x"))));
   });
   const caption = words => make("caption", { class: "soft" }, words);
   const parts = [rows.length ? make("table", { class: "probs" }, caption("Probability of the labels"), make("tbody", {}, ...rows)) : null];
@@ -91,7 +91,7 @@ function exampleMap(run, e, kind, parts, room, more) {
   const rows = () => [["token", "role", ...E.layers.map(l => "layer " + l)], ...parts.tokens.map((t, i) => [bare(t), E.roles[e.r[i]], ...E.layers.map((_, j) => parts.at(i, j))])];
   const ends = () => scale(typeof parts.limit === "function" ? parts.limit() : parts.limit, run.unit);
   let bar = ends();
-  const box = make("div", { class: "map" }, make("h4", {}, name), make("p", { class: "about" }, KIND_WORDS[name] || ""), bar, map,
+  const box = make("div", { class: "map" }, make("h3", {}, name), make("p", { class: "about" }, KIND_WORDS[name] || ""), bar, map,
     make("div", { class: "gets" }, csvButton(file, rows), pngButton(file, done => done(pictureOf(map.firstChild, `${e.a}: ${e.g} (${name})`)))));
   box.repaint = () => { const now = ends(); bar.replaceWith(now); bar = now; map.repaint(); };
   return box;

@@ -125,7 +125,7 @@ function averages(run, holder, article) {
   for (const kind of kinds) {
     const heads = HEADS.has(kind.kind);
     const own = heads ? largest(kind.cells) : limit;
-    holder.append(make("div", { class: "map" }, make("h4", {}, kind.kind), make("p", { class: "about" }, KIND_WORDS[kind.kind] || ""),
+    holder.append(make("div", { class: "map" }, make("h3", {}, kind.kind), make("p", { class: "about" }, KIND_WORDS[kind.kind] || ""),
       ...(heads ? [scale(own, run.unit), ...headMaps(kind, by, own, room, open)] : [averageMap(kind, by, own, undefined, room, open)])));
   }
 }

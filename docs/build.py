@@ -171,6 +171,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return filled(markdown)
 
 
+def on_config(config: Any) -> Any:
+    """mkdocs: the notebooks are a section of their own, each under its title."""
+    section = []
+    for path in NOTEBOOKS:
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        title = "".join(first).splitlines()[0].removeprefix("# ")
+        section.append({title: f"notebooks/{path.stem}.md"})
+    at = next(i for i, part in enumerate(config["nav"]) if "Inside" in part)
+    config["nav"].insert(at, {"Notebooks": section})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """mkdocs: the pictures, schemas and notebooks that stand elsewhere in the project."""
     from mkdocs.structure.files import File

@@ -73,9 +73,11 @@ def included(path: str, part: str | None) -> str:
     if not path.endswith(".md"):
         return f"```{part or 'text'}\n{text.strip()}\n```"
     if part is None:
-        return text.split("\n", 1)[1].strip()
+        whole = text.split("\n", 1)[1].strip()
+        # Links to files of the project lead nowhere in the site.
+        return re.sub(r"(?<!!)\[([^\]]*)\]\(\.\./[^)\s]*\)", r"\1", whole)
     found = re.search(
-        rf"<!-- {part}: begin -->\n(.*?)\n<!-- {part}: end -->", text, flags=re.DOTALL
+        rf"<!-- {part}: begin -->\n(.*?)\n?<!-- {part}: end -->", text, flags=re.DOTALL
     )
     if found is None:
         raise ValueError(f"{path} has no part {part}")

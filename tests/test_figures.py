@@ -562,10 +562,10 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
     noise = next(s for s in studies if s.name == "trace_noise").steps[0]
     config = tyro.cli(configs()[plan.PATCH], args=noise.words(tmp_path)[2:])
     assert (
-        config.corruption == "noise"
-        and config.noise_span == "all"
-        and config.noise_draws == 10
-        and config.limit == sizes.noise
+        config.corrupt.corruption == "noise"
+        and config.corrupt.noise_span == "all"
+        and config.corrupt.noise_draws == 10
+        and config.pairs.limit == sizes.noise
     )
     own_command = {
         "places",

@@ -27,6 +27,7 @@ GROUPS = {
         "pairs",
         "corruption",
         "tracing",
+        "search",
         "statistics",
         "reading",
         "question",
@@ -106,10 +107,11 @@ def test_help_names_every_flag_the_readme_uses(command, capsys):
     assert all(flag in said for flag in used), used
     assert "Examples:\n" in said and f"  mech-absa {command}" in said
     if command in GROUPS:  # the flags of long commands stand in groups, each with its sentence
-        titles = re.findall(r"─ (\w+) options ─", said)
+        # A terminal gets boxes around the groups, a pipe or a file may get their titles alone.
+        titles = re.findall(r"^\W*(\w+) options\b", said, flags=re.MULTILINE)
         assert titles[: len(GROUPS[command])] == GROUPS[command]
-        first = said[said.index("─ options ─") : said.index(f"─ {titles[0]} options ─")]
-        assert len(re.findall(r"^│ --[a-z]", first, flags=re.MULTILINE)) <= 10
+        first = said[: said.index(f"{titles[0]} options")]
+        assert 0 < len(re.findall(r"^\W*--[a-z]", first, flags=re.MULTILINE)) <= 10
 
 
 def test_a_command_starts_in_a_process_of_its_own():

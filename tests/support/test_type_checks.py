@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 import mech_absa
 from mech_absa.examples import Example, Polarity
 from mech_absa.metrics import METRICS
+from support import type_checks
 from support.type_checks import checked, hints_of, names_a_shape
 
 
@@ -53,6 +55,20 @@ def test_a_name_that_is_not_defined_yet_is_left_out():
         pass
 
     assert hints_of(later) == {"b": int, "return": type(None)}
+
+
+def test_the_first_calls_of_every_test_are_checked():
+    def twice(n: int) -> Any:
+        return n * 2
+
+    double = checked(twice)
+    for _ in range(type_checks.MOST):
+        with pytest.raises(TypeError, match="violates type hint"):
+            double("2")
+    assert double("2") == "22"  # it has been looked at often enough
+    type_checks.pytest_runtest_setup(None)  # as before the next test
+    with pytest.raises(TypeError, match="violates type hint"):
+        double("2")
 
 
 def test_the_package_is_checked():

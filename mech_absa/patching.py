@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +58,8 @@ from .patch.wave.walk import Unpatched, Walk
 from .sites import Site
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
+Metrics = Metric | Mapping[str, Metric]
+"""A metric of logits; with TransformerLens 4 also a dictionary of them."""
 MEMORY = 512 << 20
 """Bytes that activations in flight may take."""
 
@@ -77,7 +79,7 @@ def generic_activation_patch(
     model: Any,
     corrupted_tokens: Int[Tensor, "batch pos"],
     clean_cache: Any,
-    patching_metric: Metric,
+    patching_metric: Metrics,
     patch_setter: Callable[..., Tensor],
     activation_name: str,
     index_axis_names: Sequence[str] | None = None,
@@ -119,7 +121,9 @@ def generic_activation_patch(
     if kind == "resid_mid" and is_bridge(model):
         _say_once("hook_resid_mid of a bridge reaches the MLP alone, not the stream that goes on")
         kind = None
-    if options or not callable(patching_metric):  # newer results of TransformerLens, by its loop
+    if options or isinstance(
+        patching_metric, Mapping
+    ):  # newer results of TransformerLens, by its loop
         return call()
     if kind is None or (index_df is None) == (index_axis_names is None):
         return call()
@@ -312,7 +316,7 @@ get_act_patch_attn_head_out_all_pos = _named(layer_head_vector_patch_setter, "z"
 
 
 def get_act_patch_block_every(
-    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metric, **options: Any
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metrics, **options: Any
 ) -> Float[Tensor, "3 layer pos"]:
     """Patch resid_pre, attn_out and mlp_out of every layer and position; return them stacked."""
     given = (model, corrupted_tokens, clean_cache, metric)
@@ -326,7 +330,7 @@ def _padded(result: Tensor, model: Any) -> Tensor:
 
 
 def get_act_patch_attn_head_all_pos_every(
-    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metric, **options: Any
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metrics, **options: Any
 ) -> Float[Tensor, "5 layer head"]:
     """Patch output, query, key, value and pattern of every head at all positions; stack them."""
     given = (model, corrupted_tokens, clean_cache, metric)
@@ -341,7 +345,7 @@ def get_act_patch_attn_head_all_pos_every(
 
 
 def get_act_patch_attn_head_by_pos_every(
-    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metric, **options: Any
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Metrics, **options: Any
 ) -> Float[Tensor, "5 layer pos head"]:
     """Patch output, query, key, value and pattern of every head by position; return them stacked.
 

@@ -45,6 +45,8 @@ def test_with_the_whole_budget_it_finds_the_largest_cells_of_the_map(base, sweep
     assert table["found"].tolist()[:4] == [True, True, True, False]
     assert table["site"].tolist()[:3] == largest["site"].tolist()
     assert table["mean"].tolist()[:3] == pytest.approx(largest["aie"].tolist(), abs=1e-6)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["search"]
+    assert told["exact"] == told["of"] and told["certain"]
     assert table["low"][0] == table["high"][0] == table["mean"][0]  # nothing is left to measure
     printed = capsys.readouterr().out
     assert largest["site"].iloc[0] in printed and "these are the 3 largest cells" in printed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support import fast
 
 from mech_absa.edits import Edit
 from mech_absa.model.kernels import ONEDNN
@@ -36,7 +37,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("arch", ["bundled", "gpt2"])
+@pytest.mark.parametrize("arch", fast(["bundled", "gpt2"], ["gpt2"]))
 def test_both_sides_train_the_same_edit(arch):
     hf, model = (
         bench.bundled()

@@ -78,6 +78,7 @@ def test_products_by_onednn_are_counted():
     assert clock() == 2 * 7 * 5 * 3
 
 
+@pytest.mark.slow
 def test_the_loop_is_extrapolated_exactly():
     """In FLOPs, what the rest of the cells would cost is known from a part of them; the whole must confirm it."""
     shape = bench.SHAPES["tiny-rome"]
@@ -115,6 +116,7 @@ def test_peak_memory_sees_what_was_freed_again():
     assert 47 < peak / 2**20 < 60  # the kernel counts pages in lots
 
 
+@pytest.mark.slow
 def test_results_of_other_shapes_stay_and_the_table_is_rewritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "HERE", tmp_path)
     readme, out, threads = tmp_path / "README.md", tmp_path / "sweep.json", torch.get_num_threads()

@@ -157,6 +157,7 @@ def test_natural_continuations_are_right(model, tok, domain):
     assert sum(right) >= 45  # the goal of 97 % on all, less five standard errors of 50
 
 
+@pytest.mark.slow
 def test_the_base_model_does_not_yet_answer_the_question(model, tok):
     """Near the majority class: the question is understood, its answer is for the sentence and not for the aspect."""
     labels = tuple(f" {w}" for w in LABELS)
@@ -232,6 +233,7 @@ def test_merging_the_adaptation_gives_the_model_made_by_hand_and_leaves_the_base
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_the_second_adaptation_scores_what_its_card_says_and_is_the_model_made_by_hand(tok):
     """It is named, belongs to the bundled model alone, and answers the harder reviews a little better than the first.
 

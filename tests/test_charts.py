@@ -167,6 +167,7 @@ def test_differences_stand_in_points_and_uncertain_ones_are_hollow():
     ] and ax.yaxis_inverted()
 
 
+@pytest.mark.slow
 def test_effects_and_edits_rank_each_method_by_itself():
     table = pd.DataFrame(
         {

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tyro
+from support import fast
 
 from mech_absa.errors import ConfigError, DataError, MechAbsaError
 from mech_absa.patch.effects import COLUMNS, Effects
@@ -532,7 +533,9 @@ def configs() -> dict[str, type]:
     }
 
 
-@pytest.mark.parametrize("sizes", [builtin.Sizes(), builtin.FAST], ids=["full", "fast"])
+@pytest.mark.parametrize(
+    "sizes", fast([builtin.Sizes(), builtin.FAST], [builtin.FAST]), ids=["full", "fast"]
+)
 def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
     """Each is parsed by the command's own configuration, and names no study, step or method twice."""
     (tmp_path / plan.TRACED).mkdir()
@@ -605,6 +608,7 @@ def test_marks_and_the_untouched_model_stand_once(tmp_path):
     assert not (tmp_path / "out" / "summary.csv").exists()
 
 
+@pytest.mark.slow
 def test_how_estimates_agree_is_counted_over_the_cells_that_have_an_effect():
     """Half of every effect: the same order, a straight line, and half of the sum."""
     exact = np.array([0.0, 0.0, 1.0, 2.0, 4.0, -1.0])
@@ -632,6 +636,7 @@ def test_folders_of_this_machine_are_named_by_what_they_are():
     }
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_says_why_and_one_that_went_through_is_not_run_again(tmp_path):
     runner = reproduce.Runner(
         reproduce.Config(runs=tmp_path / "runs", results=tmp_path / "results")

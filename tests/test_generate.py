@@ -338,6 +338,7 @@ READ_BY_A_PERSON = {
 PLAIN = {w: p for p, ws in g.ADJECTIVES.items() for w in ws}
 
 
+@pytest.mark.slow
 def test_clauses_of_the_second_version_mean_what_a_reader_says(harder):
     seen = Counter()
     for e in (c for items in harder.values() for x in items for c in (x, *x.counterfactuals)):

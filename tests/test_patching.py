@@ -27,9 +27,7 @@ FAST = (
 )
 
 
-@pytest.fixture(
-    scope="module", params=fast(["gpt2", "llama", "pythia", "gemma2"], ["llama", "pythia"])
-)
+@pytest.fixture(scope="module", params=fast(["gpt2", "llama", "pythia", "gemma2"], ["llama"]))
 def hooked(request):
     return ma.load_model(str(tiny_folder(request.param))).hooked
 

@@ -114,6 +114,7 @@ def test_help_names_every_flag_the_readme_uses(command, capsys):
         assert 0 < len(re.findall(r"^\W*--[a-z]", first, flags=re.MULTILINE)) <= 10
 
 
+@pytest.mark.slow
 def test_a_command_starts_in_a_process_of_its_own():
     done = subprocess.run(
         [sys.executable, "-m", "mech_absa.patch", "--help"],

@@ -370,6 +370,7 @@ def test_a_mean_as_any_statistic_agrees_with_cluster_bootstrap():
     )
 
 
+@pytest.mark.slow
 def test_macro_f1_agrees_with_scipy_bootstrap():
     rng = np.random.default_rng(12)
     gold = rng.integers(3, size=150)

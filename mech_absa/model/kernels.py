@@ -4,10 +4,15 @@
 activation in one kernel. On processors that torch's own BLAS knows less well it is twice as fast.
 Nothing else in the package names it. At import, its results are compared with `F.linear`; where
 the operator is missing, fails or differs, `linear` runs `F.linear`.
+
+oneDNN compiles a kernel for every shape that it meets, and it and torch keep a thousand of them each.
+A sweep meets a new shape in every chunk, so kernels that nobody needs again took 350 MiB after 300
+reviews. Here `KEPT` are kept, unless the environment says how many; a sweep takes as long as before.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +20,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+KEPT = "32"
+"""Compiled kernels that oneDNN (the first name) and torch's binding to it (the second) keep."""
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, KEPT)  # read at the first product
 
 Activation = tuple[str, str, Callable[[Tensor], Tensor]]
 _PLAIN: Activation = ("none", "", lambda y: y)

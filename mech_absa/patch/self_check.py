@@ -93,15 +93,14 @@ def _differences(
 
 
 def _drawn(p: Plan, cells: int, rng: random.Random) -> list[tuple[Site, Pair, Span]]:
-    """Draw the cells that are compared: the largest and a median one of two pairs, then any."""
+    """Draw the cells that are compared: the largest and a median one of a pair, then any."""
     drawn = []
     if p.request.engine == Engine.WAVEFRONT:
-        for place in ("largest", "median")[:cells]:
-            pair = rng.choice(p.pairs)
-            spans = p.spans([pair])[0]
-            size = _values(p, pair, spans).effect.mean(-1).abs().nan_to_num(math.inf)
-            order = size.flatten().argsort(descending=True)[: max(1, int((size > 0).sum()))]
-            index = int(order[0 if place == "largest" else len(order) // 2])
+        pair = rng.choice(p.pairs)
+        spans = p.spans([pair])[0]
+        size = _values(p, pair, spans).effect.mean(-1).abs().nan_to_num(math.inf)
+        order = size.flatten().argsort(descending=True)[: max(1, int((size > 0).sum()))]
+        for index in (int(order[0]), int(order[len(order) // 2]))[:cells]:
             c, s = divmod(index, len(spans))
             drawn.append((p.components[c], pair, spans[s]))
     while len(drawn) < cells:

@@ -92,6 +92,7 @@ def small_world(monkeypatch, examples):
     )
 
 
+@pytest.mark.slow
 def test_the_command(small_world, tmp_path, model, examples, capsys):
     real, edits = tmp_path / "real", tmp_path / "edits"
     (edits / "rest").mkdir(parents=True)

@@ -360,6 +360,7 @@ def test_means_are_over_real_tokens_and_of_what_the_edit_leaves(model, examples)
         )
 
 
+@pytest.mark.slow
 def test_pruning_keeps_the_answers_until_it_touches_what_matters(model, examples):
     """Gold is what the model itself answers, so that nothing removed is 1 and the curve is agreement with the whole model."""
     base = predict(model, examples)

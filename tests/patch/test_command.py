@@ -318,6 +318,7 @@ patch.cli(sys.argv[1:])
 """  # the process kills itself when the first part of its sweep is on disk
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(base, tmp_path, capsys):
     many = tmp_path / "many.jsonl"
     write_jsonl(
@@ -549,7 +550,7 @@ def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_p
 def test_a_trace_without_a_choice_of_sites_keeps_its_map(base, tmp_path, capsys):
     """Where only the question differs, what stands before it is exactly 0, and no role is left."""
     out = tmp_path / "run"
-    words = ["--corruption", "aspect-swap", "--by", "role", "--sites", "resid_post"]
+    words = ["--corruption", "aspect-swap", "--by", "role", "--sites", "resid_post", "--no-figures"]
     assert cli([*base, *words, "--out", str(out)]) == 0
     assert "no sites were chosen: every resid_post effect" in capsys.readouterr().out
     record = json.loads((out / "run.json").read_text())

@@ -123,7 +123,8 @@ def check_whatever_is_asked(
         assert furthest(loop.sweep(job), wave.sweep(job, memory=memory)) < 1e-10
 
 
-@drawn(max_examples=2)
+@pytest.mark.slow
+@drawn(max_examples=10)
 @asked
 def test_the_wave_is_the_loop_whatever_is_asked(**question):
     check_whatever_is_asked(EXAMPLES[:2], **question)

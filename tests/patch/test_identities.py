@@ -201,6 +201,7 @@ def test_heads_sum_to_their_attention_where_the_read_out_is_linear():
 
 
 @models
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, ids=["loop", "wavefront"])
 def test_pairs_do_not_feel_their_companions(arch, engine):
     """The three short pairs in another order, and each by itself: the same numbers in other places."""

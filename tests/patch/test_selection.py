@@ -49,10 +49,9 @@ def null(rng, pairs: int, per_sentence: int, template: float = 0.0) -> Importanc
     return a_map(values * 1e-5, clusters)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "per_sentence"), [pytest.param(10, 1, marks=pytest.mark.slow), (40, 2)]
-)
-@pytest.mark.parametrize("template", [pytest.param(0.0, marks=pytest.mark.slow), -2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairs", "per_sentence"), [(10, 1), (40, 2)])
+@pytest.mark.parametrize("template", [0.0, -2.0])
 def test_where_nothing_is_there_nothing_is_clear(pairs, per_sentence, template):
     """The old rule called a fifth to a half of these clear, more with a control below 0."""
     rng = np.random.default_rng(0)

@@ -93,6 +93,7 @@ def test_a_bad_line_is_named(write, rest, why):
     assert len(examples) == 1 and examples.left_out["bad line"] == 1
 
 
+@pytest.mark.slow
 def test_every_dmaste_file_has_the_aspects_that_counting_its_lists_gives(shared):
     """Counted another way: the lists are JSON once their brackets and quotes are exchanged."""
     folder = shared / "data" / "dmaste"

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import fast
 from support.made_runs import (
     NASTY,
     evaluate_folder,
@@ -372,7 +373,7 @@ def test_a_page_that_cannot_be_made_loses_no_run(tmp_path, capsys):
     assert leave_report(folder) == folder / "report.html"
 
 
-@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("rows", fast([7, 100], [100]))
 def test_effects_that_are_read_in_parts_give_the_same_page(runs, monkeypatch, rows):
     (run,) = read_runs([runs["trace"]])
     whole = maps.examples(run)
@@ -459,6 +460,7 @@ def thousand(folder: Path, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_thousand_examples_stay_small(tmp_path):
     page = write_report(thousand(tmp_path / "t", 12))
     assert page.stat().st_size < 15 << 20

@@ -70,6 +70,7 @@ def test_numbers_follow_from_the_trainings(run):
     assert np.isclose(table.loc["first", "regret"], wide.mean(axis=1).max() - wide.loc[0].mean())
 
 
+@pytest.mark.slow
 def test_other_selectors_train_nothing_again(run, monkeypatch):
     home, flags = run
     monkeypatch.setattr(
@@ -83,6 +84,7 @@ def test_other_selectors_train_nothing_again(run, monkeypatch):
     assert (home / "more" / "trainings.csv").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(data, tmp_path, monkeypatch, capsys):
     flags = [*FLAGS, *data, "--selectors", "last", "--out", str(tmp_path / "run"), "--no-report"]
     train, trained = Trainings.train, []

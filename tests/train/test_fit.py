@@ -82,6 +82,7 @@ def test_the_halves_of_the_paper_and_its_rates():
 
 
 @pytest.mark.parametrize("loss, bound, steps", [("labels", 1e-3, 20), ("text", 0.3, 30)])
+@pytest.mark.slow
 def test_eight_examples_can_be_learnt_by_heart(llama, loss, bound, steps):
     """Over the vocabulary the frozen unembedding sets a floor of about 0.1: in 32 dimensions its 360 random columns overlap."""
     parts = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from support import fast
 from support.tiny_models import tiny_folder
 from support.training_cases import TEMPLATE, WORDING
 
@@ -47,7 +48,7 @@ def the_comparison(model, parts):
     return Trainings(model, data, settings, [(1,), (2,)], parts).run()
 
 
-@pytest.mark.parametrize("study", [the_matrix, the_comparison])
+@pytest.mark.parametrize("study", fast([the_matrix, the_comparison], [the_comparison]))
 def test_a_killed_study_computes_the_same_batches_and_numbers(study, batches, tmp_path):
     model = load_model(tiny_folder("llama"))
     whole = study(model, tmp_path / "whole")

@@ -110,6 +110,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data, tmp_path, capsys, fl
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_sites_of_the_base_of_the_adapted_and_of_another_model(data, tmp_path, capsys):
     """The paper's case: traced after adaptation, edited in the base. `traced_in` of a merged model knows both."""
     model = load_model(tiny_folder("llama"))
@@ -244,6 +245,7 @@ def test_a_report_that_fails_loses_no_run(data, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path, capsys):
     """The paper's order, by its commands: adapt, trace the adapted model, edit the base where the trace points; and nowhere else."""
     common = ["--template", TEXT, "--quiet", "--no-report"]

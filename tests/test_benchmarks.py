@@ -27,6 +27,7 @@ TINY = ("tiny", "tiny-gqa", "tiny-parallel", "tiny-rome")
 
 
 @pytest.mark.parametrize("name", fast(TINY, ["tiny-gqa"]))
+@pytest.mark.slow
 def test_the_floor_is_approached_and_never_undercut(name):
     """Ours within a tenth of the floor on each architecture, over every cell of the peer."""
     shape = bench.SHAPES[name]
@@ -146,6 +147,7 @@ def test_tables_of_the_page_are_those_of_the_results(name):
     assert tables.block(name) in tables.README.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_three_ways_beside_each_other_compute_the_same_cells():
     """The naive loop, the batched one and the drop-in, on the installed TransformerLens; a later run replaces its rows."""
     peers = importlib.import_module("benchmarks.peers")

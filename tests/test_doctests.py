@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 
@@ -16,6 +17,8 @@ VALUES = {"ROLES", "presets"}
 TRACES = {"BothDirections", "ImportanceMap", "Selection"}
 """Names whose examples trace as those of `trace` and `Effects` do, and then go on."""
 NAMES = sorted(set(mech_absa.__all__) - VALUES)
+loaded_once = functools.cache(mech_absa.load_model)
+"""Nearly every example loads the bundled model, and none changes it."""
 
 
 @pytest.mark.parametrize("name", fast(NAMES, set(NAMES) - TRACES))
@@ -24,6 +27,8 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     home = importlib.import_module(f"mech_absa.{mech_absa._HOME_OF[name]}")
     value = getattr(home, name)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if name != "load_model":
+        monkeypatch.setattr(mech_absa, "load_model", loaded_once)
     source = inspect.getdoc(value) or ""
     module = inspect.getmodule(value)
     assert module is not None

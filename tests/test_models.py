@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import fast
 from support.tiny_models import METASPACE, byte_level_tokenizer, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,7 +103,7 @@ def test_a_folder_of_every_architecture(tiny):
     assert not any(p.requires_grad for p in model.hooked.parameters()) and not model.hooked.training
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "pythia", "gemma2", "qwen2"])
+@pytest.mark.parametrize("arch", fast(["gpt2", "llama", "pythia", "gemma2", "qwen2"], ["llama"]))
 def test_a_folder_whose_name_says_another_architecture(arch, tmp_path):
     """TransformerLens branches on words in the path; the folder's name is nobody's business."""
     for name in ("my-llama-t5", "gemma-bert", "gpt2-mistral"):

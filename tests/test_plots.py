@@ -284,6 +284,7 @@ def test_files_are_the_same_bytes_and_text_is_text(tmp_path):
     assert "model tiny-2l" in pdf_text(first[1])
 
 
+@pytest.mark.slow
 def test_trace_figures(tmp_path):
     importance = by_hand()
     table = pd.concat([importance.table, by_hand(heads=2).table], ignore_index=True)

@@ -581,6 +581,7 @@ def test_max_t_rejects_a_true_null_in_five_percent_of_dependent_maps():
     assert rejected <= 19  # the 99.5 % point of a binomial with 200 trials at 0.05
 
 
+@pytest.mark.slow
 def test_rare_tails_are_those_of_all_patterns():
     """Saddlepoint against the enumeration of 2^16 patterns, for p down to 2 / 2^16."""
     values = np.random.default_rng(0).normal(0.9, 1, (16, 60))

@@ -107,6 +107,7 @@ def runs(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_every_json_file_is_strict_and_fits_its_schema(runs):
     files = sorted(runs.rglob("*.json"))
     named = {p.name for p in files}

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from support import fast
 from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
@@ -260,7 +261,7 @@ def test_what_no_weight_can_express_is_refused_with_the_reason(arch, part, why, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arch", ALL)
+@pytest.mark.parametrize("arch", fast(ALL, ["gpt2", "llama", "gemma2"]))
 def test_a_merged_folder_runs_in_hugging_face(arch, tmp_path):
     model = tiny_model(arch)
     edit = loud(

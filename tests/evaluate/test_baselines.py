@@ -134,6 +134,7 @@ def test_the_table_has_a_row_per_baseline_with_its_interval():
     assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
 
 
+@pytest.mark.slow
 def test_a_built_in_test_file_is_scored_beside_what_its_own_train_file_teaches():
     test = load_examples("builtin:v2/restaurant/test")
     small = test[:40]

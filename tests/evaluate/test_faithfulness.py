@@ -118,6 +118,7 @@ def test_the_curve_is_a_step_at_the_size_of_the_circuit(make):
     assert live_hooks(model.hooked) == []
 
 
+@pytest.mark.slow
 def test_the_ends_are_the_clean_and_the_corrupted_run(model, examples):
     pairs = noise_pairs(model, examples)
     sites = components(model)
@@ -149,6 +150,7 @@ def noise_pairs(model, examples) -> Pairs:
 
 
 @pytest.mark.parametrize("mode", fast(["keep", "restore"], ["keep"]))
+@pytest.mark.slow
 def test_batches_and_noise_draws_change_nothing(model, examples, mode):
     pairs = noise_pairs(model, examples[:5])
     ranking = [

@@ -45,6 +45,7 @@ def traced(question):
 
 
 @pytest.mark.parametrize("name", fast(STATES, {"swap"}))
+@pytest.mark.slow
 def test_the_python_code_gives_the_map_again(question, traced, name):
     code = recipe(question, STATES[name], [], "builtin:restaurant/train")["python"]
     space: dict = {}

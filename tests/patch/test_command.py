@@ -444,6 +444,7 @@ def test_ablations_run_through(base, tmp_path, corruption, capsys):
     )
 
 
+@pytest.mark.slow
 def test_half_precision_is_checked_against_float32(base, tmp_path):
     out = tmp_path / "run"
     assert (
@@ -522,6 +523,7 @@ def test_both_directions_leave_the_interaction_and_a_choice_by_rule(base, tmp_pa
     np.testing.assert_allclose(importance["aie"], (table["pie"] + table["tie"]) / 2, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_case_is_ignored_only_on_request(base, tmp_path, capsys):
     path = tmp_path / "cased.csv"
     path.write_text("sentence,aspect,polarity\nThe Food was good .,food,positive\n")

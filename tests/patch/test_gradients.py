@@ -355,6 +355,7 @@ def test_rows_in_chunks_give_the_same_numbers_and_every_cell_is_ticked():
         assert len(done) == 5 and sum(done) == chunked.numel()
 
 
+@pytest.mark.slow
 def test_noise_draws_are_rows_of_their_own():
     model = tiny_double("gpt2")
     clean, _ = random_ids(model, n=2)

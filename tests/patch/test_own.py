@@ -113,6 +113,7 @@ SHORTER = "the staff was great but the staff was"
 """One token less than `CLEAN`, in the span `first`."""
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_are_aligned_by_spans():
     """Every cell by hand: the state of the aligned token of the corrupted prompt, put into the clean run."""
     model = tiny("gpt2")

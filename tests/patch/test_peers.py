@@ -150,6 +150,7 @@ def check_ablation(model, pairs, kinds, source):
 
 
 @pytest.mark.parametrize("by", fast(["role", "site"], ["role"]))
+@pytest.mark.slow
 def test_mean_ablation_from_numpy(by):
     """Means over all tokens of all four clean prompts, those of other lengths included."""
     model = tiny("gpt2")
@@ -165,6 +166,7 @@ def test_mean_ablation_from_numpy(by):
 
 
 @pytest.mark.parametrize("n", fast((2, 4), (2,)))
+@pytest.mark.slow
 def test_zero_ablation_from_numpy(n):
     model = tiny("gemma2")
     check_ablation(

@@ -137,6 +137,7 @@ def test_the_benchmark_simulates_the_candidates_that_select_sees():
     np.testing.assert_allclose(ours.control, theirs.control)
 
 
+@pytest.mark.slow
 def test_the_honest_interval_is_lower_where_the_choice_is_chance():
     """Over many null maps the naive mean of the largest is positive, and the honest one is not."""
     rng = np.random.default_rng(8)

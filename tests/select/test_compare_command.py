@@ -139,6 +139,7 @@ def test_the_function_keeps_its_name():
         mech_absa.compare("a", "b")
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_no_other_place_is_begun(run, tmp_path):
     """Layers 0 and 2 are done, layer 1 is a random place alone."""
     home, flags = run

@@ -66,6 +66,7 @@ def test_the_absa_map_is_the_one_on_paper(absa):
 
 
 @pytest.mark.parametrize("seed", fast(range(12), range(1)))
+@pytest.mark.slow
 def test_random_maps_are_exact(seed):
     planted = random_planted(seed, dead=seed % 3 == 0)
     for kind in KINDS:

@@ -49,6 +49,7 @@ def the_comparison(model, parts):
 
 
 @pytest.mark.parametrize("study", fast([the_matrix, the_comparison], [the_comparison]))
+@pytest.mark.slow
 def test_a_killed_study_computes_the_same_batches_and_numbers(study, batches, tmp_path):
     model = load_model(tiny_folder("llama"))
     whole = study(model, tmp_path / "whole")

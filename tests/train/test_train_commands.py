@@ -379,6 +379,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch)
 # ---- the matrix ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_pair_of_domains_once_and_nothing_trained_twice(tmp_path, monkeypatch):
     files = {
         f"{d}_{s}": write(tmp_path / f"{d}_{s}.jsonl", rows)

@@ -240,7 +240,7 @@ def run(tmp_path_factory) -> Path:
     ]
     data = folder / "facts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert traced(folder, data, out="run") == 0
+    assert traced(folder, data, "--no-figures", out="run") == 0
     return folder
 
 
@@ -253,7 +253,7 @@ def traced(folder: Path, data: Path, *flags: str, out: str = "other") -> int:
 
 def test_the_command_leaves_what_it_leaves_for_reviews(run):
     names = {p.name for p in (run / "run").iterdir()}
-    assert {"report.html", "figures", "importance.csv", "effects.parquet", "sites.json"} <= names
+    assert {"report.html", "importance.csv", "effects.parquet", "sites.json"} <= names
     effects = Effects.load(run / "run")
     assert effects.pairs["labels"].map(list).tolist()[1] == [" was", " staff"]
     assert effects.pairs["polarity"].tolist() == [" staff", " was", " staff"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from support import fast
+from support.edit_cases import EVERYWHERE, loud, prompts
+from support.edit_cases import logits as edited_logits
 from support.jobs import EXAMPLES, ONE_TOKEN, TEMPLATE
 from support.tiny_models import ARCHITECTURES, tiny_folder
 from transformers import AutoModelForCausalLM
 
 import mech_absa as ma
+from mech_absa.edits import Part
 from mech_absa.errors import ConfigError
 from mech_absa.model import Model
 from mech_absa.model.block import run
@@ -86,9 +90,11 @@ def test_the_wave_is_the_loop(arch):
 def test_effects_are_those_of_hooked_transformer(arch):
     bridge, hooked = loaded(arch), loaded(arch, "hooked")
     assert bridge.kinds == hooked.kinds and bridge.n_ctx == hooked.n_ctx
+    by_wave = [k for k in bridge.kinds if k not in ("q", "k", "v")]
     for kinds, options in (
-        (["resid_pre", "attn_out", "mlp_out", "head"], {}),
-        (["q", "k", "v"], {"layers": [1], "engine": "loop"}),
+        (by_wave, {}),
+        (list(bridge.kinds), {"engine": "loop"}),
+        (["resid_post"], {"by": "token", "direction": "noise"}),
         (["mlp_out"], {"method": "atp"}),
         (["mlp_out"], {"corruption": ma.GaussianNoise(draws=2)}),
         (["attn_out"], {"corruption": ma.MeanAblation()}),
@@ -147,6 +153,23 @@ def test_what_is_put_between_attention_and_mlp_reaches_the_stream(arch):
     assert live_hooks(model) == []
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_stream_is_written_after_the_attention_whichever_hook_is_added_first(nested):
+    """Both points of a bridge are one tensor; the stream that is put in wins over what the attention adds."""
+    model = loaded("gpt2")
+    ids = torch.randint(300, (1, 9), generator=torch.Generator().manual_seed(3))
+    middle, added = Site(1, "resid_mid"), Site(1, "attn_out")
+    with torch.inference_mode():
+        with capture(model, [middle]) as seen:
+            plain = model.forward(ids)
+        put = {middle: lambda x: seen[middle], added: lambda x: 2 * x + 1}
+        with contextlib.ExitStack() as stack:
+            for one in [{s: fn} for s, fn in put.items()] if nested else [put]:
+                stack.enter_context(intervene(model, one))
+            torch.testing.assert_close(model.forward(ids), plain, atol=1e-4, rtol=1e-4)
+    assert live_hooks(model) == []
+
+
 def test_a_model_that_reads_otherwise_than_it_runs_goes_to_the_loop_and_says_so():
     model = ma.load_model(tiny_folder("gpt2"), backend="bridge")
     right = model.backend.scale
@@ -178,6 +201,24 @@ def test_a_bridge_with_folded_weights_gives_its_own_logits():
         torch.testing.assert_close(ours, raw, atol=1e-3, rtol=1e-3)
     wave = effects_of(folded, kinds)
     np.testing.assert_allclose(wave, effects_of(folded, kinds, engine="loop"), atol=1e-4)
+
+
+@only_with_hooked
+@pytest.mark.parametrize("arch", fast(ARCHITECTURES, ["llama"]))
+def test_an_edit_saved_under_one_backend_is_applied_under_the_other(arch, tmp_path):
+    """A model is known by what Hugging Face holds; the edited logits are the same, and not the plain ones."""
+    bridge, hooked = loaded(arch), loaded(arch, "hooked")
+    assert bridge.sha256 == hooked.sha256
+    with_mid = "resid_mid" in bridge.kinds
+    parts = [Part(f, p) for f, p in EVERYWHERE.items() if with_mid or "resid_mid" not in p]
+    for there, here in ((hooked, bridge), (bridge, hooked)):
+        folder = tmp_path / there.backend.name
+        ma.save_edit(edit := loud(there, *parts), folder)
+        again = ma.load_edit(folder, here)
+        for tokens in prompts(here):
+            wanted, got = edited_logits(there, tokens, edit), edited_logits(here, tokens, again)
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+            assert (got - edited_logits(here, tokens)).abs().max() > 1e-2
 
 
 def test_words_for_backends():

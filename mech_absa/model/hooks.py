@@ -98,7 +98,8 @@ class Middle(torch.nn.Module):
 
     A bridge's own `hook_resid_mid` is what the second norm reads: what is put there reaches the
     MLP, but not the stream that goes on. Here it reaches both, as in a `HookedTransformer`: a new
-    stream m becomes a new output of the attention, m - resid_pre.
+    stream m becomes a new output of the attention, m - resid_pre. Hooks on that output itself act
+    before, in whatever order they were added.
 
     Args:
         before: the hook point that the first norm reads.
@@ -125,11 +126,20 @@ class Middle(torch.nn.Module):
                 return None
             return (middle if new is None else new) - x
 
+        act.of_stream = True  # type: ignore[attr-defined]
         handles = [
             before.register_forward_hook(remember),
             attn_out.register_forward_hook(act, **options),
         ]
+        _put_streams_last(attn_out)
         return _Handles(handles)
+
+
+def _put_streams_last(module: torch.nn.Module) -> None:
+    """Let hooks that `Middle` has put on a module run after all others there."""
+    hooks: Any = module._forward_hooks
+    for key in [k for k, hook in hooks.items() if hasattr(hook, "of_stream")]:
+        hooks.move_to_end(key)
 
 
 class _Handles:
@@ -180,6 +190,7 @@ def hooked_at(
         for module, fn in points:
             counted.append(_Counted(_as_shown(module, fn)))
             handles.append(module.register_forward_hook(counted[-1], prepend=first))
+            _put_streams_last(module)
         yield firings
     finally:
         for handle in handles:

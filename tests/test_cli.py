@@ -9,16 +9,24 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from mech_absa.commands.cli import command
-from mech_absa.commands.flags import ReadFlags, flag_names, preset_defaults
+from mech_absa.commands.flags import (
+    ReadFlags,
+    flag_names,
+    flat,
+    group_of,
+    preset_defaults,
+    recorded,
+)
 from mech_absa.commands.tables import print_table
 from mech_absa.errors import LONGEST, ConfigError, DataError, HookError
+from mech_absa.records import plain
 
 
 @dataclass(frozen=True)
@@ -257,10 +265,76 @@ def test_tables_are_never_cut_on_a_narrow_terminal(columns, monkeypatch, capsys)
     assert not any("…" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["patch", "train", "matrix", "evaluate", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["patch", "train", "matrix", "compare", "evaluate", "doctor", "explore"]
+)
 def test_every_command_that_reads_data_knows_how_data_is_read(name):
     """--null-targets was missing in two of them."""
     module = importlib.import_module(f"mech_absa.commands.{name}")
     flags = {f.name for f in fields(ReadFlags)}
     assert {"columns", "meaning", "skip_bad", "null_targets", "ignore_case"} <= flags
     assert flags <= set(flag_names(module.Config))
+
+
+GROUPED = ("patch", "train", "matrix", "evaluate", "card", "compare", "doctor", "explore")
+OWN_DEFAULTS = {
+    "adapter": {
+        "card",
+        "explore",
+    },  # the card is of the bundled edit; the explorer trains one itself
+    "batch_size": {"card", "train", "matrix"},  # prompts per pass, against examples per step
+    "corruption": {"compare"},  # a pair of texts is what all selectors can look at
+    "data": {"compare", "explore"},
+    "draws": {"card"},  # the card was made with twice as many
+    "limit_test": {"compare"},  # hundreds of edits are scored
+    "memory": {"patch", "doctor"},  # in flight, against kept
+    "test": {"train", "compare"},
+    "train": {"explore"},
+    "validation": {"compare"},  # tunes rates, where others choose an epoch
+}
+"""Flag -> the commands in which it has another default than in the first that knows it, and why."""
+
+
+def defaults(config) -> dict[str, object]:
+    """Return the default of every flag of a configuration's class; flags that must be given are left out."""
+    found: dict[str, object] = {}
+    for f in fields(config):
+        if (group := group_of(config, f.name)) is not None:
+            held = f.default_factory() if f.default_factory is not MISSING else None
+            found |= flat(held) if held is not None else defaults(group)
+        elif f.default is not MISSING:
+            found[f.name] = f.default
+    return found
+
+
+def test_a_flag_has_one_default_wherever_it_stands():
+    """`--draws` or `--rank` must not mean another number in another command without a reason."""
+    known: dict[str, dict[str, object]] = {}
+    for name in GROUPED:
+        config = importlib.import_module(f"mech_absa.commands.{name}").Config
+        for flag, value in defaults(config).items():
+            known.setdefault(flag, {})[name] = value
+    assert len(known) > 60 and len(known["seed"]) >= 6
+    for flag, values in known.items():
+        usual = [v for name, v in values.items() if name not in OWN_DEFAULTS.get(flag, ())]
+        assert all(v == usual[0] for v in usual), (flag, values)
+
+
+@pytest.mark.parametrize("name", ["patch", "train", "matrix", "evaluate", "card", "compare"])
+def test_a_saved_run_knows_flags_by_name_whatever_group_they_stand_in(name, tmp_path):
+    """Runs of older versions hold one flat table; with it, a run is the same and is resumed."""
+    config = importlib.import_module(f"mech_absa.commands.{name}").Config
+    command_name = {"matrix": "train.matrix", "card": "evaluate.card"}.get(name, name)
+    needed = {"data": ["x"]} if name in ("train", "evaluate") else {}
+    needed |= {"layers": "2"} if name == "train" else {}
+    changed = {"seed": 7, "seeds": [7], "separator": "", "dtype": "float64"}
+    changed |= {"level": 0.9, "rank": 3, "limit": 5, "limit_test": 5, "positions": ["aspect"]}
+    known = set(flag_names(config))
+    saved = needed | {flag: value for flag, value in changed.items() if flag in known}
+    assert len(saved) > 3
+    folder = a_run(tmp_path / "a", command_name, **saved)
+    filled = plain(recorded(preset_defaults(config, folder, command_name)))
+    assert {flag: filled[flag] for flag in saved} == saved
+    usual = plain(defaults(config))
+    others = {flag: usual[flag] for flag in filled if flag in usual and flag not in saved}
+    assert {flag: filled[flag] for flag in others} == others

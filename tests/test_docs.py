@@ -6,7 +6,7 @@ Comments in the pages mark what is checked; see `docs/build.py` for those that t
     <!-- run -->            the Python block below is executed, after the others of its page, in a folder of its own
     <!-- output -->         ... and prints the block below, numbers up to rounding
     <!-- file: NAME -->     the block below is a file that the page's code reads
-    12.3<!-- FILE KEY -->   the number before it stands in a results file, times 100 where `x100` follows
+    12.3<!-- FILE KEY -->   the number before it stands in a results file, times 100 where `x100` follows, in 2**20 where `MiB` does
 
 After a change that moves outputs, `python tests/test_docs.py` writes them anew into the pages: read the difference.
 """
@@ -45,7 +45,8 @@ FENCE = re.compile(
     r"^(?:<!-- (run|output|file: \S+) -->\n)?```(\w*)[^\n]*\n(.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )
-QUOTED = re.compile(r"([-+]?\d[\d,]*\.?\d*)\**<!-- (\S+\.(?:json|csv)) (.+?) ?(x100)? -->")
+SCALES = {"": 1, "x100": 100, "MiB": 2**-20}
+QUOTED = re.compile(r"([-+]?\d[\d,]*\.?\d*)\**<!-- (\S+\.(?:json|csv)) (.+?) ?(x100|MiB)? -->")
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
 
 
@@ -374,8 +375,8 @@ QUOTES = [(p, q) for p in [*PAGES, README] for q in QUOTED.findall(p.read_text(e
     "page, quote", QUOTES, ids=[f"{name(p)}-{q[0]}-{i}" for i, (p, q) in enumerate(QUOTES)]
 )
 def test_numbers_are_those_of_the_results(page, quote):
-    said, file, key, percent = quote
-    value = looked_up(file, key) * (100 if percent else 1)
+    said, file, key, unit = quote
+    value = looked_up(file, key) * SCALES[unit]
     digits = len(said.partition(".")[2])
     assert abs(float(said.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-9, (
         f"{name(page)} says {said}; {file} has {value}"

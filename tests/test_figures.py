@@ -556,9 +556,9 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
                 assert len(set(config.methods)) == len(config.methods) and len(config.train) == len(
                     config.test
                 )
-                assert config.limit_test is not None or study.name in builtin.REAL
+                assert config.limits.limit_test is not None or study.name in builtin.REAL
             if study.name == "positions":
-                assert config.positions == (step.mark["position"],) and config.methods == (
+                assert config.place.positions == (step.mark["position"],) and config.methods == (
                     "both@3-4",
                     "loreft@3-4",
                 )

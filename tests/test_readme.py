@@ -34,7 +34,13 @@ GROUPS = {
         "model",
         "run",
     ],
-    "train": ["place", "training", "reading", "question", "model", "run"],
+    "train": ["data", "place", "training", "reading", "question", "model", "run"],
+    "evaluate": ["data", "scoring", "statistics", "reading", "question", "model", "run"],
+    "matrix": ["data", "place", "training", "reading", "question", "model", "run"],
+    "compare": ["selectors", "places", "training", "reading", "question", "model", "run"],
+    "card": ["data", "statistics", "model", "run"],
+    "doctor": ["corruption", "tracing", "reading", "question", "model"],
+    "explore": ["reading", "question", "model"],
 }
 OUTPUT = [block for language, block in BLOCKS if language == "text"]
 
@@ -94,7 +100,7 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / target).exists(), f"README links to {target}, which is not there"
 
 
-@pytest.mark.parametrize("command", ["patch", "train", "evaluate", "report", "generate"])
+@pytest.mark.parametrize("command", [*GROUPS, "report", "generate", "verify", "models"])
 def test_help_names_every_flag_the_readme_uses(command, capsys):
     used = {
         flag

@@ -21,14 +21,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..errors import ConfigError, DataError
 from ..evaluate.predictions import Predictions, joined, predict
 from ..evaluate.scores import Quality, percent, quality, score
-from ..examples import Example
+from ..examples import Example, Examples
 from ..model import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..readers import load_examples
@@ -39,13 +39,14 @@ from .cli import command, out_folder
 from .evaluate import load
 from .flags import (
     FREE,
+    IntervalFlags,
+    LimitFlags,
     ModelFlags,
-    OptionalInt,
+    Names,
     OptionalPath,
     RunFlags,
     at_least,
     recorded,
-    share,
 )
 
 REAL = ("device", "laptop", "rest", "service")
@@ -61,28 +62,29 @@ class Config:
 
     adapter: str = "bundled"
     """The adaptation: bundled, the folder of an edit, or none."""
-    in_domain: tuple[str, ...] = ("restaurant", "laptop")
+    in_domain: Names = ("restaurant", "laptop")
     """Built-in domains that the adaptation was trained on."""
     real: OptionalPath = None
     """A folder with {device,laptop,rest,service}_test.json, and _train.json for the leaked rows."""
     real_edits: OptionalPath = None
     """A folder with an edit for each of them, in folders of these names."""
-    limit: OptionalInt = None
-    """At most this many examples of each file, the first ones."""
-    level: float = 0.95
-    """Of the intervals."""
-    draws: int = 2000
-    """Bootstrap draws."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap and of --limit."""
     batch_size: int = 64
     """Prompts per forward pass."""
+    limits: Annotated[OmitArgPrefixes[LimitFlags], arg(name="data")] = field(
+        default_factory=LimitFlags
+    )
+    intervals: Annotated[OmitArgPrefixes[IntervalFlags], arg(name="statistics")] = field(
+        default_factory=lambda: IntervalFlags(draws=2000)
+    )
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
     run: OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
 
     def __post_init__(self) -> None:
-        at_least(1, limit=self.limit, draws=self.draws, batch_size=self.batch_size)
-        share("--level", self.level)
+        at_least(1, batch_size=self.batch_size)
+        self.limits.check()
+        self.intervals.check()
         if strange := [d for d in self.in_domain if d not in DOMAINS]:
             raise ConfigError(
                 f"--in-domain names {strange[0]!r}; the built-in domains are {', '.join(DOMAINS)}"
@@ -103,6 +105,15 @@ class Config:
                 f"the folder holds no edit; folders {', '.join(REAL)} are looked for",
                 str(self.real_edits),
             )
+
+    @property
+    def sure(self) -> dict[str, Any]:
+        """Return how intervals are made."""
+        return {"level": self.intervals.level, "draws": self.intervals.draws, "seed": self.seed}
+
+    def read(self, source: str | Path) -> Examples:
+        """Return the examples of a test file that --limit leaves."""
+        return self.limits.of(load_examples(source), self.seed)
 
 
 @dataclass(frozen=True)
@@ -179,12 +190,12 @@ def rows(config: Config, model: Model, adapter: Applicable | None) -> Iterator[R
     """Yield the lines of the card."""
 
     def sure(p: Predictions) -> Quality:
-        return quality(p, level=config.level, draws=config.draws, seed=config.seed)
+        return quality(p, **config.sure)
 
     def asked(edit: Applicable | None, examples: Sequence[Example]) -> Predictions:
         return predict(model, examples, edit, batch_size=config.batch_size)
 
-    data = {d: load_examples(f"builtin:{d}/test", limit=config.limit) for d in DOMAINS}
+    data = {d: config.read(f"builtin:{d}/test") for d in DOMAINS}
     natural = {
         d: continue_naturally(model, examples, batch_size=config.batch_size)
         for d, examples in data.items()
@@ -211,7 +222,7 @@ def rows(config: Config, model: Model, adapter: Applicable | None) -> Iterator[R
 
 def _adapted(config: Config, adapted: dict[str, Predictions]) -> Iterator[Row]:
     def sure(p: Predictions) -> Quality:
-        return quality(p, level=config.level, draws=config.draws, seed=config.seed)
+        return quality(p, **config.sure)
 
     for d, p in adapted.items():
         where, goal = (
@@ -228,15 +239,13 @@ def _adapted(config: Config, adapted: dict[str, Predictions]) -> Iterator[Row]:
                 IN_DOMAIN if inside else OUT_OF_DOMAIN,
             )
     for d, p in [*adapted.items(), ("all four", joined(list(adapted.values()), "all"))]:
-        if (
-            mixed := score(p, level=config.level, draws=config.draws, seed=config.seed).mixed
-        ) is not None:
+        if (mixed := score(p, **config.sure).mixed) is not None:
             yield Row("adapted", "mixed polarity only", d, mixed, MIXED)
 
 
 def _real(config: Config, folder: Path, model: Model, adapter: Applicable | None) -> Iterator[Row]:
     for d in REAL:
-        examples = load_examples(folder / f"{d}_test.json", limit=config.limit)
+        examples = config.read(folder / f"{d}_test.json")
         train = folder / f"{d}_train.json"
         seen = load_examples(train) if train.is_file() else None
         systems: dict[str, Applicable | None] = {"base": None}
@@ -246,7 +255,7 @@ def _real(config: Config, folder: Path, model: Model, adapter: Applicable | None
             systems["adapted on its train file"] = load(str(config.real_edits / d), model)
         for name, edit in systems.items():
             p = predict(model, examples, edit, batch_size=config.batch_size)
-            s = score(p, train=seen, level=config.level, draws=config.draws, seed=config.seed)
+            s = score(p, train=seen, **config.sure)
             yield Row(name, "ABSC prompt", f"{d} (real)", s.all)
             if s.unseen is not None and s.leaked and name.startswith("adapted on"):
                 yield Row(name, "ABSC prompt, rows not in train", f"{d} (real)", s.unseen)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..errors import ConfigError, DataError
 from ..evaluate.caveats import caveats
@@ -47,6 +47,8 @@ from .cli import command, out_folder, tell_left_out, warn
 from .flags import (
     FREE,
     ModelFlags,
+    Names,
+    Numbers,
     OptionalFloat,
     OptionalInt,
     OptionalPath,
@@ -70,6 +72,58 @@ DEFAULT = ("exact", "relp", "lens", "probe", "middle", "first", "last")
 
 
 @dataclass(frozen=True)
+class SelectorFlags:
+    """Say what selectors look at."""
+
+    looks: int = 120
+    """Training examples that a selector looks at."""
+    adapter: str = "auto"
+    """A trained edit whose weights are merged into the model that selectors look at: a folder, bundled, bundled-v2, or none.
+    auto is bundled for the models that one ships for (bundled, smollm2) and none otherwise.
+    The edits that are compared train the model without it."""
+    corruption: str = "counterfactual"
+    """Of the pairs of causal selectors: noise, counterfactual, aspect-swap, mean, zero or resample."""
+
+
+@dataclass(frozen=True)
+class PlacesFlags:
+    """Say which places are compared: sets of layers, the best ones of each selector and random ones."""
+
+    width: int = 2
+    """Layers of a place."""
+    places: OptionalInt = None
+    """Random places, drawn from all sets of as many layers. Default: all of them, where there are at most 100."""
+    minutes: OptionalFloat = None
+    """Begin no other random place after this many minutes; the places of selectors are always trained.
+    Random places come in a random order, so that those that were trained are a random sample."""
+    position: str = presets.LAST_OF_QUERY
+    """Role (query.last, aspect, answer, ...) or position (-1) at which representations are edited."""
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """Say what is trained at every place, and how."""
+
+    edits: Names = ("both",)
+    """Which edits, as in mech-absa train --preset: both, lora_o, loreft and so on."""
+    budgets: Names = ("64x2",)
+    """How long an edit trains, as EXAMPLESxEPOCHS; 0 examples are all."""
+    rates: Numbers = RATES
+    """The preset's learning rates are tried times each of these, at every place."""
+    samples: int = 5
+    """Training samples of each place."""
+    rank: int = 4
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
+    validation: float = 0.125
+    """Share of the training sentences set aside to tune learning rates on."""
+    memory: float = 1.0
+    """GiB for activations below the edit, which are computed once; the rest is computed again."""
+    trainings: OptionalPath = None
+    """A folder that keeps finished trainings beyond this run. A later run on the same model, data and seed trains only what is missing.
+    Default: inside --out, until the run ends."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Train the same edit where selectors say and at random places, and compare.
 
@@ -83,45 +137,21 @@ class Config:
     test: Sources = ("builtin:restaurant/test",)
     """Test files: every edit is scored on them once, and nothing is chosen by them."""
     limit_test: OptionalInt = 320
-    """Test on at most this many examples of each source, drawn at random."""
-    selectors: tuple[str, ...] = DEFAULT
+    """Test on at most this many examples of each source, drawn at random. Default: 320."""
+    selectors: Names = DEFAULT
     """Which selectors: exact, exact_noise, writes, atp, atpstar, relp, ig, lens, probe, taylor1, taylor2, saap, fluctuation, cka, jola,
     lofit, middle, first, last or random."""
-    looks: int = 120
-    """Training examples that a selector looks at."""
-    adapter: str = "auto"
-    """A trained edit whose weights are merged into the model that selectors look at: a folder, bundled, or none. auto is bundled for the
-    bundled model and none otherwise. The edits that are compared train the model without it."""
-    corruption: str = "counterfactual"
-    """Of the pairs of causal selectors: noise, counterfactual, aspect-swap, mean, zero or resample."""
-    edits: tuple[str, ...] = ("both",)
-    """Which edits, as in mech-absa train --preset: both, lora_o, loreft and so on."""
-    width: int = 2
-    """Layers of a place: the best ones of each selector."""
-    places: OptionalInt = None
-    """Random places, drawn from all sets of as many layers. Default: all of them, where there are at most 100."""
-    minutes: OptionalFloat = None
-    """Begin no other random place after this many minutes; the places of selectors are always trained. Random places come in a random
-    order, so that those that were trained are a random sample."""
-    budgets: tuple[str, ...] = ("64x2",)
-    """How long an edit trains, as EXAMPLESxEPOCHS; 0 examples are all."""
-    rates: tuple[float, ...] = RATES
-    """The preset's learning rates are tried times each of these, at every place."""
-    samples: int = 5
-    """Training samples of each place."""
-    validation: float = 0.125
-    """Share of the training sentences on which learning rates are tuned."""
-    position: str = presets.LAST_OF_QUERY
-    """Where representations are edited: a role or a position."""
-    rank: int = 4
-    """Of every edit."""
     seed: int = 0
-    """Of the samples, the split and the random places."""
-    memory: float = 1.0
-    """GiB for activations that are computed once."""
-    trainings: OptionalPath = None
-    """A folder that keeps finished trainings beyond this run: a later run on the same model, data and seed, with other selectors or
-    budgets, trains only what is missing. Default: inside --out, until the run ends."""
+    """Seed of the samples, the split and the random places."""
+    looking: Annotated[OmitArgPrefixes[SelectorFlags], arg(name="selectors")] = field(
+        default_factory=SelectorFlags
+    )
+    place: Annotated[OmitArgPrefixes[PlacesFlags], arg(name="places")] = field(
+        default_factory=PlacesFlags
+    )
+    recipe: Annotated[OmitArgPrefixes[RecipeFlags], arg(name="training")] = field(
+        default_factory=RecipeFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -132,16 +162,17 @@ class Config:
             raise ConfigError("--data, --test and --selectors each need at least one")
         for name in self.selectors:
             one_of("--selectors", name, list(SELECTORS))
-        for name in self.edits:
+        for name in self.recipe.edits:
             one_of("--edits", name, presets.METHODS)
-        for flag in ("selectors", "edits", "budgets", "rates"):
-            once(f"--{flag}", getattr(self, flag))
-        at_least(1, limit_test=self.limit_test, looks=self.looks, width=self.width)
-        at_least(1, places=self.places, rank=self.rank)
-        at_least(0, minutes=self.minutes)
-        share("--validation", self.validation)
+        once("--selectors", self.selectors)
+        for flag in ("edits", "budgets", "rates"):
+            once(f"--{flag}", getattr(self.recipe, flag))
+        at_least(1, limit_test=self.limit_test, looks=self.looking.looks, width=self.place.width)
+        at_least(1, places=self.place.places, rank=self.recipe.rank)
+        at_least(0, minutes=self.place.minutes)
+        share("--validation", self.recipe.validation)
         self.settings.check()
-        as_corruption(self.corruption)
+        as_corruption(self.looking.corruption)
         presets.range_sites((0,), [self.settings.position])
         self.reading.check()
         self.question.check()
@@ -150,16 +181,16 @@ class Config:
     def settings(self) -> Settings:
         """What is trained."""
         return Settings(
-            self.edits,
-            tuple(Budget.parse(b) for b in self.budgets),
-            self.rates,
-            self.samples,
+            self.recipe.edits,
+            tuple(Budget.parse(b) for b in self.recipe.budgets),
+            self.recipe.rates,
+            self.recipe.samples,
             self.seed,
-            positions_of((self.position,))[0],
-            self.rank,
+            positions_of((self.place.position,))[0],
+            self.recipe.rank,
             self.question.prompt,
             self.question.verbalizer,
-            int(self.memory * 2**30),
+            int(self.recipe.memory * 2**30),
         )
 
 
@@ -201,7 +232,7 @@ def prepare(config: Config) -> Task:
     """
     train = join([_read(source, config, None) for source in config.data])
     tests = join([_read(source, config, config.limit_test) for source in config.test])
-    learn, held = split_by_sentence(train.items, config.validation, config.seed)
+    learn, held = split_by_sentence(train.items, config.recipe.validation, config.seed)
     if not learn or not held or not len(tests):
         raise DataError(
             f"{len(learn)} training, {len(held)} validation and {len(tests)} test examples are left; "
@@ -209,21 +240,23 @@ def prepare(config: Config) -> Task:
         )
     m = config.model
     model = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
-    all_places(config.width, model.n_layers)
-    drawn = random_places(config.width, model.n_layers, config.places or MOST_PLACES, config.seed)
+    all_places(config.place.width, model.n_layers)
+    drawn = random_places(
+        config.place.width, model.n_layers, config.place.places or MOST_PLACES, config.seed
+    )
     random.Random(config.seed).shuffle(drawn)
-    adapted, adapter = with_adapter(config.adapter, model)
+    adapted, adapter = with_adapter(config.looking.adapter, model)
     config.question.verbalizer.label_ids(model.tokenizer, config.question.prompt)
-    seen = random.Random(config.seed).sample(list(learn), min(config.looks, len(learn)))
+    seen = random.Random(config.seed).sample(list(learn), min(config.looking.looks, len(learn)))
     evidence = Evidence(
         adapted,
         tuple(seen),
         model,
-        as_corruption(config.corruption),
+        as_corruption(config.looking.corruption),
         config.question.prompt,
         config.question.verbalizer,
         seed=config.seed,
-        width=config.width,
+        width=config.place.width,
     )
     notes = caveats(train.items, [tests])
     parts = Data(learn, held, tests.items)
@@ -242,19 +275,21 @@ def main(config: Config) -> Path:
     task = prepare(config)
     folder.bind({"model": task.model.sha256, "data": [task.train.sha256, task.tests.sha256]})
     rankings = rank(task)
-    chosen = [ranking.top_layers(config.width) for ranking in rankings]
+    chosen = [ranking.top_layers(config.place.width) for ranking in rankings]
     trainings = Trainings(
         task.model,
         task.parts,
         config.settings,
         [*chosen, *task.random],
-        folder.part("trainings") if config.trainings is None else config.trainings / key(task),
+        folder.part("trainings")
+        if config.recipe.trainings is None
+        else config.recipe.trainings / key(task),
     )
     folder.open()
     if not config.run.quiet:
         warn(task.notes)
     with bar("trainings", trainings.total, config.run.quiet) as advance:
-        seconds = math.inf if config.minutes is None else 60 * config.minutes
+        seconds = math.inf if config.place.minutes is None else 60 * config.place.minutes
         rows = frame_of(trainings.run(advance, chosen, seconds))
     compared = write_tables(task, folder, rankings, rows)
     folder.finish(record_of(task, rankings, rows))
@@ -305,7 +340,9 @@ def write_tables(
             task.notes.append(
                 f"{edit}, {budget}: {trained} of {len(task.random)} random places were trained"
             )
-        compared.append(compare_selectors(rankings, task.config.width, landscape, task.config.seed))
+        compared.append(
+            compare_selectors(rankings, task.config.place.width, landscape, task.config.seed)
+        )
         places.append(place_table(landscape))
         for table in (compared[-1], places[-1]):
             table.insert(0, "edit", edit)
@@ -341,8 +378,8 @@ def facts(task: Task) -> str:
     """Say what was compared, for a figure and a report."""
     c = task.config
     return (
-        f"{task.model.name}, {task.train.source}, {len(task.parts.test)} test rows, {c.width} layers "
-        f"per place, {c.samples} training samples"
+        f"{task.model.name}, {task.train.source}, {len(task.parts.test)} test rows, {c.place.width} layers "
+        f"per place, {c.recipe.samples} training samples"
     )
 
 
@@ -391,7 +428,7 @@ def record_of(task: Task, rankings: Sequence[SiteRanking], rows: pd.DataFrame) -
         "test_data": task.tests.account(),
         "selectors": {
             r.selector: {
-                "layers": list(r.top_layers(task.config.width)),
+                "layers": list(r.top_layers(task.config.place.width)),
                 "layer_scores": r.layer_scores.tolist(),
                 "pool": r.pool,
                 **r.about,

@@ -17,21 +17,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..errors import SelfCheckError
 from ..model import load_model
 from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
 from ..patch.self_check import self_check
+from ..sites import parse_layers
 from . import before, patch
 from .cli import command, tell_left_out
 from .flags import (
     ModelFlags,
-    OptionalFloat,
     OptionalInt,
     QuestionFlags,
     ReadFlags,
@@ -64,23 +64,18 @@ class Config:
     asked: int = 24
     """Examples that the model is asked about now."""
     adapter: str = "auto"
-    """A trained edit whose weights are merged before tracing: a folder, bundled, or none."""
-    corruption: str = "auto"
-    """As in patch."""
-    sites: Sources = ("resid_post", "attn_out", "mlp_out")
-    """Kinds of state, or single sites such as L5.head3."""
-    by: str = "token"
-    """token or role."""
-    metric: str = "prob"
-    """prob, prob_label, logprob, logit_diff or kl."""
-    direction: str = "denoise"
-    """denoise, noise or both."""
-    memory: OptionalFloat = None
-    """GiB for activations in flight. Default: half a GiB on a CPU, a third of an accelerator."""
+    """A trained edit whose weights are merged before tracing: a folder, bundled, bundled-v2, or none.
+    auto is bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
     seed: int = 0
-    """Of the examples that are asked about, and of the self-checks."""
+    """Seed of the examples that are asked about, and of the self-checks."""
     json: bool = False
     """Print one JSON object instead of sentences."""
+    corrupt: Annotated[OmitArgPrefixes[patch.CorruptionFlags], arg(name="corruption")] = field(
+        default_factory=patch.CorruptionFlags
+    )
+    sweep: Annotated[OmitArgPrefixes[patch.StateFlags], arg(name="tracing")] = field(
+        default_factory=patch.StateFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -93,14 +88,8 @@ class Config:
             adapter=self.adapter,
             seed=self.seed,
             pairs=patch.PairFlags(limit=self.asked, keep="all"),
-            corrupt=patch.CorruptionFlags(self.corruption),
-            sweep=patch.SweepFlags(
-                sites=self.sites,
-                by=self.by,
-                metric=self.metric,
-                direction=self.direction,
-                memory=self.memory,
-            ),
+            corrupt=self.corrupt,
+            sweep=patch.SweepFlags(**vars(self.sweep)),
             reading=self.reading,
             question=self.question,
             model=self.model,
@@ -147,6 +136,7 @@ def examine(config: Config) -> Findings:
     m = config.model
     base = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     model, adapter = patch.adapted(wanted, base)
+    layers = parse_layers(config.sweep.layers, base.n_layers)
     weights = base.n_bytes
     about_model = {
         "name": base.name,
@@ -169,7 +159,7 @@ def examine(config: Config) -> Findings:
     task = {"examples": len(examples), "asked": pairs.considered, "pairs": len(pairs), **known}
     planned = math.ceil(len(examples) * len(pairs) / considered)
     planned = planned if config.limit is None else min(planned, config.limit)
-    p = plan(model, _typical(pairs, config.tried), patch.request_of(wanted, range(model.n_layers)))
+    p = plan(model, _typical(pairs, config.tried), patch.request_of(wanted, layers))
     engine, seconds = _trial(p, config.seed)
     cost = {
         "pairs": planned,
@@ -245,7 +235,7 @@ def advice(
             f"the trace needs about {cost['gib']:.1f} GiB and {machine.free_gib:.1f} GiB are free: "
             "lower --memory, or --dtype bfloat16"
         )
-    if cost["minutes"] > 30 and config.by == "token":
+    if cost["minutes"] > 30 and config.sweep.by == "token":
         yield "--by role costs about a tenth of --by token; --limit takes fewer pairs"
     yield from notes
     if task["pairs"] < task["asked"] / 2:

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..edits.record import Trained
 from ..errors import ConfigError
@@ -36,8 +36,9 @@ from ..scoring import Applicable
 from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
+    IntervalFlags,
+    LimitFlags,
     ModelFlags,
-    OptionalInt,
     OptionalPath,
     OptionalPaths,
     OptionalSources,
@@ -48,11 +49,25 @@ from .flags import (
     Sources,
     at_least,
     recorded,
-    share,
 )
 
-MOST_DRAWS = 1_000_000
-"""More draws of a bootstrap change no printed digit and may not fit into memory."""
+
+@dataclass(frozen=True)
+class ScoringFlags:
+    """Say how systems answer, and what is measured beside their answers."""
+
+    decode: Decode = "label"
+    """label scores the label words; generate writes freely and compares what was written."""
+    train_data: OptionalSources = ()
+    """What the edits were trained on, to also score without test rows that stand there."""
+    baselines: bool = True
+    """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
+    side_effects: bool = False
+    """Also measure what each edit changes elsewhere."""
+    texts: OptionalPath = None
+    """For --side-effects: a text file of unrelated passages, separated by blank lines."""
+    batch_size: int = 32
+    """Prompts per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -67,34 +82,21 @@ class Config:
 
     data: Sources
     """Test files, or built-in ones such as builtin:restaurant/test; each is scored on its own."""
-    limit: OptionalInt = None
-    """Use at most this many examples of each source, drawn by --seed."""
-    head: bool = False
-    """Take the first examples of the data for --limit, instead of drawing them."""
     edit: OptionalSources = ()
     """Folders of edits; none for the unedited model, bundled for the shipped one, bundled-v2 for the one of the harder reviews. Default: none."""
     predictions: OptionalPaths = ()
     """Answers of another system: one file per test file, in the same order."""
-    train_data: OptionalSources = ()
-    """What the edits were trained on, to also score without test rows that stand there."""
     compare: OptionalText = None
     """Compare every system with this edit (a folder, none or bundled) on the same rows."""
-    side_effects: bool = False
-    """Also measure what each edit changes elsewhere."""
-    baselines: bool = True
-    """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
-    texts: OptionalPath = None
-    """For --side-effects: a text file of unrelated passages, separated by blank lines."""
-    decode: Decode = "label"
-    """label scores the label words; generate writes freely and compares what was written."""
-    level: float = 0.95
-    """Level of the intervals."""
-    draws: int = 1000
-    """Bootstrap draws."""
     seed: int = 0
     """Seed of the bootstrap and of --limit."""
-    batch_size: int = 32
-    """Prompts per forward pass."""
+    limits: Annotated[OmitArgPrefixes[LimitFlags], arg(name="data")] = field(
+        default_factory=LimitFlags
+    )
+    scoring: OmitArgPrefixes[ScoringFlags] = field(default_factory=ScoringFlags)
+    intervals: Annotated[OmitArgPrefixes[IntervalFlags], arg(name="statistics")] = field(
+        default_factory=IntervalFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -107,14 +109,13 @@ class Config:
             raise ConfigError(
                 f"--predictions names {len(self.predictions)} files for {len(self.data)} of --data; one each is needed"
             )
-        if self.side_effects and not any(e != "none" for e in self.edit):
+        if self.scoring.side_effects and not any(e != "none" for e in self.edit):
             raise ConfigError("--side-effects was given without an edit; name one with --edit")
-        if self.texts is not None and not self.side_effects:
+        if self.scoring.texts is not None and not self.scoring.side_effects:
             raise ConfigError("--texts was given without --side-effects, which alone reads it")
-        at_least(1, limit=self.limit, batch_size=self.batch_size, draws=self.draws)
-        if self.draws > MOST_DRAWS:
-            raise ConfigError(f"--draws is {self.draws}; accepted: 1 to {MOST_DRAWS:,}")
-        share("--level", self.level)
+        at_least(1, batch_size=self.scoring.batch_size)
+        self.limits.check()
+        self.intervals.check()
         for name, values in (("--data", self.data), ("--edit", self.edit)):
             if repeated := next((v for v in values if values.count(v) > 1), None):
                 raise ConfigError(f"{name} names {repeated} more than once")
@@ -129,7 +130,7 @@ class Config:
     @property
     def sure(self) -> dict[str, Any]:
         """Return how intervals are made."""
-        return {"level": self.level, "draws": self.draws, "seed": self.seed}
+        return {"level": self.intervals.level, "draws": self.intervals.draws, "seed": self.seed}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +166,8 @@ class Task:
         asked: dict[str, Any] = {
             "template": self.template,
             "verbalizer": self.verbalizer,
-            "decode": self.config.decode,
-            "batch_size": self.config.batch_size,
+            "decode": self.config.scoring.decode,
+            "batch_size": self.config.scoring.batch_size,
         }
         return tuple(predict(self.model, d, edit, name=name, **asked) for d in self.data)
 
@@ -203,8 +204,8 @@ def main(config: Config) -> Path:
     Raises:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
-    data = [_read(d, config, config.limit) for d in config.data]
-    train = [_read(d, config, None) for d in config.train_data]
+    data = [_read(d, config, config.limits.limit) for d in config.data]
+    train = [_read(d, config, None) for d in config.scoring.train_data]
     folder = RunFolder(
         out_folder(config, "evaluate"), recorded(config), config.run.resume, (*FREE, "batch_size")
     )
@@ -261,7 +262,8 @@ def prepare(config: Config, data: list[Examples], train: list[Examples]) -> Task
         template = config.question.prompt
     if config.question.labels:
         verbalizer = config.question.verbalizer
-    texts = side_effects.read_texts(config.texts) if config.texts else side_effects.PASSAGES
+    given = config.scoring.texts
+    texts = side_effects.read_texts(given) if given else side_effects.PASSAGES
     return Task(config, data, train, model, edits, template, verbalizer, texts)
 
 
@@ -297,7 +299,7 @@ def baselines_of(task: Task) -> list[Scores]:
     """Return the scores of simple baselines on every test file, if they are wanted."""
     from ..evaluate import baselines
 
-    if not task.config.baselines:
+    if not task.config.scoring.baselines:
         return []
     unedited = task.model if "none" in task.config.edits else None
     beside: list[Scores] = baselines.beside(
@@ -316,7 +318,7 @@ def compare_all(task: Task, systems: list[tuple[Predictions, ...]]) -> list[Any]
         load(config.compare, task.model), names([config.compare])[0]
     )
     return [
-        compare(p, q, level=config.level, seed=config.seed)
+        compare(p, q, level=config.intervals.level, seed=config.seed)
         for system in systems
         if system is not other
         for p, q in zip(system, other, strict=True)
@@ -327,12 +329,12 @@ def side_effects_of(task: Task, titles: Sequence[str]) -> dict[str, Any]:
     """Return what each edit changes elsewhere, if that is wanted."""
     from ..evaluate import side_effects
 
-    if not task.config.side_effects or task.model is None:
+    if not task.config.scoring.side_effects or task.model is None:
         return {}
     return {
         name: side_effects.side_effects(
             task.model, edit, task.data[0], others=task.data[1:], texts=task.texts, template=task.template, verbalizer=task.verbalizer,
-            batch_size=task.config.batch_size, name=name, **task.config.sure,
+            batch_size=task.config.scoring.batch_size, name=name, **task.config.sure,
         )
         for edit, name in zip(task.edits, titles, strict=True)
         if edit is not None
@@ -473,7 +475,7 @@ def conclusion(results: Results) -> str:
 
 
 def _read(source: str, config: Config, limit: int | None) -> Examples:
-    examples = config.reading.read(source, limit, config.seed, config.head)
+    examples = config.reading.read(source, limit, config.seed, config.limits.head)
     tell_left_out(examples)
     return examples
 

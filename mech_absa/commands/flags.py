@@ -35,6 +35,8 @@ Config = TypeVar("Config")
 LABELS = ("positive", "negative", "neutral")
 LARGEST_SEED = 2**32 - 1
 MOST_GIB = 2**20
+MOST_DRAWS = 1_000_000
+"""More draws of a bootstrap change no printed digit and may not fit into memory."""
 
 # Types of flags that may be left out: the help names what is accepted, not Python's `None`.
 OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
@@ -42,12 +44,62 @@ OptionalFloat = Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Choice = TypeVar("Choice")
-OptionalWord = Annotated[Choice | None, arg(help_behavior_hint="")]
+OptionalWord = Annotated[Choice | None, arg(metavar="WORD", help_behavior_hint="")]
 Words = Annotated[tuple[str, ...], arg(metavar="WORD ...", help_behavior_hint="")]
 Sources = Annotated[tuple[str, ...], arg(metavar="SOURCE ...")]
 OptionalSources = Annotated[tuple[str, ...], arg(metavar="SOURCE ...", help_behavior_hint="")]
 OptionalPaths = Annotated[tuple[Path, ...], arg(metavar="PATH ...", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], arg(metavar="NAME ...")]
+Numbers = Annotated[tuple[float, ...], arg(metavar="NUMBER ...")]
+Seeds = Annotated[tuple[int, ...], arg(metavar="N ...")]
 Named = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """Say how much of the data is used."""
+
+    limit: OptionalInt = None
+    """Use at most this many examples of each source, drawn by --seed."""
+    head: bool = False
+    """Take the first examples of the data for --limit, instead of drawing them."""
+
+    def of(self, examples: Examples, seed: int) -> Examples:
+        """Return the examples that are used, in the order of their source."""
+        if self.limit is None:
+            return examples
+        return examples[: self.limit] if self.head else examples.sample(self.limit, seed)
+
+    def check(self) -> None:
+        """Reject a limit below one."""
+        at_least(1, limit=self.limit)
+
+
+@dataclass(frozen=True)
+class IntervalFlags:
+    """Say how intervals are made."""
+
+    level: float = 0.95
+    """Level of the intervals."""
+    draws: int = 1000
+    """Bootstrap draws."""
+
+    def check(self) -> None:
+        """Reject a level that is no share, and draws that nothing needs."""
+        share("--level", self.level)
+        at_least(1, draws=self.draws)
+        if self.draws > MOST_DRAWS:
+            raise ConfigError(f"--draws is {self.draws}; accepted: 1 to {MOST_DRAWS:,}")
+
+
+@dataclass(frozen=True)
+class SiteFlags:
+    """Say which sites are edited."""
+
+    sites: OptionalSources = ()
+    """Where to edit: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last."""
+    any_sites: bool = False
+    """Edit at sites that were found in another model."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +123,7 @@ class ReadFlags:
         return {
             "skip_bad": self.skip_bad,
             "columns": named("--columns", self.columns),
-            "labels": named("--meaning", self.meaning),
+            "meaning": named("--meaning", self.meaning),
             "null_targets": self.null_targets,
             "ignore_case": self.ignore_case,
         }
@@ -84,10 +136,7 @@ class ReadFlags:
 
         The examples are in the order of the source.
         """
-        examples = load_examples(source, **self.options)
-        if limit is None:
-            return examples
-        return examples[:limit] if head else examples.sample(limit, seed)
+        return LimitFlags(limit, head).of(load_examples(source, **self.options), seed)
 
     def check(self) -> None:
         """Reject what can be rejected before anything is read."""
@@ -302,12 +351,15 @@ def preset_defaults(config: type[Config], path: str | Path, command: str) -> Con
     return filled
 
 
-def _fill(config: Any, saved: Mapping[str, Any]) -> Any:
-    """Return an instance of a configuration's class with saved values where there are any."""
+def _fill(config: Any, saved: Mapping[str, Any], default: Any = None) -> Any:
+    """Return an instance of a configuration's class with saved values where there are any.
+
+    Values that were not saved are those of `default`, or of the class.
+    """
     values = {}
     for f in dataclasses.fields(config):
         if (group := group_of(config, f.name)) is not None:
-            values[f.name] = _fill(group, saved)
+            values[f.name] = _fill(group, saved, _default(f))
         elif f.name in saved and f.name not in UNRECORDED:
             values[f.name] = _value(str(f.type), saved[f.name])
             if not _is(values[f.name], get_type_hints(config)[f.name]):
@@ -315,7 +367,14 @@ def _fill(config: Any, saved: Mapping[str, Any]) -> Any:
                 raise ConfigError(
                     f"the preset file gives {flag} the value {saved[f.name]!r:.80}, which the flag does not accept"
                 )
-    return config(**values)
+    return config(**values) if default is None else dataclasses.replace(default, **values)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return the group that a configuration has by default; None where there is none."""
+    if field.default_factory is dataclasses.MISSING:
+        return None
+    return field.default_factory()
 
 
 def _is(value: Any, kind: Any) -> bool:

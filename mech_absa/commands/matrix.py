@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from ..errors import ConfigError
 from ..evaluate.caveats import caveats
@@ -41,16 +41,56 @@ from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     ModelFlags,
+    Names,
     OptionalInt,
-    OptionalSources,
     QuestionFlags,
     ReadFlags,
     RunFlags,
+    Seeds,
+    SiteFlags,
     Sources,
     at_least,
     recorded,
 )
 from .train import named_sites, places
+
+
+@dataclass(frozen=True)
+class LimitsFlags:
+    """Say how much of the data is used."""
+
+    limit_train: OptionalInt = None
+    """Train on at most this many examples per domain, drawn at random; the same for every seed."""
+    limit_test: OptionalInt = None
+    """Test on at most this many examples per domain, drawn in the same way."""
+    head: bool = False
+    """Take the first examples for --limit-train and --limit-test, instead of drawing them."""
+
+
+@dataclass(frozen=True)
+class PlaceFlags(SiteFlags):
+    """Say which sites methods with @sites edit; first, middle, last and random take as many layers."""
+
+    positions: Names = (presets.LAST_OF_QUERY,)
+    """Without --sites: roles (query.last, aspect, answer, ...) or positions (-1) at which representations are edited."""
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """Say how every method is trained. What is left out comes from its preset."""
+
+    rank: int = 4
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
+    epochs: OptionalInt = None
+    """Passes over the examples. Default: the preset's."""
+    batch_size: OptionalInt = None
+    """Examples per forward pass. Default: the preset's."""
+    lr_scale: float = 1.0
+    """Factor on all learning rates."""
+    validation: float = 0.1
+    """Share of the training sentences set aside to choose the best epoch on; 0 keeps the last."""
+    memory: float = 1.0
+    """GiB for activations below the edit, which are computed once; the rest is computed again."""
 
 
 @dataclass(frozen=True)
@@ -66,37 +106,19 @@ class Config:
     """Training files, one per domain."""
     test: Sources = tuple(f"builtin:{d}/test" for d in DOMAINS)
     """Test files, in the same order."""
-    limit_train: OptionalInt = None
-    """Train on at most this many examples per domain, drawn at random; the same for every seed."""
-    limit_test: OptionalInt = None
-    """Test on at most this many examples per domain, drawn in the same way."""
-    head: bool = False
-    """Take the first examples for --limit-train and --limit-test, instead of drawing them."""
-    methods: tuple[str, ...] = ("zero_shot", "both@middle", "lora@all", "loreft@all")
+    methods: Names = ("zero_shot", "both@middle", "lora@all", "loreft@all")
     """PRESET@WHERE: a preset of mech-absa train, at sites, first, middle, last, random, all, or layers such as 2-5."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of the trainings."""
-    sites: OptionalSources = ()
-    """For methods that say @sites: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last; first,
-    middle, last and random then take as many layers."""
-    any_sites: bool = False
-    """Edit at sites that were found in another model."""
-    positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
-    """Where representations are edited, without --sites."""
-    rank: int = 4
-    """Rank of every method."""
-    epochs: OptionalInt = None
-    """Passes over the examples. Default: the presets'."""
-    batch_size: OptionalInt = None
-    """Examples per forward pass. Default: the presets'."""
-    lr_scale: float = 1.0
-    """Factor on all learning rates."""
-    validation: float = 0.1
-    """Share of the training sentences on which the best epoch is chosen; 0 keeps the last."""
-    memory: float = 1.0
-    """GiB for activations that are computed once."""
     baselines: bool = True
     """Also score simple baselines, trained on the same examples."""
+    limits: Annotated[OmitArgPrefixes[LimitsFlags], arg(name="data")] = field(
+        default_factory=LimitsFlags
+    )
+    place: OmitArgPrefixes[PlaceFlags] = field(default_factory=PlaceFlags)
+    recipe: Annotated[OmitArgPrefixes[RecipeFlags], arg(name="training")] = field(
+        default_factory=RecipeFlags
+    )
     reading: OmitArgPrefixes[ReadFlags] = field(default_factory=ReadFlags)
     question: OmitArgPrefixes[QuestionFlags] = field(default_factory=QuestionFlags)
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
@@ -115,12 +137,12 @@ class Config:
             raise ConfigError("--methods and --seeds each need at least one")
         once("--methods", self.methods)
         once("--seeds", self.seeds)
-        if not 0 <= self.validation < 1:
+        if not 0 <= self.recipe.validation < 1:
             raise ConfigError(
-                f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1"
+                f"--validation is {self.recipe.validation}; accepted: a share from 0 up to (not including) 1"
             )
-        at_least(1, limit_train=self.limit_train, limit_test=self.limit_test)
-        at_least(0, memory=self.memory)
+        at_least(1, limit_train=self.limits.limit_train, limit_test=self.limits.limit_test)
+        at_least(0, memory=self.recipe.memory)
         self.reading.check()
         self.question.check()
 
@@ -150,8 +172,9 @@ class Task:
 
 def change(config: Config, preset: Preset) -> Preset:
     """Return a preset with what the flags change."""
-    given = {n: v for n in ("epochs", "batch_size") if (v := getattr(config, n)) is not None}
-    return preset.rates(config.lr_scale).but(**given)
+    recipe = config.recipe
+    given = {n: v for n in ("epochs", "batch_size") if (v := getattr(recipe, n)) is not None}
+    return preset.rates(recipe.lr_scale).but(**given)
 
 
 def main(config: Config) -> Path:
@@ -197,8 +220,8 @@ def prepare(config: Config) -> Task:
     domains = [
         Domain(
             domain_name(a),
-            _read(a, config, config.limit_train),
-            _read(b, config, config.limit_test),
+            _read(a, config, config.limits.limit_train),
+            _read(b, config, config.limits.limit_test),
         )
         for a, b in zip(config.train, config.test, strict=True)
     ]
@@ -210,17 +233,17 @@ def prepare(config: Config) -> Task:
     )
     sites: list[Site] = []
     notes: list[str] = []
-    if config.sites:
-        sites, notes = named_sites(config.sites, model, config.any_sites)
+    if config.place.sites:
+        sites, notes = named_sites(config.place.sites, model, config.place.any_sites)
     grid = Grid(
         domains,
         [Method.parse(m) for m in config.methods],
         config.seeds,
         sites,
-        places(config.positions),
-        config.rank,
+        places(config.place.positions),
+        config.recipe.rank,
         partial(change, config),
-        config.validation,
+        config.recipe.validation,
         config.question.prompt,
         config.question.verbalizer,
     )
@@ -237,7 +260,7 @@ def train_all(task: Task, folder: RunFolder) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = run_matrix(
             task.model,
             task.grid,
-            budget=int(config.memory * 2**30),
+            budget=int(config.recipe.memory * 2**30),
             parts=folder.part("rows"),
             on_done=advance,
         )
@@ -333,7 +356,7 @@ def conclusion(short: pd.DataFrame) -> str:
 
 
 def _read(source: str, config: Config, limit: int | None) -> Examples:
-    examples = config.reading.read(source, limit, head=config.head)
+    examples = config.reading.read(source, limit, head=config.limits.head)
     tell_left_out(examples)
     return examples
 

@@ -58,6 +58,7 @@ from .cli import command, out_folder, report, tell_left_out, warn
 from .flags import (
     FREE,
     ModelFlags,
+    Names,
     OptionalFloat,
     OptionalInt,
     OptionalSources,
@@ -113,7 +114,7 @@ class CorruptionFlags:
 
 
 @dataclass(frozen=True)
-class SweepFlags:
+class StateFlags:
     """Say which states are put back, and what is read."""
 
     sites: Sources = ("resid_post", "attn_out", "mlp_out")
@@ -121,20 +122,28 @@ class SweepFlags:
     layers: str = "all"
     """Layers of the kinds: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
     by: str = "token"
-    """token restores one token at a time and averages by role afterwards; role restores all tokens of a role together, at a tenth of the
-    cost."""
+    """token restores one token at a time and averages by role afterwards;
+    role restores all tokens of a role together, at a tenth of the cost."""
     metric: str = "prob"
     """prob (P of the right label, the paper's), prob_label (among the labels only), logprob, logit_diff or kl."""
     direction: str = "denoise"
     """denoise puts clean states into the corrupted run; noise puts corrupted states into the clean run; both does both.
     Ablations are always noise."""
+    memory: OptionalFloat = None
+    """GiB for activations in flight. Default: half a GiB on a CPU, a third of a GPU."""
+
+
+@dataclass(frozen=True)
+class SweepFlags(StateFlags):
+    """Say which states are put back, what is read, and how all of it is computed."""
+
     window: int = 1
     """Neighbouring layers restored together (ROME: 10 for attention and MLP)."""
     method: str = "exact"
     """exact, or an estimate from gradients, compared with an exact sample of cells: atp, atpstar, relp or ig."""
     steps: int = 16
     """Steps of integrated gradients."""
-    rules: tuple[str, ...] = tuple(str(r.value) for r in DEFAULT_RULES)
+    rules: Names = tuple(str(r.value) for r in DEFAULT_RULES)
     """Rules of RelP: ln, identity, half, pattern."""
     exact_top: int = 0
     """Of an estimate, compute this many leading cells of the map exactly afterwards."""
@@ -144,8 +153,6 @@ class SweepFlags:
     """wavefront (all cells in one walk over the layers) or loop (one forward pass per cell)."""
     n_devices: int = 1
     """Number of devices over which the layers are spread."""
-    memory: OptionalFloat = None
-    """GiB for activations in flight. Default: half a GiB on a CPU, a third of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,8 @@ class Config:
     """Files, folders, hub data sets (hf:owner/name), or built-in reviews (builtin:restaurant/train); several are joined.
     JSON lines with clean, corrupted, answer, foil and spans are prompt pairs of your own, of any task."""
     adapter: str = "auto"
-    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, bundled-v2, or none. auto
-    is bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
+    """A trained edit whose weights are merged before tracing (the paper traces the adapted model): a folder, bundled, bundled-v2, or none.
+    auto is bundled for the models that one ships for (bundled, smollm2) and none otherwise."""
     seed: int = 0
     """Seed of the noise, of draws, of the bootstrap and of the self-checks."""
     pairs: OmitArgPrefixes[PairFlags] = field(default_factory=PairFlags)

@@ -37,8 +37,8 @@ class SearchFlags:
     """Look for the largest cells alone, instead of a map of all."""
 
     budget: OptionalFloat = None
-    """Share of the exact effects that may be computed, such as 0.25. The largest averages by role are searched for; an estimate from
-    gradients, RelP or the one that --method names, says where to begin."""
+    """Share of the exact effects that may be computed, such as 0.25. The largest averages by role are searched for.
+    An estimate from gradients, RelP or the one that --method names, says where to begin."""
     until_clear: bool = False
     """Search until the intervals of the --top cells lie above all others, or the budget is spent."""
     top: int = TOP

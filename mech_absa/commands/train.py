@@ -46,7 +46,9 @@ from ..train.presets import Loss, Preset, Schedule
 from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
+    LimitFlags,
     ModelFlags,
+    Names,
     OptionalFloat,
     OptionalInt,
     OptionalSources,
@@ -55,6 +57,7 @@ from .flags import (
     QuestionFlags,
     ReadFlags,
     RunFlags,
+    SiteFlags,
     Sources,
     at_least,
     recorded,
@@ -68,17 +71,13 @@ REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "h
 
 
 @dataclass(frozen=True)
-class PlaceFlags:
+class PlaceFlags(SiteFlags):
     """Say where the model is edited."""
 
-    sites: OptionalSources = ()
-    """Where to edit: a traced run's folder, its sites.json, or single sites such as L3.resid_post@query.last."""
-    any_sites: bool = False
-    """Edit at sites that were found in another model."""
     layers: OptionalText = None
     """Where to edit, without --sites: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
-    positions: tuple[str, ...] = (presets.LAST_OF_QUERY,)
-    """With --layers: roles (query.last, aspect, answer, ...) or positions (-1) at which representations are edited."""
+    positions: Names = (presets.LAST_OF_QUERY,)
+    """Without --sites: roles (query.last, aspect, answer, ...) or positions (-1) at which representations are edited."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,6 @@ class Config:
 
     data: Sources
     """Training files, or built-in ones such as builtin:restaurant/train."""
-    limit: OptionalInt = None
-    """Train on at most this many examples of each source, drawn by --seed."""
-    head: bool = False
-    """Take the first examples of the data for --limit, instead of drawing them."""
     test: OptionalSources = ()
     """Test files. Nothing is chosen on them; rows that stand in the training data are counted."""
     validation: float = 0.1
@@ -138,6 +133,9 @@ class Config:
     """GiB for activations below the edit, which are computed once; the rest is computed again."""
     checkpoint_every: int = 100
     """Steps between two states that --resume can go on from."""
+    limits: Annotated[OmitArgPrefixes[LimitFlags], arg(name="data")] = field(
+        default_factory=LimitFlags
+    )
     place: OmitArgPrefixes[PlaceFlags] = field(default_factory=PlaceFlags)
     recipe: Annotated[OmitArgPrefixes[RecipeFlags], arg(name="training")] = field(
         default_factory=RecipeFlags
@@ -159,7 +157,8 @@ class Config:
             raise ConfigError(
                 f"--validation is {self.validation}; accepted: a share from 0 up to (not including) 1"
             )
-        at_least(1, checkpoint_every=self.checkpoint_every, limit=self.limit)
+        at_least(1, checkpoint_every=self.checkpoint_every)
+        self.limits.check()
         at_least(0, memory=self.memory)
         if self.recipe.patience and not self.validation and not self.validation_data:
             raise ConfigError(
@@ -391,8 +390,8 @@ def _process(device: str) -> tuple[bool, str]:
 
 
 def _read(source: str, config: Config, limited: bool) -> Examples:
-    limit = config.limit if limited else None
-    examples = config.reading.read(source, limit, config.seed, config.head)
+    limit = config.limits.limit if limited else None
+    examples = config.reading.read(source, limit, config.seed, config.limits.head)
     tell_left_out(examples)
     return examples
 

@@ -211,7 +211,7 @@ class SideEffects:
         moved = f"{_points(r)}; {r.mcnemar.b} fixed, {r.mcnemar.c} broken"
         rows = [_both("reliability: accuracy", r.accuracy_second, r.accuracy_first, moved)]
         for g in self.generality:
-            note = f"{100 * g.agreement:.0f} % as before; {g.template}"
+            note = f"{100 * g.agreement:.0f} % answered as under the main wording; {g.template}"
             rows.append(_both("generality: accuracy", g.base, g.edited, note))
         rows.append(_both("prompt consistency", self.consistency_base, self.consistency_edited))
         rows += self._locality()
@@ -237,9 +237,8 @@ class SideEffects:
             ),
         ]
         if o.n:
-            note = (
-                f"{100 * o.agreement:.0f} % of {o.n} as before; {o.fixed} fixed, {o.broken} broken"
-            )
+            same = f"{100 * o.agreement:.0f} % of {o.n} answered as without the edit"
+            note = f"{same}; {o.fixed} fixed, {o.broken} broken"
             rows.append(_edited("other aspects: KL", f"{o.kl:.4f} nats", note))
         if not np.isnan(o.one_label_base):
             rows.append(

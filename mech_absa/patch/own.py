@@ -26,6 +26,7 @@ from .corruption import (
     as_corruption,
 )
 from .pairs import (
+    FILTERED,
     TOO_LONG,
     Keep,
     Pair,
@@ -134,7 +135,8 @@ class _Maker:
                 dropped[reason] += 1
         if not kept:
             reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-            hint = "" if self.keep is Keep.ALL else "; --keep all (keep='all') would keep more"
+            helps = self.keep is not Keep.ALL and any(reason in FILTERED for reason in dropped)
+            hint = "; --keep all (keep='all') would keep more" if helps else ""
             raise DataError(
                 f"no pair is left of {len(pairs)} prompt pairs ({reasons or 'there were none'}){hint}"
             )

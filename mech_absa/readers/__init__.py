@@ -62,13 +62,14 @@ def load_examples(
     skip_bad: bool = False,
     null_targets: str = "drop",
     columns: Mapping[str, str] | None = None,
-    labels: Mapping[str, str] | None = None,
+    meaning: Mapping[str, str] | None = None,
     split: str | None = None,
     subset: str | None = None,
     ignore_case: bool = False,
     limit: int | None = None,
     seed: int = 0,
     head: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> Examples:
     """Load the examples of one source.
 
@@ -83,7 +84,7 @@ def load_examples(
             counts them, `category` asks about the words of their category, without a span.
         columns: for JSON lines, tables and data sets: field (`sentence`, `aspect`, `polarity`,
             `from`, `to`, `domain`, `id`) -> its name in the source, if it would not be recognised.
-        labels: label in the source -> the polarity it means. Needed if labels are numbers other
+        meaning: label in the source -> the polarity it means. Needed if labels are numbers other
             than -1, 0, 1.
         split: split of a Hugging Face data set; needed if it has several.
         subset: configuration of a Hugging Face data set.
@@ -93,6 +94,7 @@ def load_examples(
             read, in its order.
         seed: of this draw.
         head: keep the first `limit` examples instead.
+        labels: the older name of `meaning`.
 
     Returns:
         Examples in the order of the source, each with span, polarity, line and a unique id, and the
@@ -116,6 +118,9 @@ def load_examples(
         raise ConfigError(f"null_targets is {null_targets!r}; accepted: {choices(NULL_TARGETS)}")
     if format not in (None, *FORMATS, "hf"):
         raise ConfigError(f"there is no format {format!r}; accepted: {choices([*FORMATS, 'hf'])}")
+    if meaning is not None and labels is not None:
+        raise ConfigError("meaning and labels were given, which are one thing; give meaning alone")
+    means = meaning or labels or {}
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; a number of examples of at least 1 is accepted")
 
@@ -123,7 +128,7 @@ def load_examples(
         stem = path.stem if stem is None else stem
         stem = stem.encode("utf-8", "backslashreplace").decode()
         return Reading(
-            source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, labels or {},
+            source, stem, guess_domain(path), skip_bad, null_targets, columns or {}, means,
             ignore_case=ignore_case,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ Three rules live here and nowhere else:
   whole term or not.
 * **Labels that are bare numbers.** -1, 0, 1 mean negative, neutral, positive, but other files write
   0, 1, 2 for the same. So numbers are accepted only if a -1 is among them; otherwise the caller
-  must say what they mean (`labels={"0": "negative", ...}`).
+  must say what they mean (`meaning={"0": "negative", ...}`).
 * **Bad records.** They raise at once, before anything is returned. With `skip_bad` their messages
   are kept and counted instead.
 """
@@ -328,7 +328,7 @@ class Reading:
             accepted = "positive/pos/1, negative/neg/-1, neutral/neu/0 or conflict/mixed (left out)"
             raise DataError(
                 f"unknown label {shown(label)}; accepted: {accepted}; say what another label means "
-                f"with --meaning {shortened(text, 20) or 'LABEL'}=negative (labels={{...}} in Python)"
+                f"with --meaning {shortened(text, 20) or 'LABEL'}=negative (meaning={{...}} in Python)"
             ) from None
 
     def _find(self, sentence: str, aspect: str) -> Span:
@@ -372,7 +372,7 @@ class Reading:
             came = shortened(choices(sorted(self._numbers)), 200)
             raise DataError(
                 f"the labels are bare numbers ({came}) and none is -1, so what they mean is a guess; "
-                "say it, as in labels={'0': 'negative', '1': 'neutral', '2': 'positive'} or --meaning 0=negative 1=neutral 2=positive",
+                "say it, as in meaning={'0': 'negative', '1': 'neutral', '2': 'positive'} or --meaning 0=negative 1=neutral 2=positive",
                 self.source,
             )
         if not self.items:

@@ -52,6 +52,17 @@ def test_an_edit_that_does_nothing_has_no_side_effects(model, examples):
     assert s.record()["weights_unchanged"] is True and "unchanged" in s._repr_html_()
 
 
+def test_a_note_says_what_an_answer_is_compared_with(model, examples):
+    """`98 % as before` once meant the main wording, once the model without the edit, in one table."""
+    s = side_effects(model, Push("L2.resid_post", size=20.0), examples, draws=20)
+    notes = s.summary()[""].dropna()
+    wordings = notes[notes.str.contains("answered as under the main wording")]
+    assert len(wordings) == len(PARAPHRASES) and s.other_aspects.n > 0
+    (others,) = notes[notes.str.contains("answered as without the edit")]
+    assert f"{100 * s.other_aspects.agreement:.0f} % of {s.other_aspects.n} " in others
+    assert not notes.str.contains("as before").any()
+
+
 def kl_by_hand(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (a.astype(float), b.astype(float)))
     p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))

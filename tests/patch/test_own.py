@@ -348,6 +348,9 @@ def test_a_prompt_that_is_too_long_is_dropped_or_refused():
     assert made(PAIRS[0], long).dropped == {"prompt longer than the model reads": 1}
     with pytest.raises(PromptTooLong, match="the prompt of 'long' has"):
         made(long, strict=True)
+    with pytest.raises(ma.MechAbsaError, match="longer than the model reads") as error:
+        made(long, keep="paper")
+    assert "--keep all" not in str(error.value), "it would keep no more"
 
 
 def test_corruptions_of_reviews_and_mixed_data_are_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_absa.errors import DataError
+from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Polarity, leakage
 from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.readers.rows import is_whole_term, occurrences
@@ -407,13 +407,17 @@ def test_numbers_that_could_mean_anything_are_refused_and_can_be_explained(write
         "".join(json.dumps({"sentence": "a", "aspect": "a", "label": n}) + "\n" for n in (0, 1)),
     )
     with pytest.raises(
-        DataError, match=r"bare numbers \(0 or 1\) and none is -1, .*labels=\{'0': 'negative'"
+        DataError, match=r"bare numbers \(0 or 1\) and none is -1, .*meaning=\{'0': 'negative'"
     ):
         load_examples(path)
-    assert [e.polarity for e in load_examples(path, labels={"0": "negative", "1": "neutral"})] == [
+    assert [e.polarity for e in load_examples(path, meaning={"0": "negative", "1": "neutral"})] == [
         NEG,
         NEU,
     ]
+    older = load_examples(path, labels={"0": "negative", "1": "neutral"})
+    assert [e.polarity for e in older] == [NEG, NEU]
+    with pytest.raises(ConfigError, match="meaning and labels were given, which are one thing"):
+        load_examples(path, meaning={"0": "negative"}, labels={"1": "neutral"})
 
 
 # --- the real files -----------------------------------------------------------------------------------------------------------------------

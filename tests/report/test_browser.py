@@ -135,6 +135,28 @@ def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
     assert got["turned"] and not opened.console
 
 
+def test_a_slider_steps_through_the_examples(pages, tmp_path):
+    """Each place of the slider is the example of that place in the list; a search shortens both."""
+    script = """
+      const holder = document.querySelector('[data-examples]'), which = holder.querySelector('select.which');
+      const slide = holder.querySelector('input[type="range"]'), search = holder.querySelector('input[type="search"]');
+      const shown = () => DATA.runs[0].examples.list.find(e => holder.querySelector('.example').textContent.includes(e.id + ':')).id;
+      const inOrder = [...which.options].map(o => DATA.runs[0].examples.list[Number(o.value)].id);
+      const seen = [];
+      for (let i = 1; i <= Number(slide.max); i++) { slide.value = i; slide.dispatchEvent(new Event('input')); seen.push(shown()); }
+      const hash = location.hash;
+      holder.querySelector('button[aria-label="previous example"]').click();
+      const back = Number(slide.value);
+      search.value = inOrder[2]; search.dispatchEvent(new Event('input'));
+      return {inOrder, seen, hash, back, max: Number(slide.max), disabled: slide.disabled};
+    """
+    opened = open_page(with_script(pages["trace"], tmp_path, script), tmp_path)
+    got = answer(opened)
+    assert len(got["seen"]) == 6 and got["seen"] == got["inOrder"]
+    assert got["back"] == 5 and f"run0.ex={got['inOrder'][5].replace(':', '%3A')}" in got["hash"]
+    assert got["max"] == 1 and got["disabled"] and not opened.console
+
+
 def test_a_cell_opens_its_examples_and_the_address_keeps_them(pages, runs, tmp_path):
     """Click a cell: examples are sorted by their effect there; the same address opens the same example and cell."""
     script = """

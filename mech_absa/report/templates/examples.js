@@ -107,6 +107,7 @@ function exampleBrowser(run, holder, article) {
     ...E.layers.map((l, i) => make("option", { value: i }, "layer " + l)));
   const back = make("button", { type: "button", "aria-label": "previous example" }, "←");
   const on = make("button", { type: "button", "aria-label": "next example" }, "→");
+  const slide = make("input", { type: "range", min: 1, value: 1, "aria-label": "slide through the examples" });
   const count = make("span", { class: "soft" }), sorted = make("div", { class: "sorted", hidden: true }), view = make("div", { class: "example" });
   let matches = [], cell = null;
 
@@ -124,6 +125,9 @@ function exampleBrowser(run, holder, article) {
     const at = select.selectedIndex;
     back.disabled = at <= 0;
     on.disabled = at >= matches.length - 1;
+    slide.max = Math.max(1, matches.length);
+    slide.value = at + 1;
+    slide.disabled = matches.length < 2;
     count.textContent = matches.length ? `${at + 1} of ${matches.length}${matches.length < E.list.length ? ` (${E.list.length} in all)` : ""}` : `0 of ${E.list.length}`;
     if (!matches.length) { view.replaceChildren(make("p", {}, "No example has that.")); return; }
     const e = E.list[Number(select.value)], k = Number(kind.value);
@@ -156,9 +160,10 @@ function exampleBrowser(run, holder, article) {
   const move = step => { select.selectedIndex = Math.min(matches.length - 1, Math.max(0, select.selectedIndex + step)); draw(); };
   back.addEventListener("click", () => move(-1));
   on.addEventListener("click", () => move(1));
+  slide.addEventListener("input", () => { select.selectedIndex = Number(slide.value) - 1; draw(); });
   for (const c of [select, kind, layer]) c.addEventListener("change", draw);
   search.addEventListener("input", () => list());
-  holder.append(make("div", { class: "picker" }, search, select, back, on, count), sorted,
+  holder.append(make("div", { class: "picker" }, search, select, back, slide, on, count), sorted,
     make("div", { class: "picker" }, make("label", {}, "state", kind), make("label", {}, "colour by", layer)), view);
   const wanted = kept(id + ".ex"), named = cellNamed(run, kept(id + ".cell"));
   if (E.kinds.includes(kept(id + ".kind"))) kind.value = String(E.kinds.indexOf(kept(id + ".kind")));

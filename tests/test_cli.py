@@ -286,8 +286,10 @@ OWN_DEFAULTS = {
     "corruption": {"compare"},  # a pair of texts is what all selectors can look at
     "data": {"compare", "explore"},
     "draws": {"card"},  # the card was made with twice as many
+    "layers": {"train"},  # either --sites or --layers must be given
     "limit_test": {"compare"},  # hundreds of edits are scored
     "memory": {"patch", "doctor"},  # in flight, against kept
+    "sites": {"train", "matrix"},  # where to edit, against what is traced
     "test": {"train", "compare"},
     "train": {"explore"},
     "validation": {"compare"},  # tunes rates, where others choose an epoch

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,8 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .axes import Resid
-from .errors import EditError, ModelError, PromptTooLong
-from .examples import Example
+from .errors import DataError, EditError, ModelError, PromptTooLong
+from .examples import Example, Examples
 from .metrics import Need
 from .model import Model
 from .model.forward import Point, advance, last
@@ -94,6 +95,75 @@ def question(
             f"the prompt of {name!r} has {n} tokens{answer}; {model.name} reads {model.n_ctx}"
         )
     return tokens
+
+
+TOO_LONG = "prompt longer than the model reads"
+"""Reason why an example was left out."""
+AROUND = 8
+"""More tokens than a tokenizer puts around a text."""
+
+
+def fitting(
+    model: Model,
+    examples: Examples,
+    templates: Sequence[PromptTemplate],
+    verbalizer: Verbalizer,
+    *,
+    answers: bool = False,
+    strict: bool = False,
+) -> Examples:
+    """Return the examples that the model can be asked about; the others are counted in `left_out`.
+
+    Args:
+        model: whose tokenizer and context are used.
+        examples: of one source.
+        templates: the questions, each of which must fit.
+        verbalizer: the labels, which must fit behind each of them.
+        answers: whole answers must fit, as for `decode="generate"` and the loss `text`.
+        strict: raise for the first prompt that is too long, instead of leaving its example out.
+
+    Raises:
+        PromptTooLong: a prompt is too long, with `strict`.
+        DataError: no example is left.
+
+    Example:
+        >>> import mech_absa as ma
+        >>> model, reviews = ma.load_model(), ma.load_examples("builtin:restaurant/test", limit=3)
+        >>> long = replace(reviews[0], sentence=reviews[0].sentence + " Truly." * 300)
+        >>> mixed = replace(reviews, items=(*reviews, long))
+        >>> left = fitting(model, mixed, [ma.PromptTemplate()], ma.Verbalizer())
+        >>> len(mixed), len(left), left.left_out
+        (4, 3, {'prompt longer than the model reads': 1})
+    """
+    room = 0
+    for template in templates:
+        room = max(room, room_for(verbalizer.continuations(model.tokenizer, template)))
+        if answers:
+            room = max(room, *map(len, verbalizer.label_ids(model.tokenizer, template)))
+
+    def fits(example: Example) -> bool:
+        for template in templates:
+            # A token holds a byte or more, so most prompts need no tokenizer.
+            if len(template(example).text.encode()) + AROUND + room <= model.n_ctx:
+                continue
+            try:
+                question(model, example, template, room)
+            except PromptTooLong:
+                if strict:
+                    raise
+                return False
+        return True
+
+    kept = examples.only(fits)
+    if lost := len(examples) - len(kept):
+        left_out = examples.left_out | {TOO_LONG: examples.left_out.get(TOO_LONG, 0) + lost}
+        kept = replace(kept, left_out=left_out)
+        if not len(kept):
+            raise DataError(
+                f"no example is left: {model.name} reads {model.n_ctx} tokens, and every prompt is longer",
+                examples.source,
+            )
+    return kept
 
 
 def room_for(continuations: Sequence[Continuation]) -> int:

@@ -272,7 +272,7 @@ def test_every_command_that_reads_data_knows_how_data_is_read(name):
     """--null-targets was missing in two of them."""
     module = importlib.import_module(f"mech_absa.commands.{name}")
     flags = {f.name for f in fields(ReadFlags)}
-    assert {"columns", "meaning", "skip_bad", "null_targets", "ignore_case"} <= flags
+    assert {"columns", "meaning", "skip_bad", "null_targets", "ignore_case", "strict"} <= flags
     assert flags <= set(flag_names(module.Config))
 
 

@@ -13,17 +13,19 @@ from support import fast
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from mech_absa.errors import EditError, ModelError, PromptError
-from mech_absa.examples import Example, Polarity
+from mech_absa.errors import DataError, EditError, ModelError, PromptError, PromptTooLong
+from mech_absa.examples import Example, Examples, Polarity
 from mech_absa.model import Model, load_model
 from mech_absa.model.hooks import intervene, live_hooks
 from mech_absa.prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from mech_absa.scoring import (
+    TOO_LONG,
     Stream,
     batch_scores,
     by_label,
     by_length,
     extend,
+    fitting,
     gold_indices,
     label_scores,
     last_residual,
@@ -353,6 +355,33 @@ def test_a_question_that_is_too_long(model, monkeypatch):
         PromptError, match=rf"^the prompt of 'file:7' has \d+ tokens; {model.name} reads 60$"
     ):
         question(model, long, TEMPLATE)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_examples_that_fit_are_those_whose_question_does(model, monkeypatch, answers):
+    """Against one question after the other, for every size of context; two questions must both fit."""
+    words = [Example("so " * n + "good wine", "wine", POS, id=f"w{n}") for n in range(0, 40, 3)]
+    examples = Examples((*EXAMPLES, *words), "some", left_out={"conflict": 2})
+    templates = [TEMPLATE, PromptTemplate("Of {sentence} we ask, what of the {aspect} ?")]
+    ids = LABELS.label_ids(model.tokenizer, TEMPLATE)
+    room = (
+        max(map(len, ids)) if answers else room_for(LABELS.continuations(model.tokenizer, TEMPLATE))
+    )
+    lengths = {e.id: max(question(model, e, t).length for t in templates) for e in examples}
+    monkeypatch.setattr(model.cfg, "n_ctx", 10_000)
+    assert fitting(model, examples, templates, LABELS, answers=answers) is examples
+    for n_ctx in range(min(lengths.values()) + room, max(lengths.values()) + room + 1):
+        monkeypatch.setattr(model.cfg, "n_ctx", n_ctx)
+        kept = fitting(model, examples, templates, LABELS, answers=answers)
+        expected = [e.id for e in examples if lengths[e.id] + room <= n_ctx]
+        assert [e.id for e in kept] == expected
+        lost = len(examples) - len(expected)
+        assert kept.left_out == {"conflict": 2} | ({TOO_LONG: lost} if lost else {})
+    monkeypatch.setattr(model.cfg, "n_ctx", min(lengths.values()) + room - 1)
+    with pytest.raises(DataError, match=r"^some: no example is left: .* reads"):
+        fitting(model, examples, templates, LABELS, answers=answers)
+    with pytest.raises(PromptTooLong, match="the prompt of"):
+        fitting(model, examples, templates, LABELS, answers=answers, strict=True)
 
 
 def test_the_question_begins_as_the_model_does(model, prompts):

@@ -232,6 +232,40 @@ def tell_left_out(data: Any) -> None:
         print(f"{data.source}: left out {', '.join(parts)}", file=sys.stderr)
 
 
+def readable(
+    config: Any,
+    model: Any,
+    examples: Any,
+    *,
+    templates: Sequence[Any] = (),
+    verbalizer: Any = None,
+    answers: bool = False,
+) -> Any:
+    """Return the examples whose prompts the model can read, and print how many it cannot.
+
+    Args:
+        config: with the groups `question` and `reading`.
+        model: that is asked.
+        examples: of one source.
+        templates: the questions; the one that the flags name where there are none.
+        verbalizer: the labels; those that the flags name by default.
+        answers: whole answers must fit behind the prompts.
+
+    Raises:
+        PromptTooLong: a prompt is too long, with --strict.
+        DataError: no example is left.
+    """
+    from ..scoring import TOO_LONG, fitting
+
+    kept = fitting(
+        model, examples, templates or [config.question.prompt], verbalizer or config.question.verbalizer,
+        answers=answers, strict=config.reading.strict,
+    )  # fmt: skip
+    if lost := len(examples) - len(kept):
+        print(f"{examples.source}: left out {lost} ({TOO_LONG}: {model.n_ctx})", file=sys.stderr)
+    return kept
+
+
 def _names(config: Any) -> list[str]:
     from .flags import flag_names
 

@@ -43,7 +43,7 @@ from ..select.trainings import (
     random_places,
 )
 from ..train import presets
-from .cli import command, out_folder, tell_left_out, warn
+from .cli import command, out_folder, readable, tell_left_out, warn
 from .flags import (
     FREE,
     ModelFlags,
@@ -66,7 +66,7 @@ from .matrix import once
 from .patch import with_adapter
 from .train import places as positions_of
 
-FREE_TOO = (*FREE, "memory", "trainings", "minutes")
+FREE_TOO = (*FREE, "memory", "trainings", "minutes", "strict")
 """Flags that may change when a comparison is resumed."""
 DEFAULT = ("exact", "relp", "lens", "probe", "middle", "first", "last")
 
@@ -232,14 +232,15 @@ def prepare(config: Config) -> Task:
     """
     train = join([_read(source, config, None) for source in config.data])
     tests = join([_read(source, config, config.limit_test) for source in config.test])
+    m = config.model
+    model = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
+    train, tests = (readable(config, model, e, answers=True) for e in (train, tests))
     learn, held = split_by_sentence(train.items, config.recipe.validation, config.seed)
     if not learn or not held or not len(tests):
         raise DataError(
             f"{len(learn)} training, {len(held)} validation and {len(tests)} test examples are left; "
             "at least one of each is needed"
         )
-    m = config.model
-    model = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     all_places(config.place.width, model.n_layers)
     drawn = random_places(
         config.place.width, model.n_layers, config.place.places or MOST_PLACES, config.seed

@@ -153,6 +153,7 @@ def examine(config: Config) -> Findings:
         template=config.question.prompt,
         verbalizer=config.question.verbalizer,
         keep="all",
+        strict=config.reading.strict,
     )
     considered = max(1, pairs.considered)
     known = before.account(pairs)

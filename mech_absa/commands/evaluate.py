@@ -33,7 +33,7 @@ from ..model import Model, load_model
 from ..prompts import PromptTemplate, Verbalizer
 from ..records import RunFolder, plain, sha256_file, write_json
 from ..scoring import Applicable
-from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
+from .cli import command, out_folder, readable, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     IntervalFlags,
@@ -207,7 +207,10 @@ def main(config: Config) -> Path:
     data = [_read(d, config, config.limits.limit) for d in config.data]
     train = [_read(d, config, None) for d in config.scoring.train_data]
     folder = RunFolder(
-        out_folder(config, "evaluate"), recorded(config), config.run.resume, (*FREE, "batch_size")
+        out_folder(config, "evaluate"),
+        recorded(config),
+        config.run.resume,
+        (*FREE, "batch_size", "strict"),
     )
     task = prepare(config, data, train)
     folder.bind(
@@ -224,8 +227,8 @@ def main(config: Config) -> Path:
     warn_of_crowd(config.run.quiet)
     results = evaluate_all(task)
     notes = [
-        *caveats(task.seen, data),
-        *(trained_on(config.edits, data) if task.seen is None else ()),
+        *caveats(task.seen, task.data),
+        *(trained_on(config.edits, task.data) if task.seen is None else ()),
     ]
     _write(folder, results)
     folder.finish(record_of(task, results, notes), report(config))
@@ -262,9 +265,39 @@ def prepare(config: Config, data: list[Examples], train: list[Examples]) -> Task
         template = config.question.prompt
     if config.question.labels:
         verbalizer = config.question.verbalizer
+    if model is not None and not config.predictions:
+        data, train = asked_of(config, model, (template, verbalizer), data, train)
     given = config.scoring.texts
     texts = side_effects.read_texts(given) if given else side_effects.PASSAGES
     return Task(config, data, train, model, edits, template, verbalizer, texts)
+
+
+def asked_of(
+    config: Config,
+    model: Model,
+    asked: tuple[PromptTemplate, Verbalizer],
+    data: list[Examples],
+    train: list[Examples],
+) -> tuple[list[Examples], list[Examples]]:
+    """Return the test and training examples that the model can read in every wording it is asked in."""
+    from ..evaluate import baselines, side_effects
+
+    wordings: list[str] = []
+    if config.scoring.side_effects:
+        wordings += [*side_effects.PARAPHRASES, *side_effects.NEAR]
+    reworded = config.scoring.baselines and "none" in config.edits
+    if reworded:
+        wordings += baselines.WORDINGS
+    keep = partial(
+        readable,
+        config,
+        model,
+        templates=[asked[0], *map(PromptTemplate, wordings)],
+        verbalizer=asked[1],
+        answers=config.scoring.decode == "generate",
+    )
+    # Without the best wording, nobody asks the model about training examples.
+    return [keep(d) for d in data], [keep(t) for t in train] if reworded else train
 
 
 def evaluate_all(task: Task) -> Results:

@@ -21,7 +21,7 @@ from tyro.conf import OmitArgPrefixes
 
 from ..errors import ConfigError
 from ..model import load_model
-from .cli import command, tell_left_out
+from .cli import command, readable, tell_left_out
 from .flags import ModelFlags, QuestionFlags, ReadFlags, Sources, flat, join
 from .patch import with_adapter
 
@@ -68,6 +68,7 @@ def main(config: Config) -> None:
     m = config.model
     base = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
     model, _ = with_adapter(config.adapter, base)
+    held, train = (readable(config, model, e) for e in (held, train))
     explorer = Explorer(
         model, train, held, template=config.question.prompt, verbalizer=config.question.verbalizer,
         host=config.host, port=config.port, words=model_words(config),

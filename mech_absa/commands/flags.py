@@ -116,6 +116,8 @@ class ReadFlags:
     """Aspects without words (SemEval's NULL): drop, or category to ask about the category."""
     ignore_case: bool = False
     """Accept an aspect whose case differs in the sentence; ask as the sentence writes it."""
+    strict: bool = False
+    """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
 
     @property
     def options(self) -> dict[str, Any]:

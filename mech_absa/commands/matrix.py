@@ -37,7 +37,7 @@ from ..train.matrix import (
 )
 from ..train.presets import Preset
 from ..world import DOMAINS
-from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
+from .cli import command, out_folder, readable, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     ModelFlags,
@@ -185,7 +185,10 @@ def main(config: Config) -> Path:
     """
     task = prepare(config)
     folder = RunFolder(
-        out_folder(config, "matrix"), recorded(config), config.run.resume, (*FREE, "memory")
+        out_folder(config, "matrix"),
+        recorded(config),
+        config.run.resume,
+        (*FREE, "memory", "strict"),
     )
     hashes = [e.sha256 for d in task.domains for e in (d.train, d.test)]
     folder.bind({"model": task.model.sha256, "data": hashes})
@@ -231,6 +234,10 @@ def prepare(config: Config) -> Task:
         dtype=config.model.dtype,
         backend=config.model.backend,
     )
+    domains = [
+        Domain(d.name, *(readable(config, model, e, answers=True) for e in (d.train, d.test)))
+        for d in domains
+    ]
     sites: list[Site] = []
     notes: list[str] = []
     if config.place.sites:

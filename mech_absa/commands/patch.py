@@ -91,8 +91,6 @@ class PairFlags:
     """Draw this many examples by --seed before anything else."""
     keep: str = "paper"
     """Pairs that are traced: paper (clean answer right, corrupted answer wrong), clean (clean answer right) or all."""
-    strict: bool = False
-    """Stop at a prompt that is longer than the model reads, instead of dropping and counting it."""
 
 
 @dataclass(frozen=True)
@@ -489,7 +487,7 @@ def prepare(
 def pairs_of(config: Config, model: Model, examples: Examples | PromptPairs) -> Pairs:
     """Return the runs of the examples, or of the prompt pairs."""
     filters: dict[str, Any] = {
-        "keep": config.pairs.keep, "limit": config.pairs.limit, "strict": config.pairs.strict,
+        "keep": config.pairs.keep, "limit": config.pairs.limit, "strict": config.reading.strict,
     }  # fmt: skip
     corruption = corruption_of(config, examples)
     if isinstance(examples, PromptPairs):

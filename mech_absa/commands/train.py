@@ -43,7 +43,7 @@ from ..train.fit import fit
 from ..train.memory import peak
 from ..train.prefix import PrefixCache
 from ..train.presets import Loss, Preset, Schedule
-from .cli import command, out_folder, report, tell_left_out, warn, warn_of_crowd
+from .cli import command, out_folder, readable, report, tell_left_out, warn, warn_of_crowd
 from .flags import (
     FREE,
     LimitFlags,
@@ -63,7 +63,7 @@ from .flags import (
     recorded,
 )
 
-FREE_TOO = (*FREE, "memory", "checkpoint_every")
+FREE_TOO = (*FREE, "memory", "checkpoint_every", "strict")
 """Flags that may change when a training is resumed."""
 
 REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "head_gate")
@@ -292,6 +292,9 @@ def prepare(config: Config, device: str) -> Task:
     )
     sites, notes = where(config, model)
     preset = preset_of(config, model, sites)
+    answers = preset.loss == "text"
+    train = [readable(config, model, part, answers=answers) for part in train]
+    held = [readable(config, model, part, answers=answers) for part in held]
     notes = notes + caveats([e for part in train for e in part], [*tests, *held])
     return Task(config, train, held, tests, model, preset, notes)
 

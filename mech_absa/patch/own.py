@@ -14,7 +14,7 @@ from ..examples import Span
 from ..model import Model
 from ..own import PromptPair, PromptPairs
 from ..prompts import Continuation, Tokenised, answer_id, encode_text
-from ..scoring import label_scores
+from ..scoring import TOO_LONG, label_scores
 from ..sites import ROLES, vocabulary
 from ..words import expect
 from .align import first_difference, partners
@@ -27,7 +27,6 @@ from .corruption import (
 )
 from .pairs import (
     FILTERED,
-    TOO_LONG,
     Keep,
     Pair,
     Pairs,

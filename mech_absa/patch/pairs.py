@@ -25,6 +25,7 @@ from ..own import Asked
 from ..prompts import Continuation, PromptTemplate, Tokenised, Tokens, Verbalizer
 from ..records import About
 from ..scoring import (
+    TOO_LONG,
     by_label,
     extend,
     label_scores,
@@ -58,7 +59,6 @@ class Keep(Choice):
     ALL = "all", "no filter"
 
 
-TOO_LONG = "prompt longer than the model reads"
 CLEAN_WRONG = "clean run wrong"
 CORRUPTED_RIGHT = "corrupted run right"
 NOT_FOLLOWING = "answer does not follow the swap"

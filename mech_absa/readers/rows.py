@@ -262,7 +262,7 @@ class Reading:
         except DataError as e:
             if span is None or sentence[slice(*span)].casefold() != aspect.casefold():
                 raise
-            hint = "; case differs, which ignore_case=True accepts"
+            hint = "; case differs, which --ignore-case (ignore_case=True) accepts"
             raise DataError(e.problem + hint) from None
         polarity = self.polarity(label)
         if polarity is None:
@@ -342,7 +342,7 @@ class Reading:
             if not self.ignore_case:
                 raise DataError(
                     f"the aspect {shown(aspect)} does not stand in the sentence {shown(sentence)}; "
-                    f"only {shown(sentence[slice(*other_case[0])])} does, which ignore_case=True accepts"
+                    f"only {shown(sentence[slice(*other_case[0])])} does, which --ignore-case (ignore_case=True) accepts"
                 )
             places = other_case
         self.ambiguous += len(places) > 1

@@ -12,6 +12,7 @@ from support.tiny_models import tiny_folder
 from mech_absa.commands import evaluate as command
 from mech_absa.edits import TrainingRecord
 from mech_absa.evaluate import evaluate, predict
+from mech_absa.examples import Example, Polarity
 from mech_absa.readers import load_examples, write_jsonl
 
 
@@ -130,6 +131,24 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     assert (
         "2 of 8 rows" in said.err and "points of accuracy" in said.out and "unchanged" in said.out
     )
+
+
+def test_a_review_that_is_too_long_is_left_out_and_counted(run, files, model, examples, capsys):
+    """One review of 700 words once ended the whole run, and --skip-bad did not help."""
+    long = Example(f"{'very ' * 300}good food", "food", Polarity.POSITIVE, id="long")
+    write_jsonl([long, *examples], files / "mixed.jsonl")
+    flags = ["--data", str(files / "mixed.jsonl"), "--edit", "none", "seed1", "--side-effects"]
+    assert run(*flags, "--strict") == 2
+    said = capsys.readouterr()
+    assert "the prompt of " in said.err and f"reads {model.n_ctx}" in said.err
+    assert not (files / "out").exists()
+    assert run(*flags) == 0
+    reason = "prompt longer than the model reads"
+    assert f"left out 1 ({reason}: {model.n_ctx})" in capsys.readouterr().err
+    record = json.loads((files / "out" / "run.json").read_text())
+    assert record["data"][0]["left_out"] == {reason: 1}
+    answers = pd.read_parquet(files / "out" / "predictions.parquet")
+    assert sorted(answers[answers.system == "none"].id) == sorted(e.id for e in examples)
 
 
 def test_only_seeds_of_one_method_are_put_together():

@@ -106,6 +106,36 @@ def test_train_refuses(refuse, flags, words):
     assert words in refuse(train, *flags)
 
 
+@pytest.mark.parametrize("command", [train, matrix])
+def test_a_review_that_is_too_long_is_left_out_of_a_training(command, files, tmp_path, capsys):
+    """One review of 700 words once ended the whole run; --strict still stops at it."""
+    long = ("very " * 700 + "good food", "food", "positive")
+    mixed = write(tmp_path / "toys_train.jsonl", [*WORDING[:6], long])
+    words = ["--model", MODEL, "--template", TEXT, "--epochs", "1", "--validation", "0"]
+    words += ["--out", str(tmp_path / "out"), "--quiet"]
+    if command is train:
+        words += ["--data", mixed, "--layers", "1"]
+    else:
+        words += [
+            "--train",
+            mixed,
+            "--test",
+            files["toys_test"],
+            "--methods",
+            "both@1",
+            "--seeds",
+            "0",
+        ]
+    assert command([*words, "--strict"]) == 2 and not (tmp_path / "out").exists()
+    assert "the prompt of " in capsys.readouterr().err
+    assert command(words) == 0
+    assert "left out 1 (prompt longer than the model reads" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    data = record["data"][0] if command is train else record["domains"]["toys"]["train"]
+    assert data["left_out"] == {"prompt longer than the model reads": 1}
+    assert data["examples"] == 6
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

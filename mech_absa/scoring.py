@@ -155,15 +155,15 @@ def fitting(
         return True
 
     kept = examples.only(fits)
-    if lost := len(examples) - len(kept):
-        left_out = examples.left_out | {TOO_LONG: examples.left_out.get(TOO_LONG, 0) + lost}
-        kept = replace(kept, left_out=left_out)
-        if not len(kept):
-            raise DataError(
-                f"no example is left: {model.name} reads {model.n_ctx} tokens, and every prompt is longer",
-                examples.source,
-            )
-    return kept
+    if not (lost := len(examples) - len(kept)):
+        return examples
+    if not len(kept):
+        raise DataError(
+            f"no example is left: {model.name} reads {model.n_ctx} tokens, and every prompt is longer",
+            examples.source,
+        )
+    before = examples.left_out.get(TOO_LONG, 0)
+    return replace(kept, left_out=examples.left_out | {TOO_LONG: before + lost})
 
 
 def room_for(continuations: Sequence[Continuation]) -> int:

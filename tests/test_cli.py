@@ -62,7 +62,10 @@ def run(*words: str, main=lambda config: None) -> int:
         (("--data", "x", "--rank", "four"), "--rank: 'four' was given; a whole number is needed"),
         (("--data", "x", "--rate", "fast"), "--rate: 'fast' was given; a number is needed"),
         (("--data", "x", "--rank"), "Missing value for argument '--rank'"),
-        (("--data", "x", "--schedule", "quick"), "'quick' for argument '--schedule'"),
+        (
+            ("--data", "x", "--schedule", "quick"),
+            "--schedule: 'quick' was given; accepted: linear, cosine",
+        ),
         (("--rank", "3"), "--data must be given"),
         (("stray", "--data", "x"), "stray"),
     ],

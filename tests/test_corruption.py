@@ -90,6 +90,13 @@ for call in (
     lambda: ma.fit(model, examples, "both"),
     lambda: ma.evaluate(model, examples, "bundled"),
     lambda: ma.attention(model, "text"),
+    lambda: ma.load_model(3),
+    lambda: ma.load_examples(3),
+    lambda: ma.load_edit("bundled", "model"),
+    lambda: ma.compare("a", "b"),
+    lambda: ma.make_pairs(model, examples, "noise", limit="ten"),
+    lambda: ma.make_pairs(model, examples, "noise", template="{sentence} {aspect}"),
+    lambda: ma.fit(model, examples, ma.presets.bundled("L3.resid_post@query.last"), verbalizer=("a", "b")),
 ):
     try:
         print("accepted", call())
@@ -111,6 +118,13 @@ def test_wrong_types_are_named():
         "fit(preset=...) got 'both'; accepted: a Preset",
         "evaluate(edit=...) got 'bundled'; accepted: an edit",
         "attention(example=...) got 'text'; accepted: one Example",
+        "load_model(model=...) got 3; accepted: bundled, a folder",
+        "load_examples(source=...) got 3; accepted: a file",
+        "load_edit(model=...) got 'model'; accepted: a Model",
+        "compare(first=...) got 'a'; accepted: Predictions",
+        "make_pairs(limit=...) got 'ten'; accepted: a whole number",
+        "make_pairs(template=...) got '{sentence} {aspect}'; accepted: a PromptTemplate",
+        "fit(verbalizer=...) got",
     )
     lines = done.stdout.strip().splitlines()
     assert len(lines) == len(starts)

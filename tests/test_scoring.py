@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -366,6 +366,9 @@ def test_examples_that_fit_are_those_whose_question_does(model, monkeypatch, ans
     ids = LABELS.label_ids(model.tokenizer, TEMPLATE)
     room = (
         max(map(len, ids)) if answers else room_for(LABELS.continuations(model.tokenizer, TEMPLATE))
+    )
+    examples = replace(
+        examples, items=tuple(replace(e, id=f"e{i}") for i, e in enumerate(examples))
     )
     lengths = {e.id: max(question(model, e, t).length for t in templates) for e in examples}
     monkeypatch.setattr(model.cfg, "n_ctx", 10_000)

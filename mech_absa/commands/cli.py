@@ -299,6 +299,11 @@ def _plain_words(text: str) -> str:
     """Say what the parser's message means, without the names of Python's types."""
     if missing := re.match(r"Missing from [^:]*: (--[\w-]+)", text):
         return f"{missing[1]} must be given; --help says what it takes"
+    if choice := re.match(
+        r"invalid choice ('.*?') for argument '(.*?)'\. Expected.*?\((.*?)\)", text
+    ):
+        accepted = choice[3].strip(",").replace("'", "")
+        return f"{choice[2]}: {choice[1]} was given; accepted: {accepted}"
     text = re.sub(r"^Error parsing (\S+): ", r"\1: ", text)
     union = re.match(r"(\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", text)
     if union:

@@ -30,6 +30,7 @@ from ..model import BUNDLED, Model
 from ..model.downloads import SMOLLM2
 from ..model.downloads import folder as downloaded
 from ..records import atomic, finite, plain, sha256_bytes, write_json, write_text
+from ..words import expect
 from .base import Part, Shape
 from .edit import FAMILIES, Edit
 from .record import TrainingRecord
@@ -115,6 +116,9 @@ def load_edit(folder: str | Path, model: Model | None = None) -> Edit:
         >>> load_edit("bundled", load_model()).layers
         (0, 1, 2, 3, 4, 5, 6, 7)
     """
+    expect(folder, (str, Path), "load_edit(folder=...)", "a folder, bundled or bundled-v2")
+    if model is not None:
+        expect(model, Model, "load_edit(model=...)", "a Model, from load_model()")
     folder = _folder(folder, model)
     fields = _read(folder)
     data = (folder / WEIGHTS).read_bytes()

@@ -485,6 +485,8 @@ def compare(
         >>> ma.compare(edited, base).n
         4
     """
+    for name, given in (("first", first), ("second", second)):
+        expect(given, Predictions, f"compare({name}=...)", "Predictions, from predict(...)")
     same_rows(first, second)
     correct = first.correct.astype(float), second.correct.astype(float)
     f1 = _macro_f1(first), _macro_f1(second)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, ModelError, choices
+from ..words import expect
 from .block import run
 from .bridge import bridge_from_hf
 from .convert import hooked_from_hf
@@ -70,6 +71,10 @@ def load_model(
         hf, tokenizer = model
         name = Path(getattr(hf.config, "_name_or_path", "") or type(hf).__name__).name
     else:
+        if model is not None:
+            expect(
+                model, (str, Path), "load_model(model=...)", "bundled, a folder, a file or a name"
+            )
         source, name = resolve(model)
         tokenizer = load_tokenizer(source)
         hf = load_hf(source, kind)

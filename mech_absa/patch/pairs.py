@@ -351,6 +351,12 @@ def make_pairs(
     expect(model, Model, "make_pairs(model=...)", "a Model, from load_model()")
     if isinstance(examples, str) or not all(isinstance(e, Example) for e in examples):
         expect(examples, Examples, "make_pairs(examples=...)", "examples, from load_examples(...)")
+    if template is not None:
+        expect(template, PromptTemplate, "make_pairs(template=...)", "a PromptTemplate")
+    if verbalizer is not None:
+        expect(verbalizer, Verbalizer, "make_pairs(verbalizer=...)", "a Verbalizer")
+    if limit is not None:
+        expect(limit, int, "make_pairs(limit=...)", "a whole number of pairs")
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} pairs was given; it must be 1 or more")
     template, verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()

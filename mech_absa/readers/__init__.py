@@ -36,6 +36,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, DataError, choices
 from ..examples import Examples, content_hash
+from ..words import expect
 from . import hub, jsonl, seg, semeval, sentihood, table, tags, triplets, tsa
 from .jsonl import json_records, write_jsonl
 from .rows import Reading, guess_domain
@@ -111,18 +112,12 @@ def load_examples(
         >>> len(examples), examples[0].aspect, examples[0].polarity.value
         (642, 'grilled fish', 'neutral')
     """
+    expect(source, (str, os.PathLike), "load_examples(source=...)", "a file or another source")
     file = os.fsdecode(source)
     # A file name that is no UTF-8 can be opened, but not written into a record.
     source = file.encode("utf-8", "backslashreplace").decode()
-    if null_targets not in NULL_TARGETS:
-        raise ConfigError(f"null_targets is {null_targets!r}; accepted: {choices(NULL_TARGETS)}")
-    if format not in (None, *FORMATS, "hf"):
-        raise ConfigError(f"there is no format {format!r}; accepted: {choices([*FORMATS, 'hf'])}")
-    if meaning is not None and labels is not None:
-        raise ConfigError("meaning and labels were given, which are one thing; give meaning alone")
-    means = meaning or labels or {}
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; a number of examples of at least 1 is accepted")
+    _check(format, null_targets, limit)
+    means = _means(meaning, labels)
 
     def reading(path: Path, source: str = source, stem: str | None = None) -> Reading:
         stem = path.stem if stem is None else stem
@@ -152,6 +147,25 @@ def load_examples(
     if limit is None:
         return examples
     return examples[:limit] if head else examples.sample(limit, seed)
+
+
+def _check(format: str | None, null_targets: str, limit: int | None) -> None:
+    """Raise a ConfigError for the first argument that is outside what is accepted."""
+    if null_targets not in NULL_TARGETS:
+        raise ConfigError(f"null_targets is {null_targets!r}; accepted: {choices(NULL_TARGETS)}")
+    if format not in (None, *FORMATS, "hf"):
+        raise ConfigError(f"there is no format {format!r}; accepted: {choices([*FORMATS, 'hf'])}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; a number of examples of at least 1 is accepted")
+
+
+def _means(
+    meaning: Mapping[str, str] | None, labels: Mapping[str, str] | None
+) -> Mapping[str, str]:
+    """Return what labels mean, given by its name or its older one."""
+    if meaning is not None and labels is not None:
+        raise ConfigError("meaning and labels were given, which are one thing; give meaning alone")
+    return meaning or labels or {}
 
 
 def _read_file(path: Path, format: str | None, reading: Reading) -> Examples:

@@ -81,6 +81,10 @@ def fit(
     """
     expect(model, Model, "fit(model=...)", "a Model, from load_model()")
     expect(preset, Preset, "fit(preset=...)", "a Preset, such as presets.paper(sites)")
+    if template is not None:
+        expect(template, PromptTemplate, "fit(template=...)", "a PromptTemplate")
+    if verbalizer is not None:
+        expect(verbalizer, Verbalizer, "fit(verbalizer=...)", "a Verbalizer")
     _check_types(model, train, preset, seed)
     train, held, notes = divided(train, validation, seed)
     cache = cache if cache is not None and cache.model is model else PrefixCache(model)

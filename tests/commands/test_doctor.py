@@ -109,7 +109,7 @@ ADVICE = {
 @pytest.mark.parametrize("name", ADVICE)
 def test_every_trouble_has_its_advice_and_a_sound_machine_has_none(name, seen):
     config, found = seen
-    config = replace(config, by="token")
+    config = replace(config, sweep=replace(config.sweep, by="token"))
     quiet = replace(found.machine, threads=1, free_gib=1e3, devices=())
     groups = {
         "model": {"difference_to_hugging_face": 1e-6},

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/img anew with Chromium: `python scripts/pictures.py`.
+"""Take the pictures of docs/img anew with Chromium: `python scripts/pictures.py [explorer] [report]`.
 
     explorer.png   the explorer with a finished map of a built-in review
     report.png     the report of a small trace of the bundled model
@@ -63,7 +63,7 @@ def report(browser: Browser, target: Path, folder: Path) -> None:
     """Trace forty reviews and save the top of their report."""
     if patch([*TRACE, "--out", str(folder / "first")]):
         sys.exit("the trace failed")
-    page = window(browser, 1300)
+    page = window(browser, 1440)
     page.goto((folder / "first" / "report.html").as_uri())
     page.wait_for_selector("[data-ready]")
     page.screenshot(path=target)
@@ -71,13 +71,16 @@ def report(browser: Browser, target: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Take both pictures."""
+    """Take the pictures that the command line names, or both."""
+    wanted = sys.argv[1:] or ["explorer", "report"]
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        explorer(browser, IMAGES / "explorer.png")
-        report(browser, IMAGES / "report.png", Path(folder))
+        if "explorer" in wanted:
+            explorer(browser, IMAGES / "explorer.png")
+        if "report" in wanted:
+            report(browser, IMAGES / "report.png", Path(folder))
         browser.close()
 
 

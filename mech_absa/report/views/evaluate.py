@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -81,7 +81,7 @@ def conclusion(
             }
         )
     for e in effects:
-        words = "; ".join(map(_effect_words, e["table"]))
+        words = "; ".join(effect_words(e["table"]))
         lines.append(
             {"text": f"Side effects of {e['name']}: {words or 'see the table below'}.", "look": "side"}
         )  # fmt: skip
@@ -95,7 +95,22 @@ def conclusion(
     return lines
 
 
-def _effect_words(row: dict[str, str]) -> str:
+def effect_words(table: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return side effects in words, those of other wordings together and without their questions.
+
+    >>> row = {"measure": "generality: accuracy", "base": "70 %", "edited": "65 %", "note": "a, b?"}
+    >>> effect_words([row, row | {"base": "40 %", "edited": "50 %"}])
+    ['accuracy under other wordings 65 %, 50 % (base 70 %, 40 %)']
+    """
+    worded = [row for row in table if row["measure"].startswith("generality")]
+    said = [_effect_words(row) for row in table if row not in worded]
+    if worded:
+        edited, base = (", ".join(row[name] for row in worded) for name in ("edited", "base"))
+        said.insert(min(1, len(said)), f"accuracy under other wordings {edited} (base {base})")
+    return said
+
+
+def _effect_words(row: Mapping[str, str]) -> str:
     """Return one side effect: `unrelated text: KL 0.012 nats, top-1 the same at 98 %`."""
     base = f" (base {row['base']})" if row["base"] not in ("-", "–", "") else ""
     note = f", {row['note']}" if row["note"] else ""

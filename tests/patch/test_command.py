@@ -345,36 +345,45 @@ def test_a_killed_run_resumes_to_the_same_bytes(base, tmp_path, capsys):
     assert contents(killed) == contents(whole)
 
 
+# `--cpu` would start one process, whatever number it is given; `--multi_gpu` starts two, on CPUs too
+# where the command is told so.
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+
+def launched(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run two processes of a module or a script."""
+    return subprocess.run([*LAUNCH, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_two_processes_leave_the_files_of_one(base, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli([*base, "--device", "cpu", "--out", str(one), *FAST]) == 0
-    # `--cpu` would start one process, whatever number it is given; `--multi_gpu` starts two, on CPUs too where the command is told so.
-    launch = [
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    argv = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "mech_absa.patch"]
-    done = subprocess.run(
-        [*argv, *base, "--device", "cpu", "--out", str(two), *FAST],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launched("-m", "mech_absa.patch", *base, "--device", "cpu", "--out", str(two), *FAST)
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = contents(one), contents(two)
     assert a.keys() == b.keys()
     assert a == b
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_dies_the_run_fails_and_can_be_taken_up(base, tmp_path):
+    one, two, script = tmp_path / "one", tmp_path / "two", tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\nfrom mech_absa.commands import patch\n"
+        "if os.environ['RANK'] == '1':\n    patch.write_part = lambda frame, path: os._exit(9)\n"
+        "sys.exit(patch.cli(sys.argv[1:]))\n"
+    )
+    flags = [*base, "--device", "cpu", *FAST]
+    done = launched(str(script), *flags, "--out", str(two))
+    assert done.returncode != 0 and "exitcode  : 9" in done.stderr, done.stderr[-2000:]
+    assert not (two / "run.json").exists() and not (two / "effects.parquet").exists()
+    assert cli([*flags, "--out", str(two), "--resume"]) == 0
+    assert cli([*flags, "--out", str(one)]) == 0
+    assert contents(one) == contents(two)
 
 
 def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):

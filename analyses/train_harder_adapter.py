@@ -11,8 +11,8 @@ With `--ranks 16 --rates 3e-3`, which were chosen so, no candidates are trained.
 
 The folder holds the edit, `choice.csv` with the candidates, and `scores.csv`, which has the simple
 baselines too, trained on the train files of the same version. The edit ships as `adapter_v2`, and
-`results/harder_adapter.csv` has the rows of all examples, without the logistic regression. A run
-that was stopped goes on from its last checkpoint.
+`results/harder_adapter.csv` has the rows of all examples. A run that was stopped goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -137,6 +137,22 @@ def peers(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def loading(result: dict[str, Any]) -> str:
+    """Return what loading a model takes, a row per version and backend."""
+    rows = [
+        [
+            r["model"], r["version"], r["backend"], f"{r['weights_mib']:,}", f"{r['peak_mib']:,}",
+            f"{r['after_mib']:,}", f"{r['hf_difference']:.0e}".replace("0e+00", "0"),
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    head = [
+        "model", "TransformerLens", "backend", "weights, MiB", "at most while loading, MiB", "afterwards, MiB",
+        "logits differ from Hugging Face's by",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "null-maps": ("selection.json", selection),
     "coverage": ("coverage.json", coverage),
@@ -144,6 +160,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stability": ("stability.json", stability),
     "versions": ("versions.json", versions),
     "peers": ("peers.json", peers),
+    "loading": ("loading.json", loading),
 }
 """Name of a table -> its result file, and what makes it."""
 

@@ -353,13 +353,24 @@ def test_dtypes_that_are_none():
         load_model(tiny_folder("gpt2"), dtype="int8")
 
 
-def test_a_model_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(models.os, "sysconf", lambda name: 100)
+@pytest.mark.parametrize(("backend", "copies"), [("bridge", 1), ("auto", None)])
+def test_a_model_that_does_not_fit(monkeypatch, backend, copies):
+    """A conversion needs room for two copies, a bridge for one; at a byte less it is refused."""
+    folder = tiny_folder("gpt2")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    copies = copies or (2 if load_model(folder).backend.name == "hooked" else 1)
+    need = copies * 4 * hf.num_parameters()
+    free = {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": need}
+    sysconf = models.os.sysconf
+    monkeypatch.setattr(models.os, "sysconf", lambda name: free.get(name) or sysconf(name))
+    load_model(folder, device="cpu", backend=backend)
+    free["SC_AVPHYS_PAGES"] = need - 1
+    words = "converted" if copies > 1 else "loaded"
     with pytest.raises(
         ModelError,
-        match=r"billion parameters need \d+ GiB while they are converted, and 0 GiB of memory are free; use --dtype bfloat16",
+        match=rf"billion parameters need \d+ GiB while they are {words}, and 0 GiB of memory are free; use --dtype bfloat16",
     ):
-        load_model(tiny_folder("gpt2"), device="cpu")
+        load_model(folder, device="cpu", backend=backend)
 
 
 def llama(**settings) -> transformers.PreTrainedModel:

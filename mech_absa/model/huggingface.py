@@ -133,12 +133,13 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_hf(source: str, dtype: torch.dtype) -> Any:
+def load_hf(source: str, dtype: torch.dtype, copies: int = 2) -> Any:
     """Load a causal language model with exactly the weights that its files hold.
 
     Args:
         source: a folder, a GGUF file or a hub name.
         dtype: of the weights in memory.
+        copies: how many of them must fit into memory; a conversion holds two.
 
     Raises:
         ModelError: there is none, it does not fit into memory, or files and configuration disagree.
@@ -150,7 +151,7 @@ def load_hf(source: str, dtype: torch.dtype) -> Any:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(place, **gguf)
-            _fits(config, dtype, source)
+            _fits(config, dtype, source, copies)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, attn_implementation="eager", output_loading_info=True, **gguf
             )
@@ -185,8 +186,8 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _fits(config: Any, dtype: torch.dtype, source: str) -> None:
-    """Reject a model that this machine's memory cannot hold while it is converted (two copies)."""
+def _fits(config: Any, dtype: torch.dtype, source: str, copies: int) -> None:
+    """Reject a model that this machine's memory cannot hold while it is loaded."""
     from transformers import AutoModelForCausalLM
 
     layers = getattr(config, "num_hidden_layers", 0)
@@ -196,14 +197,15 @@ def _fits(config: Any, dtype: torch.dtype, source: str) -> None:
         )
     with torch.device("meta"):
         n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    need = 2 * n * dtype.itemsize
+    need = copies * n * dtype.itemsize
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return
     if need > have:
+        doing = "converted" if copies > 1 else "loaded"
         raise ModelError(
-            f"{source}: {n / 1e9:.1f} billion parameters need {need / 2**30:.0f} GiB while they are converted, and {have / 2**30:.0f} GiB of memory "
+            f"{source}: {n / 1e9:.1f} billion parameters need {need / 2**30:.0f} GiB while they are {doing}, and {have / 2**30:.0f} GiB of memory "
             "are free; use --dtype bfloat16, a smaller model, or a larger machine"
         )
 

@@ -66,6 +66,7 @@ def load_model(
     chosen = _device(device)
     _check_devices(n_devices, chosen)
     kind = _dtype(dtype)
+    runs_on = _backend(backend)
     source: str | None = None
     if isinstance(model, tuple):
         hf, tokenizer = model
@@ -77,10 +78,10 @@ def load_model(
             )
         source, name = resolve(model)
         tokenizer = load_tokenizer(source)
-        hf = load_hf(source, kind)
+        hf = load_hf(source, kind, 1 if runs_on == "bridge" else 2)
     _covers(hf, tokenizer, name)
     held, count = base_hash(hf, source), hf.num_parameters()  # a bridge changes what hf lists
-    root = _root(hf, _backend(backend), kind, chosen, n_devices)
+    root = _root(hf, runs_on, kind, chosen, n_devices)
     loaded = Model(root, tokenizer, name, source, bos, count)
     loaded.base_sha256 = held
     loaded.backend.unreadable = unreadable(loaded)

@@ -14,8 +14,8 @@ import mech_absa
 
 VALUES = {"ROLES", "presets"}
 """A tuple and a module: they have no docstring of an object."""
-TRACES = {"BothDirections", "ImportanceMap", "Selection"}
-"""Names whose examples trace as those of `trace` and `Effects` do, and then go on."""
+TRACES = {"BothDirections", "Edit", "Effects", "ImportanceMap", "Scores", "Selection"}
+"""Names whose examples trace or train as those of `trace` and `fit` do, and then go on."""
 NAMES = sorted(set(mech_absa.__all__) - VALUES)
 loaded_once = functools.cache(mech_absa.load_model)
 """Nearly every example loads the bundled model, and none changes it."""

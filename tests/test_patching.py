@@ -81,7 +81,7 @@ def check_stacked(name, hooked, length):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", fast(STACKED, ["get_act_patch_block_every"]))
 def test_stacked_ones_too(name):
     check_stacked(name, ma.load_model(str(tiny_folder("llama"))).hooked, length=5)
 

@@ -270,6 +270,7 @@ def test_example_map_of_roles_gives_every_token_its_role():
     assert mesh(ax)[0].tolist() == mesh(ax)[3].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_files_are_the_same_bytes_and_text_is_text(tmp_path):
     first = plots.save(plots.heatmap(by_hand()), tmp_path / "a")
     second = plots.save(plots.heatmap(by_hand()), tmp_path / "b.pdf")

@@ -299,7 +299,7 @@ BAD = [
     ('{"aspect": "x", "sentence": "x"}', "field 'polarity' is missing", "polarity, label or sentiment"),
     ('{"sentence": "a", "text": "b", "aspect": "a", "label": "Pos"}', "sentence or text could be", "columns={'sentence':"),
     (paper(("the food", "wine", "Pos")), "the aspect 'wine' does not stand in the sentence 'the food'", ""),
-    (paper(("the Food", "food", "Pos")), "only 'Food' does, which ignore_case=True", ""),
+    (paper(("the Food", "food", "Pos")), "only 'Food' does, which --ignore-case (ignore_case=True) accepts", ""),
     (paper(("the food", " ", "Pos")), "the aspect is empty", "at least one character"),
     (paper(("the food", "food", "meh")), "unknown label 'meh'", "accepted: positive/pos/1, negative/neg/-1, neutral/neu/0"),
     ('{"sentence": "a", "aspect": "a", "label": null}', "unknown label None", "a word or a number is accepted"),

@@ -234,7 +234,7 @@ def test_a_folder_in_use_is_refused_by_all(files, tmp_path, capsys):
         (("--draws", "2000000"), "--draws is 2000000; accepted: 1 to 1,000,000"),
         (("--limit", "0"), "limit is 0"),
         (("--dtype", "q"), "unknown dtype 'q'"),
-        (("--decode", "quick"), "'quick' for argument '--decode'"),
+        (("--decode", "quick"), "--decode: 'quick' was given; accepted: label, generate"),
         (("--compare", "nowhere"), "nowhere holds no edit"),
         (("--train-data", "nowhere"), "there is no such file"),
     ],

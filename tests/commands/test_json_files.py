@@ -122,18 +122,21 @@ def test_every_json_file_is_strict_and_fits_its_schema(runs):
         )
 
 
+@pytest.mark.slow
 def test_lines_of_json_are_strict(runs):
     for path in runs.rglob("*.jsonl"):
         for line in path.read_text("utf-8").splitlines():
             json.loads(line, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_a_number_that_is_none_is_null(runs):
     """An ablation has no corrupted run, so that its total effect is not a number."""
     assert strict(runs / "mean" / "run.json")["average_total_effect"] is None
     assert isinstance(strict(runs / "noise" / "run.json")["average_total_effect"], float)
 
 
+@pytest.mark.slow
 def test_run_json_names_every_other_file(runs):
     for path in runs.rglob("run.json"):
         beside = {str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()}

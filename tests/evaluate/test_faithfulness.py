@@ -167,6 +167,7 @@ def test_batches_and_noise_draws_change_nothing(model, examples, mode):
     assert one.full == pytest.approx(many.full, abs=1e-4) and one.n == len(pairs)
 
 
+@pytest.mark.slow
 def test_restoring_the_whole_stream_restores_everything(model, examples):
     pairs = noise_pairs(model, examples)
     for site in (Site(0, "resid_pre"), Site(3, "resid_post"), Site(3, "resid_post", at="answer")):

@@ -176,6 +176,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", fast(CHANGES, {"edit"}))
+@pytest.mark.slow
 def test_the_numbers_are_those_of_trace(client, model, name):
     change = CHANGES[name]
     state = REVIEW | {"kinds": "resid_post,mlp_out"} | change

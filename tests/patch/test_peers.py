@@ -200,6 +200,7 @@ def test_resampling_from_numpy():
     check_ablation(model, pairs, ("resid_post", "attn_out", "head"), source)
 
 
+@pytest.mark.slow
 def test_the_zero_cells_are_zero_by_do():
     """The mask itself: what it marks has no effect in numpy, and it is not merely empty or full."""
     model = tiny("mistral")

@@ -2,11 +2,14 @@
 
     python -m benchmarks.memory             writes results/memory.json, one line per run as it ends
     python -m benchmarks.memory --only 20   one size
+    python -m benchmarks.memory --only smollm2   one shipped model
 
 The model is a random GPT-2 of two layers with the tokenizer of the bundled model, so that 10,000
 examples take minutes; what is kept per example does not depend on the size of the model. Every run
 traces one pair per example by role, with all kinds of state but heads, and 2 draws of noise. The peak
 is that of the whole process (`ru_maxrss`), the report and the figures included.
+
+The shipped models trace a few built-in reviews by role, as `make demo` does, with the default budget.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "memory.json"
 RUNS = ((20, 0.05), (1_000, 0.05), (10_000, 0.05), (20, 0.5), (1_000, 0.5))
 """Examples, and --memory in GiB."""
+SHIPPED = (("bundled", 20), ("smollm2", 8))
+"""Models that are shipped or fetched by name, and pairs."""
 DOMAINS = ("restaurant", "laptop", "device", "service")
 
 
@@ -60,24 +66,17 @@ def random_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(n: int, memory: float, folder: Path) -> dict[str, Any]:
-    """Trace n examples in a process of their own and return what it took."""
-    data, out = folder / f"{n}.jsonl", folder / f"run-{n}-{memory}"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(n)), encoding="utf-8")
-    words = ["-m", "mech_absa.patch", "--model", str(folder / "model"), "--data", str(data)]
-    words += ["--keep", "all", "--by", "role", "--noise-draws", "2", "--adapter", "none"]
-    words += ["--memory", str(memory), "--out", str(out), "--quiet"]
+def measure(words: list[str], out: Path) -> dict[str, Any]:
+    """Trace in a process of its own and return what it took."""
+    words = ["-m", "mech_absa.patch", *words, "--out", str(out), "--quiet"]
     start = time.perf_counter()
     process = os.posix_spawn(sys.executable, [sys.executable, "-W", "ignore", *words], os.environ)
     _, status, usage = os.wait4(process, 0)
     if status:
-        raise SystemExit(
-            f"the trace of {n} examples ended with {os.waitstatus_to_exitcode(status)}"
-        )
+        code = os.waitstatus_to_exitcode(status)
+        raise SystemExit(f"mech-absa patch {' '.join(words[2:])} ended with {code}")
     made = json.loads((out / "run.json").read_text(encoding="utf-8"))
     return {
-        "examples": n,
-        "memory_gib": memory,
         "pairs": made["pairs"]["kept"],
         "effects": made["engine"]["cells"],
         "peak_mib": round(usage.ru_maxrss / 1024),
@@ -87,20 +86,41 @@ def measure(n: int, memory: float, folder: Path) -> dict[str, Any]:
     }
 
 
+def of_size(n: int, memory: float, folder: Path) -> dict[str, Any]:
+    """Return what a trace of n examples takes on the random model."""
+    data = folder / f"{n}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(n)), encoding="utf-8")
+    words = ["--model", str(folder / "model"), "--data", str(data), "--keep", "all", "--by", "role"]
+    words += ["--noise-draws", "2", "--adapter", "none", "--memory", str(memory)]
+    known = {"examples": n, "memory_gib": memory}
+    return known | measure(words, folder / f"run-{n}-{memory}")
+
+
+def of_model(name: str, pairs: int, folder: Path) -> dict[str, Any]:
+    """Return what a trace of a shipped model takes."""
+    words = ["--model", name, "--limit", str(pairs), "--by", "role"]
+    return {"model": name} | measure(words, folder / name)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=int, help="examples")
-    options = parser.parse_args(argv)
-    rows = read_json(RESULT)["runs"] if RESULT.exists() else []
-    done = {(row["examples"], row["memory_gib"]) for row in rows}
+    parser.add_argument("--only", help="a number of examples, or the name of a model")
+    only = parser.parse_args(argv).only
+    kept = read_json(RESULT) if RESULT.exists() else {}
+    runs, models = kept.get("runs", []), kept.get("models", [])
+    done = {(row["examples"], row["memory_gib"]) for row in runs} | {m["model"] for m in models}
     with tempfile.TemporaryDirectory() as name:
-        random_model(Path(name) / "model")
-        for n, memory in RUNS:
-            if (n, memory) in done or options.only not in (None, n):
+        folder = Path(name)
+        random_model(folder / "model")
+        jobs = [(runs, str(n), (n, m), partial(of_size, n, m)) for n, m in RUNS]
+        jobs += [(models, m, m, partial(of_model, m, pairs)) for m, pairs in SHIPPED]
+        for rows, called, key, job in jobs:
+            if key in done or only not in (None, called):
                 continue
-            rows.append(measure(n, memory, Path(name)))
+            rows.append(job(folder))
             print(rows[-1], flush=True)
-            write_json(RESULT, {"threads": os.environ.get("OMP_NUM_THREADS"), "runs": rows})
+            threads = os.environ.get("OMP_NUM_THREADS")
+            write_json(RESULT, {"threads": threads, "runs": runs, "models": models})
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+from support import fast
 from support.tiny_models import ARCHITECTURES, tiny_folder
 
 # No test depends on wall time: a neighbour may hold the processor for seconds.
@@ -33,7 +34,7 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=fast(ARCHITECTURES, ["gpt2", "llama", "gemma2", "bloom"]))
 def tiny(request) -> Path:
     """The folder of a tiny random Hugging Face model, one architecture after the other."""
     return tiny_folder(request.param)

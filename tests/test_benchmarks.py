@@ -57,6 +57,7 @@ def test_no_product_of_the_peer_escapes_the_counter(name):
 
 
 @pytest.mark.parametrize("name", fast(["tiny", "tiny-gqa", "tiny-parallel"], ["tiny-gqa"]))
+@pytest.mark.slow
 def test_the_second_baseline_computes_the_same_cells(name):
     """All positions of a layer in one batch: the effects are ours, and the products the first peer's."""
     shape = bench.SHAPES[name]

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support import fast
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,7 +148,7 @@ def test_the_model_binds_opinion_to_aspect(model, tok):
             )
 
 
-@pytest.mark.parametrize("domain", g.DOMAINS)
+@pytest.mark.parametrize("domain", fast(g.DOMAINS, ["laptop"]))
 def test_natural_continuations_are_right(model, tok, domain):
     right = []
     for r in shipped(f"{domain}/test", 50):

@@ -239,6 +239,7 @@ def test_a_swap_whose_answer_does_not_follow_is_counted():
         assert "keep='all'" in str(error.value)
 
 
+@pytest.mark.slow
 def test_aspect_swaps_on_mams(shared):
     """Every MAMS sentence holds two polarities, so that most examples have a partner; and the text never changes."""
     examples = ma.load_examples(str(shared / "data/mams/test.xml"))[:60]
@@ -250,6 +251,7 @@ def test_aspect_swaps_on_mams(shared):
     assert Counterfactual().corrupted(examples[0], {}) == ()
 
 
+@pytest.mark.slow
 def test_the_lexicon_of_dmaste_has_the_opinions_of_its_training_part(shared):
     """Its triplets, read another way: the commonest opinion of one polarity is one that stands there so."""
     path = shared / "data/dmaste/electronics_train.txt"

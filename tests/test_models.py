@@ -177,7 +177,11 @@ def test_a_bos_token_is_put_first_or_not_as_asked():
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float64", torch.float64)],
+    [
+        ("bfloat16", torch.bfloat16),
+        pytest.param("float16", torch.float16, marks=pytest.mark.slow),
+        ("float64", torch.float64),
+    ],
 )
 def test_other_precisions(name, dtype):
     exact = load_model(tiny_folder("gpt2"), device="cpu")

@@ -117,6 +117,7 @@ def test_it_runs_in_the_fast_mode(path):
     assert faults(notebook) == []
 
 
+@pytest.mark.slow
 def test_a_fast_run_leaves_the_environment_and_the_file_as_they_were(tmp_path, monkeypatch):
     monkeypatch.delenv("MECH_ABSA_FAST", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "as it was")

@@ -253,6 +253,7 @@ def effects() -> Effects:
     return Effects(frame, pairs, ABOUT)
 
 
+@pytest.mark.slow
 def test_example_map_has_the_words_on_its_axis(tmp_path):
     figure = plots.example_map(effects())
     (ax,) = panels(figure)

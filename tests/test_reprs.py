@@ -171,6 +171,17 @@ def test_a_selection_shows_its_sites_and_its_verdict():
     assert "few &amp; rough" in html
     assert "<code>L3.resid_post@query.last</code>" in html and "&lt;rule&gt;" in html
     assert "<b>0.25</b> [0.125, 0.5] over 12 pairs" in html and "Not clear" in html
+    assert "<iframe" not in html, "a choice that was read from a file has no map"
+
+
+def test_a_selection_shows_the_map_it_was_chosen_from(effects, tmp_path):
+    chosen = effects.importance().select(roles=("answer",), width=1)
+    html = chosen._repr_html_()
+    (kind,) = embedded_data(html)["average"]["kinds"]
+    framed = [kind["places"][c[2]] for c in kind["cells"] if c[-1] == 1]
+    assert framed == ["answer"] and "<code>L0.resid_post@answer</code>" in html
+    chosen.save(tmp_path / "sites.json")
+    assert "importance" not in json.loads((tmp_path / "sites.json").read_text())
 
 
 def test_edit_lists_its_parts_with_sizes_that_add_up(model):

@@ -52,7 +52,9 @@ LABELS = Verbalizer.of(["positive", "not bad", "neutral"])
 SINGLE = (Continuation((), ((0, (70,)), (1, (81,)), (2, (92,)))),)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "bloom", "gemma2"])
+@pytest.fixture(
+    scope="module", params=fast(["gpt2", "llama", "bloom", "gemma2"], ["llama", "gemma2"])
+)
 def folder(request):
     return tiny_folder(request.param)
 
@@ -357,7 +359,7 @@ def test_a_question_that_is_too_long(model, monkeypatch):
         question(model, long, TEMPLATE)
 
 
-@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("answers", fast([False, True], [True]))
 def test_examples_that_fit_are_those_whose_question_does(model, monkeypatch, answers):
     """Against one question after the other, for every size of context; two questions must both fit."""
     words = [Example("so " * n + "good wine", "wine", POS, id=f"w{n}") for n in range(0, 40, 3)]

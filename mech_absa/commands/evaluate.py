@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,8 @@ class Task:
     Attributes:
         config: the flags.
         data, train: test and training examples.
+        whole: the test examples before those that the model cannot read were left out; files of
+            answers answer all of them.
         model: None where only predictions of others are scored.
         edits: in the order of the flags; None is the model as it is.
         template, verbalizer: the question that is asked.
@@ -149,6 +151,7 @@ class Task:
     config: Config
     data: list[Examples]
     train: list[Examples]
+    whole: list[Examples]
     model: Model | None
     edits: list[Applicable | None]
     template: PromptTemplate
@@ -265,11 +268,12 @@ def prepare(config: Config, data: list[Examples], train: list[Examples]) -> Task
         template = config.question.prompt
     if config.question.labels:
         verbalizer = config.question.verbalizer
-    if model is not None and not config.predictions:
+    whole = data
+    if model is not None:
         data, train = asked_of(config, model, (template, verbalizer), data, train)
     given = config.scoring.texts
     texts = side_effects.read_texts(given) if given else side_effects.PASSAGES
-    return Task(config, data, train, model, edits, template, verbalizer, texts)
+    return Task(config, data, train, whole, model, edits, template, verbalizer, texts)
 
 
 def asked_of(
@@ -305,9 +309,7 @@ def evaluate_all(task: Task) -> Results:
     config, edits = task.config, task.edits
     systems: list[tuple[Predictions, ...]] = []
     if config.predictions:
-        name = config.predictions[0].stem
-        pairs = zip(config.predictions, task.data, strict=True)
-        systems.append(tuple(read_predictions(p, d, name) for p, d in pairs))
+        systems.append(tuple(others_answers(task)))
     titles = names(config.edits)
     systems += [task.answers(edit, name) for edit, name in zip(edits, titles, strict=True)]
     scores = [[score(p, train=task.seen, **config.sure) for p in system] for system in systems]
@@ -326,6 +328,15 @@ def evaluate_all(task: Task) -> Results:
         side_effects_of(task, titles),
         baselines_of(task),
     )
+
+
+def others_answers(task: Task) -> Iterator[Predictions]:
+    """Yield what another system answered to the examples of each test file that are scored."""
+    name = task.config.predictions[0].stem
+    for path, whole, kept in zip(task.config.predictions, task.whole, task.data, strict=True):
+        scored = {id(e) for e in kept}
+        answers = read_predictions(path, whole, name)
+        yield answers.take([i for i, e in enumerate(whole) if id(e) in scored])
 
 
 def baselines_of(task: Task) -> list[Scores]:

@@ -25,6 +25,7 @@ class HookedBackend(Backend):
 
     def __init__(self, root: Any):
         self.root = root
+        self.blocks = tuple(root.blocks)  # indexing a ModuleList takes as long as a small product
 
     @property
     def cfg(self) -> Any:
@@ -49,7 +50,7 @@ class HookedBackend(Backend):
         return device
 
     def _attn(self, layer: int) -> Any:
-        return self.root.blocks[layer].attn
+        return self.blocks[layer].attn
 
     # ---- embeddings and unembedding -----------------------------------------------------------
 
@@ -104,7 +105,7 @@ class HookedBackend(Backend):
     # ---- MLP and norms ----------------------------------------------------------------------------
 
     def mlp(self, layer: int) -> MLPWeights | None:
-        mlp: Any = getattr(self.root.blocks[layer], "mlp", None)
+        mlp: Any = getattr(self.blocks[layer], "mlp", None)
         kind = type(mlp).__name__
         if kind not in ("MLP", "GatedMLP") or mlp.cfg.act_fn not in ACTIVATIONS:
             return None
@@ -112,16 +113,16 @@ class HookedBackend(Backend):
         return MLPWeights(mlp.W_in, mlp.W_out, mlp.cfg.act_fn, mlp.b_in, mlp.b_out, gate)
 
     def run_mlp(self, layer: int, x: Tensor) -> Tensor:
-        mlp = self.root.blocks[layer].mlp
+        mlp = self.blocks[layer].mlp
         y: Tensor = mlp(x) if x.ndim == 3 else mlp(x[None])[0]
         return y
 
     def act(self, layer: int, x: Tensor) -> Tensor:
-        y: Tensor = self.root.blocks[layer].mlp.act_fn(x)
+        y: Tensor = self.blocks[layer].mlp.act_fn(x)
         return y
 
     def norm(self, layer: int | None, name: str, x: Tensor) -> Tensor:
-        owner = self.root if layer is None else self.root.blocks[layer]
+        owner = self.root if layer is None else self.blocks[layer]
         if name == "ln_final" and self.cfg.normalization_type is None:
             return x
         return norm_of(getattr(owner, name), x)
@@ -133,7 +134,7 @@ class HookedBackend(Backend):
     # ---- hooks and passes -------------------------------------------------------------------------
 
     def point(self, layer: int, name: str) -> nn.Module:
-        block = self.root.blocks[layer]
+        block = self.blocks[layer]
         if name in ("ln1", "ln2") and self.cfg.original_architecture in _NORMS_AFTER:
             name = {"ln1": "resid_pre", "ln2": "resid_mid"}[name]
         owner, attribute = {
@@ -162,7 +163,7 @@ class HookedBackend(Backend):
 
     def _own(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
         """Return TransformerLens's own parameters: the matrix, and its bias or None."""
-        block = self.root.blocks[layer]
+        block = self.blocks[layer]
         owner = block.attn if name in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
         none = name == "W_gate" or (name == "W_in" and hasattr(owner, "W_gate"))
         grouped = "_" if name in ("W_K", "W_V") and hasattr(owner, "_W_K") else ""

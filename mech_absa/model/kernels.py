@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-KEPT = "32"
+KEPT = "128"
 """Compiled kernels that oneDNN (the first name) and torch's binding to it (the second) keep."""
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, KEPT)  # read at the first product

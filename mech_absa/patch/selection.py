@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -70,6 +71,7 @@ class Selection(Sequence[Site]):
         stability: mean Jaccard index with the sites of bootstrap samples; 1 is always the same.
         honest: effect of sites chosen on the other half of the sentences, with its interval.
         warnings: sentences to print beside the choice.
+        importance: the map that they were chosen from, which a notebook shows; not written to files.
 
     Example:
         >>> import mech_absa as ma
@@ -95,6 +97,7 @@ class Selection(Sequence[Site]):
     stability: float = math.nan
     honest: Estimate | None = None
     warnings: tuple[str, ...] = ()
+    importance: ImportanceMap | None = field(default=None, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -135,7 +138,8 @@ class Selection(Sequence[Site]):
             path: of the file.
             model: from `traced_in`.
         """
-        record = plain(self)
+        record = plain(replace(self, importance=None))
+        del record["importance"]
         record["sites"] = [str(s) for s in self.sites]
         if spans := spans_of(str(s.at) for s in self.sites if s.at is not None):
             record["spans"] = spans
@@ -233,12 +237,9 @@ def select(
     windows = [tuple(layers[i : i + width]) for i in range(len(layers) - width + 1)]
     candidates = _candidates(importance, kind, windows, wanted, control)
     level = float(importance.about.get("level") or 0.95)
-    effect = cluster_bootstrap(
-        candidates.effect, candidates.clusters, level=level, draws=draws, seed=seed
-    )
-    above = cluster_bootstrap(
-        candidates.control, candidates.clusters, level=level, draws=draws, seed=seed
-    )
+    interval = partial(cluster_bootstrap, level=level, draws=draws, seed=seed)
+    effect = interval(candidates.effect, candidates.clusters)
+    above = interval(candidates.control, candidates.clusters)
     p = _family_p(candidates, seed)
     clear = (effect.low > np.maximum(0.0, np.nan_to_num(above.high))) & (p <= (1 - level) / 2)
     best = candidates.largest()
@@ -259,7 +260,8 @@ def select(
         _stability(candidates, best, seed),
         _honest(candidates, level, draws, seed),
     )
-    return replace(chosen, warnings=tuple(_warnings(chosen, candidates, level)))
+    warnings = tuple(_warnings(chosen, candidates, level))
+    return replace(chosen, warnings=warnings, importance=importance)
 
 
 def _checked(

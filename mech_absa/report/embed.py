@@ -3,7 +3,7 @@ of their own.
 
     importance_html(map)      the averaged maps: hover, arrow keys, CSV and PNG
     effects_html(effects)     the same, with the browser of single examples under them
-    selection_html(choice)    the chosen sites, their effect and the verdict
+    selection_html(choice)    the chosen sites, their effect and the verdict, over the map they are framed in
 
 A frame without an address cannot reach the notebook around it, and its styles cannot change the
 notebook's. Where frames are not shown (a web view of a kept notebook), a plain table below says the
@@ -73,7 +73,7 @@ def effects_html(effects: Effects, importance: ImportanceMap) -> str:
 
 def selection_html(selection: Selection) -> str:
     """Return chosen sites as HTML: their names, mean effect with its interval, the rule and the
-    verdict.
+    verdict, and the map that they were chosen from, with a frame around their cells.
     """
     sites = " ".join(f"<code>{escape(str(s))}</code>" for s in selection.sites)
     interval = bracket(selection.ci_low, selection.ci_high)
@@ -89,11 +89,13 @@ def selection_html(selection: Selection) -> str:
     if math.isfinite(selection.stability):
         trust += f"Jaccard index with the choice of bootstrap samples: {selection.stability:.2f}. "
     trust += " ".join(selection.warnings)
+    known = selection.importance
+    chosen_from = "" if known is None else importance_html(known, selection.sites)
     return (
         f"<div><p>{sites}</p><p>Mean effect <b>{number(float(selection.aie))}</b>{escape(interval)} over {selection.n} pairs; "
         f"the control's interval ends at {number(float(selection.control_high))}. "
         f'<b style="color:{colour}">{verdict}</b></p>{f"<p>{escape(trust)}</p>" if trust else ""}'
-        f"<p><small>Rule: {escape(selection.rule)}.</small></p></div>"
+        f"<p><small>Rule: {escape(selection.rule)}.</small></p></div>{chosen_from}"
     )
 
 

@@ -151,6 +151,23 @@ def test_a_review_that_is_too_long_is_left_out_and_counted(run, files, model, ex
     assert sorted(answers[answers.system == "none"].id) == sorted(e.id for e in examples)
 
 
+def test_beside_a_model_another_system_is_scored_on_what_both_can_read(run, files, examples):
+    """A file answers every row, the long one too; the model's row decides what is compared."""
+    long = Example(f"{'very ' * 300}good food", "food", Polarity.POSITIVE, id="long")
+    write_jsonl([long, *examples], files / "mixed.jsonl")
+    rows = ["long,negative", *(f"{e.id},{e.polarity.value}" for e in examples)]
+    (files / "gpt.csv").write_text("\n".join(["id,label", *rows]))
+    flags = ["--data", str(files / "mixed.jsonl"), "--predictions", str(files / "gpt.csv")]
+    assert run(*flags, "--edit", "none", "--compare", "none") == 0
+    answers = pd.read_parquet(files / "out" / "predictions.parquet")
+    ids = {system: sorted(rows.id) for system, rows in answers.groupby("system")}
+    assert ids["gpt"] == ids["none"] == sorted(e.id for e in examples)
+    scores = pd.read_csv(files / "out" / "scores.csv").set_index("system")
+    assert (scores.loc["gpt"].accuracy == 1.0).all(), "the long row was answered wrongly"
+    (files / "gpt.csv").write_text("\n".join(["id,label", *rows[1:]]))
+    assert run(*flags, "--edit", "none") == 2, "a row without an answer is refused all the same"
+
+
 def test_only_seeds_of_one_method_are_put_together():
     a, again, elsewhere = (
         Push("L2.resid_post", seed=0),
@@ -221,6 +238,7 @@ def test_bad_input_leaves_one_sentence_and_no_file(run, files, capsys, flags, me
     assert not (files / "out").exists()
 
 
+@pytest.mark.slow
 def test_edits_are_asked_with_their_own_question(run, files, monkeypatch, model, capsys):
     own = Push("L2.resid_post", 20.0)
     own.record = TrainingRecord(

@@ -77,7 +77,12 @@ def ranked(planted, model) -> tuple[list[tuple[Site, float]], list[Site]]:
 
 
 @pytest.mark.parametrize(
-    "make", [planted_absa, lambda: planted_absa(dead=True), lambda: random_planted(4)]
+    "make",
+    [
+        planted_absa,
+        pytest.param(lambda: planted_absa(dead=True), marks=pytest.mark.slow),
+        lambda: random_planted(4),
+    ],
 )
 def test_the_curve_is_a_step_at_the_size_of_the_circuit(make):
     planted = make()
@@ -231,6 +236,7 @@ def test_the_mib_protocol_on_a_step_of_known_size():
     assert "protocol mib" in curve._repr_html_() and len(curve.random_cpr) == 2
 
 
+@pytest.mark.slow
 def test_the_mib_protocol_against_an_independent_run(model, examples):
     """Every run again as plain counts of the other protocol, and the areas by the benchmark's own loop; scores of both signs."""
     pairs = noise_pairs(model, examples[:3])

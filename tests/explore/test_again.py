@@ -70,6 +70,7 @@ def test_the_command_gives_the_map_again(question, traced, name, tmp_path, monke
     np.testing.assert_allclose(again["effect"], traced[name].frame["effect"], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_training_has_a_command(question):
     state = State(**REVIEW, sites=("L3.resid_post@query.last",), epochs=2, examples=64)
     told = recipe(question, state, ["--adapter=none", "--dtype", "float64"], "builtin:laptop/train")

@@ -229,6 +229,7 @@ def test_bad_data_is_named_with_file_and_line(name, content, words, base, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_columns_and_labels_of_other_names(base, tmp_path, capsys):
     """Numbers for labels and a foreign column, by flags: the same pairs as from the file that has the usual names."""
     number = {"positive": "2", "neutral": "1", "negative": "0"}
@@ -386,6 +387,7 @@ def test_where_one_of_two_processes_dies_the_run_fails_and_can_be_taken_up(base,
     assert contents(one) == contents(two)
 
 
+@pytest.mark.slow
 def test_estimates_are_compared_with_an_exact_sample(base, tmp_path):
     out = tmp_path / "run"
     flags = [
@@ -510,6 +512,7 @@ def test_selected_sites_parse():
     assert str(Site.parse("L3.resid_post@query.last")) == "L3.resid_post@query.last"
 
 
+@pytest.mark.slow
 def test_both_directions_leave_the_interaction_and_a_choice_by_rule(base, tmp_path):
     """TIE - PIE of the table is that of the effects, and sites are chosen by the effect that was named."""
     flags = [*base, *FAST, "--direction", "both", "--sites", "mlp_out", "--by", "role"]
@@ -542,6 +545,7 @@ def test_case_is_ignored_only_on_request(base, tmp_path, capsys):
     assert Effects.load(tmp_path / "run").pairs["aspect"].tolist() == ["Food"]
 
 
+@pytest.mark.slow
 def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_path):
     """Two files of six examples each: the draw holds both, and follows the seed."""
     other = tmp_path / "other.jsonl"
@@ -558,6 +562,7 @@ def test_a_limit_draws_from_all_files_and_head_takes_the_first(base, data, tmp_p
     assert drawn["a"] != drawn["b"]
 
 
+@pytest.mark.slow
 def test_a_trace_without_a_choice_of_sites_keeps_its_map(base, tmp_path, capsys):
     """Where only the question differs, what stands before it is exactly 0, and no role is left."""
     out = tmp_path / "run"

@@ -69,7 +69,7 @@ def check_the_wave_is_the_loop(arch, name, examples):
     assert moved > 0.05  # two engines that do nothing would agree as well
 
 
-@pytest.mark.parametrize("arch", fast(CORE, ["gpt2", "bloom", "llama"]))
+@pytest.mark.parametrize("arch", fast(CORE, ["bloom", "llama"]))
 def test_the_wave_is_the_loop(arch):
     check_the_wave_is_the_loop(arch, CORE[arch], EXAMPLES[:2])
 

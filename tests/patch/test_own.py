@@ -205,7 +205,7 @@ def test_noise_on_a_span_changes_the_embeddings_of_the_span_alone():
     assert frame["effect"][at].abs().min() > 0 and frame["effect"].drop(at).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("corruption", ["mean", "zero", "resample"])
+@pytest.mark.parametrize("corruption", fast(["mean", "zero", "resample"], ["resample"]))
 def test_ablations_and_estimates_run(corruption):
     pairs = made(corruption=corruption)
     exact = ma.trace(tiny("gpt2"), pairs, ["mlp_out"], by="role", metric="logit_diff")
@@ -288,6 +288,7 @@ def test_a_killed_run_is_taken_up(run, monkeypatch):
     assert mine.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_flags_may_name_spans_of_the_file(run):
     sites = ["--sites", "L1.resid_post@second.last", "--no-figures", "--no-report"]
     assert traced(run, run / "facts.jsonl", *sites, out="sites") == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from support import fast
 from support.jobs import pairs_of, tiny
 
 from mech_absa.errors import DataError
@@ -17,7 +18,7 @@ from mech_absa.patch.request import Request
 from mech_absa.patch.stored import join_parts, write_part
 
 
-@pytest.fixture(params=["role", "both", "estimate"])
+@pytest.fixture(params=fast(["role", "both", "estimate"], ["both"]))
 def traced(request, tmp_path, monkeypatch):
     """(plan, effects in memory, the same in a file of several row groups)."""
     options = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fast
 
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Polarity, leakage
@@ -431,7 +432,7 @@ REAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", fast(REAL, ["laptop_test", "service_test"]))
 def test_counts_of_the_papers_files(shared, name):
     positive, negative, neutral, sentences, ambiguous = REAL[name]
     path = shared / "data" / "me_absc" / f"{name}.json"

@@ -75,6 +75,7 @@ def answer(opened: Opened):
     return json.loads(unescape(title[1]))
 
 
+@pytest.mark.slow
 def test_the_watch_sees_what_a_bad_page_does(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
@@ -107,6 +108,7 @@ def test_a_page_opens_cleanly(pages, kind, tmp_path):
         assert NASTY in unescape(body) and NASTY not in body, "shown, as text"
 
 
+@pytest.mark.slow
 def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
     script = """
       const first = document.querySelector('[data-average] .grid td');
@@ -135,6 +137,7 @@ def test_maps_are_walked_by_keys_and_examples_are_searched(pages, tmp_path):
     assert got["turned"] and not opened.console
 
 
+@pytest.mark.slow
 def test_a_slider_steps_through_the_examples(pages, tmp_path):
     """Each place of the slider is the example of that place in the list; a search shortens both."""
     script = """
@@ -231,6 +234,7 @@ def test_the_difference_map_subtracts_the_averages_of_two_runs(pages, runs, tmp_
     assert number == pytest.approx(x - y, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_downloads_hold_what_is_shown(pages, runs, tmp_path):
     """The CSV of a map is the table's rows; a text that a spreadsheet would run is quoted; the picture is a PNG."""
     script = """

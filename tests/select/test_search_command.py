@@ -38,6 +38,7 @@ def sweep(base, tmp_path_factory) -> pd.DataFrame:
     return table.assign(site=named)
 
 
+@pytest.mark.slow
 def test_with_the_whole_budget_it_finds_the_largest_cells_of_the_map(base, sweep, tmp_path, capsys):
     assert cli([*base, "--budget", "1", "--top", "3", "--out", str(tmp_path / "run")]) == 0
     table = pd.read_csv(tmp_path / "run" / "search.csv")

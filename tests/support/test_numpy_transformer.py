@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mech_absa.model import hooked_from_hf
+from support import fast
 from support.numpy_transformer import KINDS, NumpyTransformer, alibi_slopes
 from support.tiny_models import ARCHITECTURES, float64_throughout, hf_float64, tiny_folder
 
 TOKENS = [1, 77, 270, 33, 140, 9, 251, 300, 60, 18, 299, 145]  # longer than the sliding window
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=fast(ARCHITECTURES, ["gpt2", "gptj", "gemma2", "bloom"]))
 def trio(request):
     """The Hugging Face model, the HookedTransformer and the oracle of one architecture, in float64."""
     hf = hf_float64(tiny_folder(request.param))

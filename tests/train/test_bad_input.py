@@ -310,6 +310,7 @@ def warnings_of(folder, capsys) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_every_command_warns_in_three_places(files, tmp_path, capsys):
     common = ["--model", MODEL, "--template", TEXT, "--out", str(tmp_path / "run")]
     assert (

@@ -397,6 +397,7 @@ def test_a_split_that_takes_all_of_a_class_warns(llama):
     assert note.startswith("the validation split took all neutral examples (2)")
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_a_float32_edit():
     model = load_model(tiny_folder("llama"), dtype="bfloat16")
     edit = train(model, Preset("p", BOTH, epochs=6, batch_size=4))

@@ -218,6 +218,7 @@ def test_a_loss_that_is_no_number_keeps_what_was_good(data, tmp_path, capsys):
     assert all(bool(torch.isfinite(p).all()) for p in load_edit(tmp_path / "run").parameters())
 
 
+@pytest.mark.slow
 def test_a_broken_loss_is_said_again_when_the_run_is_resumed(data, tmp_path, capsys):
     words = ["--data", data["train"], "--model", str(tiny_folder("llama")), "--template", TEXT, "--preset", "red", "--layers", "all", "--positions",
              "all", "--lr-representation", "1e37", "--clip", "0", "--epochs", "4", "--out", str(tmp_path / "run"), "--quiet"]  # fmt: skip
@@ -340,6 +341,7 @@ def test_from_a_trace_of_the_adapted_model_to_an_edit_of_its_base(data, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_bytes(data, tmp_path, monkeypatch):
     flags = ("--batch-size", "1", "--epochs", "2", "--checkpoint-every", "1")
     assert run(data, *flags, out=tmp_path / "whole") == 0

@@ -63,6 +63,7 @@ class Packed:
         width = max(8, -(-rows.length // 8))  # an eighth of the prompt
         self._eighth = rows.first // width
         self._by_run = torch.argsort(rows.base_run, stable=True)
+        self._buckets: dict[int, list[Bucket]] = {}
 
     def stage(self, layer: int) -> Stage:
         """Return what is live in a layer; nothing is below the first."""
@@ -83,9 +84,12 @@ class Packed:
 
     def buckets(self, layer: int) -> list[Bucket]:
         """Sort the live rows of a layer into buckets, an eighth of the prompt each."""
-        live = self._by_run[self._by_run < self.stage(layer).rows]
-        eighth, first = self._eighth[live], self.rows.first[live]
-        return [
-            Bucket(int(first[eighth == i].min()), live[eighth == i])
-            for i in eighth.unique().tolist()
-        ]
+        n = self.stage(layer).rows
+        if n not in self._buckets:  # asked for by the walk and by its FLOPs
+            live = self._by_run[self._by_run < n]
+            eighth, first = self._eighth[live], self.rows.first[live]
+            self._buckets[n] = [
+                Bucket(int(first[eighth == i].min()), live[eighth == i])
+                for i in eighth.unique().tolist()
+            ]
+        return self._buckets[n]

@@ -11,18 +11,25 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from hypothesis import HealthCheck, settings
-from support import fast
-from support.tiny_models import ARCHITECTURES, tiny_folder
+from support import ARCHITECTURES, fast
 
 # No test depends on wall time: a neighbour may hold the processor for seconds.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
-torch.set_num_threads(min(2, torch.get_num_threads()))
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up torch and transformers where tests run, which is not where they are only handed out."""
+    hands_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    if hands_out:
+        return
+    import torch
+    import transformers
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +44,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session", params=fast(ARCHITECTURES, ["gpt2", "llama", "gemma2", "bloom"]))
 def tiny(request) -> Path:
     """The folder of a tiny random Hugging Face model, one architecture after the other."""
+    from support.tiny_models import tiny_folder
+
     return tiny_folder(request.param)

@@ -105,7 +105,7 @@ def same_but_rounding(said: str, printed: str) -> bool:
 RUN = [p for p in PAGES if any(mark == "run" for mark, _, _ in blocks(p))]
 
 
-LONG = {"reports.md", "editing.md", "data.md", "evaluation.md"}
+LONG = {"quickstart.md", "reports.md", "editing.md", "data.md", "evaluation.md"}
 
 
 @pytest.mark.parametrize("page", fast(RUN, [p for p in RUN if p.name not in LONG]), ids=name)

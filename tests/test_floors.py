@@ -11,6 +11,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,12 @@ def modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
         room = inner[0] if inner != ("__init__",) else ""
         if inner[-1] == "__main__" or inner in COMMANDS:
             room = ".".join(inner)
-        yield "/".join(inner) + ".py", room, ast.parse(path.read_text(encoding="utf-8"))
+        yield "/".join(inner) + ".py", room, parsed(path.read_text(encoding="utf-8"))
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def floor(room: str) -> int | None:
@@ -145,7 +151,7 @@ def calls(tree: ast.Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield (
-                ast.unparse(node) if isinstance(node.value, ast.Name) else "." + node.attr,
+                f"{node.value.id if isinstance(node.value, ast.Name) else ''}.{node.attr}",
                 node.lineno,
             )
         elif isinstance(node, ast.Name):

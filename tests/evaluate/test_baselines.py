@@ -111,6 +111,7 @@ def test_the_best_wording_is_chosen_on_train_alone(monkeypatch):
     assert asked == [(6, wordings[0]), (6, wordings[1]), (2, wordings[1])]
 
 
+@pytest.mark.slow
 def test_the_nearest_opinion_solves_the_first_version_and_not_the_second():
     """The reason for the second version: proximity and a lexicon stay below 75 % there."""
     for version, least, most in (("", 0.93, 1.0), ("v2/", 0.3, 0.75)):

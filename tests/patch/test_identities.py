@@ -231,6 +231,7 @@ def test_no_noise_has_no_effect():
             assert torch.equal(answers.patched, answers.base.expand_as(answers.patched))
 
 
+@pytest.mark.slow
 def test_a_pair_and_its_edit_exchange_roles():
     """Breaking a with b is restoring in the pair (b, a): the two directions are one computation with the runs exchanged."""
     model = tiny("llama")

@@ -286,6 +286,7 @@ options = st.fixed_dictionaries({
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(GOOD)), st.lists(edit, min_size=1, max_size=4), options)
+@pytest.mark.slow
 def test_a_mutated_file_gives_examples_or_one_bounded_sentence(folder, name, edits, options):
     check(folder, name, mutated(name, edits), **options)
 

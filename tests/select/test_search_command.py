@@ -53,6 +53,7 @@ def test_with_the_whole_budget_it_finds_the_largest_cells_of_the_map(base, sweep
     assert largest["site"].iloc[0] in printed and "these are the 3 largest cells" in printed
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_recorded(base, sweep, tmp_path):
     run = tmp_path / "run"
     assert cli([*base, "--budget", "0.2", "--top", "2", "--quiet", "--out", str(run)]) == 0

@@ -16,6 +16,10 @@ import pytest
 pytest.register_assert_rewrite("support.jobs", "support.edit_cases", "support.small_cases")
 
 
+ARCHITECTURES = ("gpt2", "llama", "pythia", "gptj", "qwen2", "mistral", "gemma2", "bloom")
+"""Of the tiny models; here, so that they are known without torch."""
+
+
 def fast(cases, chosen):
     """Return the cases as parameters of a test, all but the chosen ones marked slow."""
     return [c if c in chosen else pytest.param(c, marks=pytest.mark.slow) for c in cases]

@@ -33,6 +33,8 @@ from tokenizers import (
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from . import ARCHITECTURES
+
 SENTENCES = (
     "The food was great but the service was dreadful.",
     "Great laptop, awful battery, and the screen is fine.",
@@ -41,7 +43,6 @@ SENTENCES = (
     'Review: The staff were rude. Aspect: staff. The sentiment towards "staff" is negative, neutral or positive:',
     "Sentiment: positive negative neutral. Aspect: food service price staff screen keyboard.",
 )
-ARCHITECTURES = ("gpt2", "llama", "pythia", "gptj", "qwen2", "mistral", "gemma2", "bloom")
 METASPACE = ("llama", "mistral", "gemma2")
 WINDOW = 5  # of the sliding-window models: smaller than any prompt of interest
 

@@ -128,11 +128,14 @@ def peers(result: dict[str, Any]) -> str:
         run = ", ".join(f"{r['cells_run']:,}" for r in (naive, batched, ours))
         worst = max(r["difference"] or 0.0 for r in (naive, batched))
         rows.append(
-            [key[0], key[1], key[2], f"{ours['cells']:,}", *pace, *times, " / ".join(wall), run, f"{worst:.0e}"]
+            [
+                key[0], key[1], key[2], f"{ours['cells']:,}", *pace, *times,
+                f"{ours['allowed']:.1f}" if ours.get("allowed") else "-", " / ".join(wall), run, f"{worst:.0e}",
+            ]
         )  # fmt: skip
     head = [
         "shape", "tokens", "TransformerLens", "cells", "its naive loop", "batched", "ours",
-        "times the naive loop", "times the batched", "by wall time", "cells run", "largest difference",
+        "times the naive loop", "times the batched", "arithmetic allows", "by wall time", "cells run", "largest difference",
     ]  # fmt: skip
     return table(head, rows)
 

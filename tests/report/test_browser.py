@@ -296,6 +296,23 @@ def test_the_legend_has_the_colours_of_the_cells(pages, tmp_path, theme):
         )
 
 
+def test_a_fresh_page_begins_at_its_top_and_jumps_end_below_the_bar(pages, tmp_path):
+    """The title of a comparison takes two lines on a phone; the first lines once began behind the bar."""
+    script = """
+        await new Promise(done => addEventListener("load", () => setTimeout(done, 300)));
+        const fresh = [scrollY, location.hash], bar = document.querySelector("header");
+        const link = [...document.querySelectorAll('nav a')].at(-1);
+        link.click();
+        const section = document.querySelector(link.getAttribute("href"));
+        return {fresh, above: section.getBoundingClientRect().top - bar.getBoundingClientRect().bottom,
+                end: innerHeight + scrollY >= document.body.scrollHeight - 2};
+    """
+    page = with_script(pages["comparison"], tmp_path, script)
+    got = answer(open_page(page, tmp_path, query="", size="400,900"))
+    assert got["fresh"] == [0, ""]
+    assert got["above"] >= 0 or got["end"], got
+
+
 @pytest.mark.parametrize("kind", fast(("trace", "evaluate", "matrix", "comparison"), ("evaluate",)))
 def test_nothing_sticks_out_of_a_narrow_page(pages, kind, tmp_path):
     # A window of a browser is never narrower than 500 px, a frame is.

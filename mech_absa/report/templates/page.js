@@ -57,6 +57,14 @@ document.querySelectorAll("main .scroll > table:not(.grid):not(.answers)").forEa
   table.parentNode.after(make("div", { class: "gets" }, csvButton(fileName(table.closest("section") ? table.closest("section").id : "table"), rows)));
 });
 
+// What is scrolled to ends below the bar, whose title may take two lines.
+(function () {
+  const bar = document.querySelector("header");
+  if (!bar) return;
+  const below = () => { root.style.scrollPaddingTop = `${bar.offsetHeight + 8}px`; };
+  below();
+  new ResizeObserver(below).observe(bar);
+})();
 (function () {
   const link = document.getElementById("link");
   if (!link) return;
@@ -68,7 +76,7 @@ document.querySelectorAll("main .scroll > table:not(.grid):not(.answers)").forEa
   });
   // A link that opens a state begins at its section, once the maps above it have their height.
   const section = location.hash.split("?")[0];
-  if (section.length > 1 && location.hash.includes("?")) {
+  if (section.length > 1 && section !== "#main" && location.hash.includes("?")) {
     const target = document.getElementById(decodeURIComponent(section.slice(1)));
     if (target) requestAnimationFrame(() => target.scrollIntoView());
   }

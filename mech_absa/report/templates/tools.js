@@ -57,9 +57,10 @@ addEventListener("keydown", e => { if (e.key === "Escape") hush(); });
 const STATE = new URLSearchParams(location.hash.split("?")[1] || "");
 function keep(name, value) {
   if (value === null || value === undefined || value === "") STATE.delete(name); else STATE.set(name, value);
-  const section = location.hash.split("?")[0] || "#main";
-  const text = STATE.toString();
-  try { history.replaceState(null, "", section + (text ? "?" + text : "")); } catch { /* a page inside another has no address of its own */ }
+  const section = location.hash.split("?")[0], text = STATE.toString();
+  // A page that loads scrolls to the section of its address, so a fresh one gets none.
+  const place = text ? `${section || "#main"}?${text}` : section || location.href.split("#")[0];
+  try { history.replaceState(null, "", place); } catch { /* a page inside another has no address of its own */ }
 }
 function kept(name) { return STATE.get(name); }
 

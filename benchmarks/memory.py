@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def of_size(n: int, memory: float, folder: Path) -> dict[str, Any]:
 def of_model(name: str, pairs: int, folder: Path) -> dict[str, Any]:
     """Return what a trace of a shipped model takes."""
     words = ["--model", name, "--limit", str(pairs), "--by", "role"]
-    return {"model": name} | measure(words, folder / name)
+    return measure(words, folder / name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,20 +106,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="a number of examples, or the name of a model")
     only = parser.parse_args(argv).only
     kept = read_json(RESULT) if RESULT.exists() else {}
-    runs, models = kept.get("runs", []), kept.get("models", [])
-    done = {(row["examples"], row["memory_gib"]) for row in runs} | {m["model"] for m in models}
+    runs, models = kept.get("runs", []), kept.get("models", {})
+    done = {(row["examples"], row["memory_gib"]) for row in runs}
+
+    def keep() -> None:
+        threads = os.environ.get("OMP_NUM_THREADS")
+        write_json(RESULT, {"threads": threads, "runs": runs, "models": models})
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(folder / "model")
-        jobs = [(runs, str(n), (n, m), partial(of_size, n, m)) for n, m in RUNS]
-        jobs += [(models, m, m, partial(of_model, m, pairs)) for m, pairs in SHIPPED]
-        for rows, called, key, job in jobs:
-            if key in done or only not in (None, called):
-                continue
-            rows.append(job(folder))
-            print(rows[-1], flush=True)
-            threads = os.environ.get("OMP_NUM_THREADS")
-            write_json(RESULT, {"threads": threads, "runs": runs, "models": models})
+        for n, memory in RUNS:
+            if (n, memory) not in done and only in (None, str(n)):
+                runs.append(of_size(n, memory, folder))
+                print(runs[-1], flush=True)
+                keep()
+        for model, pairs in SHIPPED:
+            if model not in models and only in (None, model):
+                models[model] = of_model(model, pairs, folder)
+                print(model, models[model], flush=True)
+                keep()
     return 0
 
 

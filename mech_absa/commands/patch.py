@@ -39,7 +39,7 @@ from ..patch.corruption import (
 )
 from ..patch.directions import BothDirections, interaction_table
 from ..patch.gradients import agreement
-from ..patch.importance import ImportanceMap, Selection, traced_in
+from ..patch.importance import ImportanceMap, Selection, load_sites, traced_in
 from ..patch.own import prompt_pairs
 from ..patch.pairs import Pairs, make_pairs
 from ..patch.plan import Plan, plan
@@ -116,7 +116,8 @@ class StateFlags:
     """Say which states are put back, and what is read."""
 
     sites: Sources = ("resid_post", "attn_out", "mlp_out")
-    """Kinds of state (resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; q, k, v by the loop), or single sites such as L5.head3."""
+    """Which sites: kinds of state (resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; q, k, v by the loop),
+    single sites such as L5.head3, or the folder of a traced run (or its sites.json), whose chosen sites are taken."""
     layers: str = "all"
     """Layers of the kinds: 3, 2-5, 0,2-4, all, first, middle or last (thirds of the depth)."""
     by: str = "token"
@@ -129,6 +130,19 @@ class StateFlags:
     Ablations are always noise."""
     memory: OptionalFloat = None
     """GiB for activations in flight. Default: half a GiB on a CPU, a third of a GPU."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Return kinds and single sites, the chosen sites of a folder in its place.
+
+        Raises:
+            SiteError: a folder or a file holds no sites.
+        """
+        found: list[str] = []
+        for word in self.sites:
+            elsewhere = "/" in word or word.endswith(".json") or Path(word, "sites.json").exists()
+            found += map(str, load_sites(word)) if elsewhere else [word]
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -371,7 +385,7 @@ def check_flags(config: Config, spans: Sequence[str] = ()) -> None:
     config.question.check(words=(3,))
     request_of(config, spans=spans)
     if config.choice.select_kind is not None:
-        kinds = [Site.parse(s, spans).kind if "." in s else s for s in config.sweep.sites]
+        kinds = [Site.parse(s, spans).kind if "." in s else s for s in config.sweep.named]
         named = [k for k in dict.fromkeys(kinds) if k not in HEAD_KINDS]
         one_of("--select-kind", config.choice.select_kind, named)
 
@@ -385,7 +399,7 @@ def request_of(
         ConfigError, SiteError: a word or a number is not accepted.
     """
     return Request.parse(
-        config.sweep.sites,
+        config.sweep.named,
         layers=layers,
         by=config.sweep.by,
         metric=config.sweep.metric,
@@ -403,6 +417,8 @@ def request_of(
 
 def main(config: Config) -> Path | None:
     """Trace, and say where the result went."""
+    # The record names the sites themselves: the folder they were chosen in may change.
+    config = replace(config, sweep=replace(config.sweep, sites=config.sweep.named))
     own = own_pairs(config)
     check_flags(config, () if own is None else own.spans)
     group = _Group(config)
@@ -470,7 +486,7 @@ def prepare(
         raise ConfigError(
             f"--select-width {config.choice.select_width} was given; {len(layers)} layers are traced"
         )
-    for site in config.sweep.sites:
+    for site in config.sweep.named:
         if "." in site:
             base.check_site(Site.parse(site, spans))
     model, adapter = adapted(config, base)

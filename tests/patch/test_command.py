@@ -129,6 +129,22 @@ def test_a_run_leaves_what_it_says(base, tmp_path, capsys):
     assert not (out / ".run").exists()
 
 
+def test_sites_may_be_those_of_a_traced_run(base, tmp_path, capsys):
+    """`--sites` takes in `patch` what it takes in `train`; the record names the sites themselves."""
+    chosen = tmp_path / "first"
+    chosen.mkdir()
+    (chosen / "sites.json").write_text('{"sites": ["L1.resid_post@query.last", "L2.mlp_out"]}')
+    for i, words in enumerate(([str(chosen)], ["L1.resid_post@query.last", "L2.mlp_out"])):
+        assert cli([*base, *FAST, "--out", str(tmp_path / f"{i}"), "--sites", *words]) == 0
+    frames = [Effects.load(tmp_path / f"{i}").frame for i in range(2)]
+    pd.testing.assert_frame_equal(*frames)
+    assert set(frames[0]["role"][frames[0]["kind"] == "resid_post"]) == {"query.last"}
+    records = [json.loads((tmp_path / f"{i}" / "run.json").read_text()) for i in range(2)]
+    assert records[0]["config"]["sites"] == records[1]["config"]["sites"]
+    flags = [*base, "--out", str(tmp_path / "no"), "--sites", str(tmp_path / "nowhere/sites.json")]
+    assert "nowhere" in refused(flags, capsys) and not (tmp_path / "no").exists()
+
+
 def refused(argv: list[str], capsys) -> str:
     assert cli(argv) == 2
     captured = capsys.readouterr()

@@ -36,18 +36,14 @@ LAUNCH = ["-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu", "--
 
 
 def run(name: str, out: Path, threads: int = 1) -> None:
-    """Run a command in a forked process with so many threads."""
-    import torch
-
-    process = os.fork()
-    if not process:
-        torch.set_num_threads(threads)
-        code, _ = kills.run_whole(
-            kills.COMMANDS[name][0], [*kills.line_of(name, out), "--device", "cpu"]
-        )
-        os._exit(code)
-    if status := os.waitpid(process, 0)[1]:
-        raise SystemExit(f"{name} ended with {os.waitstatus_to_exitcode(status)}")
+    """Run a command in a process of its own with so many threads; a forked one could not start others."""
+    words = ["-m", "mech_absa", kills.COMMANDS[name][0], *kills.line_of(name, out)]
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", *words, "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)},
+    )
+    if ended.returncode:
+        raise SystemExit(f"{name} ended with {ended.returncode}")
 
 
 def compared(name: str, one: Path, other: Path) -> dict[str, Any]:
@@ -164,7 +160,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=list(PARTS))
     parser.add_argument("--folder", type=Path, help="keeps the runs; made anew where None")
     options = parser.parse_args(argv)
-    kills.preload()
     found = read_json(RESULT) if RESULT.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)

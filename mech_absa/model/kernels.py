@@ -7,8 +7,8 @@ the operator is missing, fails or differs, `linear` runs `F.linear`.
 
 oneDNN compiles a kernel for every shape that it meets, and it and torch keep a thousand of them each.
 A sweep meets a new shape in every chunk, so kernels that nobody needs again took 350 MiB after 300
-reviews. Here `KEPT` are kept, unless the environment says how many: enough for all shapes of one
-pair. With 32, tiny models, whose sweep takes 40 ms, compiled the same kernels again, for 10 ms.
+reviews. Here `KEPT` are kept, unless the environment says how many. With 32, tiny models, whose
+sweep takes 40 ms, compiled the same kernels again, for 10 ms; with 128 they do not.
 """
 
 from __future__ import annotations

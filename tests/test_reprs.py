@@ -170,7 +170,7 @@ def test_a_selection_shows_its_sites_and_its_verdict():
     assert "not chosen on: 0.2 [0.1, 0.3]" in html and "bootstrap samples: 0.75" in html
     assert "few &amp; rough" in html
     assert "<code>L3.resid_post@query.last</code>" in html and "&lt;rule&gt;" in html
-    assert "<b>0.25</b> [0.125, 0.5] over 12 pairs" in html and "Not clear" in html
+    assert "<b>0.25</b> [0.125, 0.5] over 12 pairs" in html and "not clear" in html
     assert "<iframe" not in html, "a choice that was read from a file has no map"
 
 

@@ -25,7 +25,7 @@ from ..records import About
 from ..sites import HEAD_KINDS
 from . import maps
 from .runs import EffectRows, Run, with_whole_numbers
-from .text import bracket, embedded, number
+from .text import bracket, embedded, number, verdict
 from .views.trace import mark_words, top_sites
 
 if TYPE_CHECKING:
@@ -77,24 +77,20 @@ def selection_html(selection: Selection) -> str:
     """
     sites = " ".join(f"<code>{escape(str(s))}</code>" for s in selection.sites)
     interval = bracket(selection.ci_low, selection.ci_high)
-    colour, verdict = (
-        ("#1b6e3c", "Clear: its interval lies above 0 and above the control's.")
-        if selection.clear
-        else ("#b3261e", "Not clear: no candidate's interval lies above 0 and the control's.")
-    )
+    colour = "#1b6e3c" if selection.clear else "#b3261e"
     trust = ""
     if selection.honest is not None and math.isfinite(selection.honest.value):
         h = selection.honest
         trust += f"On sentences they were not chosen on: {number(float(h.value))}{bracket(h.low, h.high)}. "
     if math.isfinite(selection.stability):
         trust += f"Jaccard index with the choice of bootstrap samples: {selection.stability:.2f}. "
-    trust += " ".join(selection.warnings)
+    trust += "; ".join(selection.warnings)
     known = selection.importance
     chosen_from = "" if known is None else importance_html(known, selection.sites)
     return (
         f"<div><p>{sites}</p><p>Mean effect <b>{number(float(selection.aie))}</b>{escape(interval)} over {selection.n} pairs; "
         f"the control's interval ends at {number(float(selection.control_high))}. "
-        f'<b style="color:{colour}">{verdict}</b></p>{f"<p>{escape(trust)}</p>" if trust else ""}'
+        f'<b style="color:{colour}">{verdict(selection.clear)}</b></p>{f"<p>{escape(trust)}</p>" if trust else ""}'
         f"<p><small>Rule: {escape(selection.rule)}.</small></p></div>{chosen_from}"
     )
 

@@ -31,7 +31,7 @@ from ..errors import ConfigError, DataError
 from ..records import write_text
 from . import maps
 from .runs import WORDS, Run, read_runs
-from .text import embedded, number, percent, pretty
+from .text import embedded, number, percent, pretty, verdict
 from .views import VIEWS
 from .views.compare import comparison
 
@@ -90,7 +90,12 @@ def environment() -> Environment:
         loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    templates.filters |= {"number": number, "percent": percent, "pretty": pretty}
+    templates.filters |= {
+        "number": number,
+        "percent": percent,
+        "pretty": pretty,
+        "verdict": verdict,
+    }
     templates.tests["number"] = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     return templates
 

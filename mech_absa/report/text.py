@@ -125,3 +125,10 @@ def _without_nan(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verdict(clear: bool) -> str:
+    """Return what is known of chosen sites; intervals alone do not decide (`patch.selection`)."""
+    if clear:
+        return "The choice is clear: it stands out from 0 and from the control."
+    return "The choice is not clear: nothing stands out from 0 and from the control."

@@ -148,6 +148,7 @@ def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
     )
     assert "6 pairs from 6 sentences; with so few, p-values cannot get small" in said
     assert "The choice is not clear" in said.split("What was run")[1]
+    assert "The choice is clear" not in said, "`sites.clear` of a template is a method of the dict"
     assert "On sentences they were not chosen on the effect is 0.2 [−0.1, 0.4]" in said
     assert "Jaccard index of 0.50" in said and "too few" in said
     cells = len(importance_of(effects))

@@ -14,7 +14,7 @@ from ...stats import ADJUSTMENTS, resolution
 from .. import maps
 from ..charts import Line, legend, line_chart, y_range
 from ..runs import Run
-from ..text import bracket, digits, flat, listed, number, rows_of
+from ..text import bracket, digits, flat, listed, number, rows_of, verdict
 from .common import COLOURS, basics, duration, fact_rows, model_text
 
 CONTROLS = {
@@ -147,12 +147,10 @@ def choice_words(sites: dict[str, Any]) -> list[dict[str, str]]:
         text = "; ".join(trust)
         lines.append({"text": f"{text[0].upper()}{text[1:]}."})
     if sites.get("clear") is not None:
-        verdict = (
-            "The choice is clear: its interval lies above the control's."
-            if sites["clear"]
-            else "The choice is not clear: no candidate's interval lies above the control's. Do not edit there on this evidence."
-        )
-        lines.append({"text": verdict, "look": "ok" if sites["clear"] else "bad"})
+        text = verdict(sites["clear"])
+        if not sites["clear"]:
+            text += " Do not edit there on this evidence."
+        lines.append({"text": text, "look": "ok" if sites["clear"] else "bad"})
     return lines + [{"text": str(w), "look": "warn"} for w in listed(sites.get("warnings"))]
 
 

@@ -173,7 +173,7 @@ class Edit(nn.Module):
                 row([family, named, options, f"{rate:g}", f"{sum(size for _, size in members):,}"])
             )
         r = self.record
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"computed from examples": r.examples} if r.made else {}
         if r.trained:
             facts = {
                 "trained on examples": r.examples, "steps": r.steps, "seed": r.seed, "loss on validation examples": r.best_validation_loss,

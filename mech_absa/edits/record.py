@@ -54,6 +54,7 @@ class TrainingRecord:
         examples_per_second: over the whole training.
         versions: of the packages.
         lofit: how heads were chosen, for an edit of `lofit`.
+        made: what an edit that no gradient trained was computed from; empty for all others.
 
     Examples:
         >>> TrainingRecord(seed=3, steps=40).steps
@@ -82,6 +83,7 @@ class TrainingRecord:
     examples_per_second: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     lofit: HeadChoice | None = None
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -89,10 +91,12 @@ class TrainingRecord:
         return self.steps > 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values; `lofit` only where there is one."""
+        """Return the record as JSON values; `lofit` and `made` only where there is one."""
         values: dict[str, Any] = plain(self)
         if self.lofit is None:
             del values["lofit"]
+        if not self.made:
+            del values["made"]
         return values
 
     @classmethod
@@ -131,7 +135,7 @@ class Trained(Protocol):
 _TEXT = ("data_sha256", "separator")
 _TEXT_OR_NONE = ("template", "stopped")
 _COUNTS = ("examples", "validation", "steps", "best_step", "processes")
-_OBJECTS = ("preset", "classes", "versions")
+_OBJECTS = ("preset", "classes", "versions", "made")
 _LISTS = {"labels": (2, 3), "warnings": range(10_000)}
 
 

@@ -58,6 +58,7 @@ def parts_of(model, layers=(1,)) -> dict[str, list[Part]]:
         for family in ("loreft", "noreft", "direft", "red", "steering")
     }
     made["adapter"] = [Part("adapter", s, {"rank": 3}) for s in sites]
+    made["post_block"] = [Part("post_block", f"L{layer}.resid_post") for layer in layers]
     made["head_gate"] = [
         Part("head_gate", f"L{layer}.head{h}") for layer in layers for h in range(model.n_heads)
     ]

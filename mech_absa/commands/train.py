@@ -66,7 +66,9 @@ from .flags import (
 FREE_TOO = (*FREE, "memory", "checkpoint_every", "strict")
 """Flags that may change when a training is resumed."""
 
-REPRESENTATION = ("loreft", "noreft", "direft", "red", "steering", "adapter", "head_gate")
+REPRESENTATION = (
+    "loreft", "noreft", "direft", "red", "steering", "adapter", "post_block", "head_gate",
+)  # fmt: skip
 """Families that `--lr-representation` is for; `--lr-weight` is for the others."""
 
 

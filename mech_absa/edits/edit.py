@@ -30,7 +30,7 @@ from .heads import HeadGate
 from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
 from .lowrank import DoRA, LoRA
 from .record import TrainingRecord
-from .rivals import Adapter, BitFit, Full, Prefix
+from .rivals import Adapter, BitFit, Full, PostBlock, Prefix
 
 FAMILIES: dict[str, type[Intervention]] = {
     c.family: c
@@ -44,6 +44,7 @@ FAMILIES: dict[str, type[Intervention]] = {
         DoRA,
         Prefix,
         Adapter,
+        PostBlock,
         BitFit,
         Full,
         HeadGate,

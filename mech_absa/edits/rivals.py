@@ -1,10 +1,10 @@
-"""What the low-rank edits are compared with: prefixes, bottleneck adapters, biases, and the weights
-themselves.
+"""What the low-rank edits are compared with: prefixes, bottleneck adapters, steering after a block,
+biases, and the weights themselves.
 
 Prefix tuning is Li & Liang 2021 (arXiv 2101.00190), the adapter Houlsby et al. 2019 (arXiv
-1902.00751), BitFit Ben Zaken et al. 2022 (arXiv 2106.10199). All of them are kept beside the base
-model and act through hooks, full fine-tuning included: what is trained there is the difference to
-the base weights.
+1902.00751), post-block steering Adila et al. 2026 (arXiv 2603.00425), BitFit Ben Zaken et al. 2022
+(arXiv 2106.10199). All of them are kept beside the base model and act through hooks, full
+fine-tuning included: what is trained there is the difference to the base weights.
 """
 
 from __future__ import annotations
@@ -140,6 +140,44 @@ class Adapter(SiteIntervention):
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         return h + self.f(h @ self.W_down.to(h)) @ self.W_up.to(h)
+
+
+class PostBlock(SiteIntervention):
+    """h + alpha W_up SiLU(W_down h): a low-rank steering of what a block returns.
+
+    Adila et al. 2026 (arXiv 2603.00425, "Weight Updates as Activation Shifts") put one behind every
+    block, on every token, with rank 8 and alpha 1. There are no biases. W_down starts small, uniform
+    within 1e-3 / sqrt(d) (the authors' code: Kaiming-uniform with a = sqrt 5, times 1e-3), and W_up
+    at 0, so that a fresh one is the identity.
+
+    Args:
+        place: the output of a block (`resid_post`).
+        shape: of the model.
+        rank: width of the bottleneck.
+        alpha: factor of the shift.
+    """
+
+    family = "post_block"
+    formula = "h + alpha W_up SiLU(W_down h)"
+
+    def __init__(self, place: Place, shape: Shape, rank: int = 8, alpha: float = 1.0):
+        super().__init__(place, shape)
+        if self.site.kind != "resid_post":
+            raise SiteError(
+                f"{self.family} acts on what a block returns, and {place} is something else; write L{place.layer}.resid_post"
+            )
+        rank_of(rank, self.width, place)
+        self.alpha = alpha
+        self.W_down = parameter(self.width, rank)
+        self.W_up = parameter(rank, self.width)
+
+    def reset(self, model: Model, generator: torch.Generator) -> None:
+        bound = 1e-3 / math.sqrt(self.width)
+        nn.init.uniform_(self.W_down, -bound, bound, generator=generator)
+        nn.init.zeros_(self.W_up)
+
+    def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
+        return h + self.alpha * F.silu(h @ self.W_down.to(h)) @ self.W_up.to(h)
 
 
 class BitFit(MatrixIntervention):

@@ -277,7 +277,7 @@ TABLE_2: dict[str, Callable[[Shape], Preset]] = {
 
 RATES = {
     "lora": 4e-3, "dora": 4e-3, "loreft": 2e-2, "noreft": 2e-2, "direft": 2e-2, "red": 1e-1, "steering": 1e-1,
-    "prefix": 5e-2, "adapter": 8e-3, "bitfit": 1.2e-2, "full": 1e-3, "head_gate": 5e-2,
+    "prefix": 5e-2, "adapter": 8e-3, "bitfit": 1.2e-2, "full": 1e-3, "head_gate": 5e-2, "post_block": 8e-3,
 }  # fmt: skip
 """Learning rate of every family in models of a few million parameters.
 
@@ -296,9 +296,10 @@ at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before t
 | steering | 2.5e-3 0.49, 1e-2 0.50, 4e-2 0.56, 1e-1 0.61 |
 
 and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2
-0.49, 5e-2 0.64; adapter 5e-4 0.60, 2e-3 1.00, 8e-3 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2
-1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00. `dora` takes the rate of
-lora. The rate of head_gate was found with `gates="tempered"`.
+0.49, 5e-2 0.64; adapter 5e-4 0.60, 2e-3 1.00, 8e-3 1.00; post_block 5e-4 0.55, 2e-3 1.00, 8e-3
+1.00, 3.2e-2 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full
+3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora. The rate of head_gate was found with
+`gates="tempered"`.
 
 The rates were found in layers 2-4 and favour them: with as few steps, other layers may need other
 rates. A comparison of places has to tune the rate of each (`figures/places.py` does).
@@ -316,6 +317,7 @@ METHODS = (
     "steering",
     "prefix",
     "adapter",
+    "post_block",
     "bitfit",
     "full",
     "head_gate",
@@ -391,6 +393,8 @@ def _bundled_rival(
     if method == "adapter":
         kinds = ("attn_out", "mlp_out")
         return parts(method, (Site(x, kind) for x in layers for kind in kinds), rate, rank=rank)
+    if method == "post_block":
+        return parts(method, (Site(x, "resid_post") for x in layers), rate, rank=rank)
     if method in ("bitfit", "full"):
         without_gate = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
         names = without_gate if shape is None else shape.matrices

@@ -235,6 +235,8 @@ def test_another_model_is_refused(llama):
         (Part("prefix", "L1.W_O"), SiteError, "write L1"),
         (Part("prefix", "L1", {"length": 0}), ConfigError, "accepted: 1 or more"),
         (Part("adapter", "L1.mlp_out", {"f": "swish"}), ConfigError, "relu"),
+        (Part("post_block", "L1.mlp_out"), SiteError, "write L1.resid_post"),
+        (Part("post_block", "L1.resid_post", {"rank": 33}), ConfigError, "accepted: 1 to 32"),
         (Part("head_gate", "L1.attn_out"), SiteError, "one head"),
         (Part("lora", "L1.W_O", {"dropout": 1.0}), ConfigError, "dropout"),
         (Part("lora", "L1.W_O", {"ranks": 4}), ConfigError, "its options are rank, alpha"),

@@ -10,9 +10,10 @@ from support.edit_cases import hugging_face, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mech_absa.edits import Matrix, Part, Shape
+from mech_absa.edits import Edit, Matrix, Part, Shape
 from mech_absa.edits.base import Where
 from mech_absa.edits.heads import HIGH, LOW, TEMPERATURE, HeadGate
+from mech_absa.edits.rivals import PostBlock
 from mech_absa.model import load_model
 from mech_absa.prompts import Tokens
 from mech_absa.sites import Site
@@ -191,6 +192,44 @@ def test_the_other_representation_edits_equal_their_equations(llama, family, opt
         lambda module, args, out: equation(i, out)
     )
     tokens = prompts(llama)[1]
+    with torch.no_grad():
+        want = hf(tokens.ids).logits
+    handle.remove()
+    torch.testing.assert_close(logits(llama, tokens, edit), want, **CLOSE)
+
+
+def test_steering_after_a_block_by_hand():
+    """d = 2, rank 1: SiLU(h . w) = 1 / (1 + e^-1) at h . w = 1; alpha and W_up scale it; no bias, so that 0 stays 0."""
+    shape = Shape(1, 2, 1, 1, 2, 2, True)
+    steerer = PostBlock(Site(0, "resid_post"), shape, rank=1, alpha=2.0)
+    with torch.no_grad():
+        steerer.W_down.copy_(torch.tensor([[1.0], [-1.0]]))
+        steerer.W_up.copy_(torch.tensor([[3.0, 0.5]]))
+    shift = 2 / (1 + math.exp(-1.0))
+    h = torch.tensor([[4.0, 3.0], [0.0, 0.0], [1.0, 1.0]])
+    want = torch.tensor([[4 + 3 * shift, 3 + shift / 2], [0.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(steerer(h), want)
+
+
+def test_steering_after_a_block_equals_its_equation_in_hugging_face(llama):
+    """On every token of the layer's output; it starts as the identity, with W_down within 1e-3 / sqrt(d)."""
+    part = Part("post_block", "L1.resid_post", {"rank": 4, "alpha": 1.5})
+    (fresh,) = Edit.fresh(llama, [part])
+    bound = 1e-3 / math.sqrt(llama.d_model)
+    assert not fresh.W_up.any() and bound / 2 < fresh.W_down.detach().abs().max() <= bound
+    tokens = prompts(llama)[1]
+    assert torch.equal(logits(llama, tokens, Edit.fresh(llama, [part])), logits(llama, tokens))
+    edit = loud(llama, part)
+    (i,) = edit
+
+    def hook(module, args, out):
+        h = out if torch.is_tensor(out) else out[0]
+        low = h @ i.W_down
+        new = h + 1.5 * (low / (1 + torch.exp(-low))) @ i.W_up
+        return new if torch.is_tensor(out) else (new, *out[1:])
+
+    hf = hugging_face("llama")
+    handle = hf.model.layers[1].register_forward_hook(hook)
     with torch.no_grad():
         want = hf(tokens.ids).logits
     handle.remove()

@@ -14,7 +14,7 @@ from support.tiny_models import tiny_folder
 from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
-from mech_absa.edits import LLAMA_2_7B, Edit, Part, count
+from mech_absa.edits import LLAMA_2_7B, Edit, Part, Shape, count
 from mech_absa.errors import ConfigError, EditError, RunFolderError
 from mech_absa.examples import Example, Polarity, split_by_sentence
 from mech_absa.metrics import METRICS
@@ -484,6 +484,14 @@ def test_positions_and_files_name_sites(tmp_path: Path):
         "L1.resid_post@-1",
         "L1.resid_post@query.last",
     ]
+
+
+def test_presets_of_2026_act_in_the_layers_of_the_sites_on_every_token(llama):
+    """Whatever kind and position the sites have; counted by hand for d = 32."""
+    shape, sites = Shape.of(llama), presets.read_sites("L1.mlp_out@-1 L2.attn_out@query.last")
+    steered = presets.named("post_block", sites, shape, rank=3)
+    assert [p.place for p in steered.parts] == ["L1.resid_post", "L2.resid_post"]
+    assert count(steered.parts, shape) == 2 * 2 * 3 * 32
 
 
 def test_the_scores_of_an_edit_that_diverged_are_refused(llama):

@@ -57,6 +57,10 @@ def parts_of(model, layers=(1,)) -> dict[str, list[Part]]:
         family: [Part(family, s) for s in sites]
         for family in ("loreft", "noreft", "direft", "red", "steering")
     }
+    made["tinylora"] = [
+        Part("tinylora", m, {"shared_with": matrices[0]} if m == matrices[1] else {})
+        for m in matrices
+    ]
     made["adapter"] = [Part("adapter", s, {"rank": 3}) for s in sites]
     made["post_block"] = [Part("post_block", f"L{layer}.resid_post") for layer in layers]
     made["head_gate"] = [

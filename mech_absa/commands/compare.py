@@ -113,7 +113,7 @@ class RecipeFlags:
     samples: int = 5
     """Training samples of each place."""
     rank: int = 4
-    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
     validation: float = 0.125
     """Share of the training sentences set aside to tune learning rates on."""
     memory: float = 1.0

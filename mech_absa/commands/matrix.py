@@ -80,7 +80,7 @@ class RecipeFlags:
     """Say how every method is trained. What is left out comes from its preset."""
 
     rank: int = 4
-    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
     epochs: OptionalInt = None
     """Passes over the examples. Default: the preset's."""
     batch_size: OptionalInt = None

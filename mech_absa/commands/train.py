@@ -89,7 +89,7 @@ class RecipeFlags:
     preset: str = "both"
     """both (the paper's pair, with rates for small models), paper, authors_code, a method such as lora_o or loreft, or table2:lora."""
     rank: int = 4
-    """Rank of the edit; the bottleneck of an adapter, the length of a prefix."""
+    """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
     epochs: OptionalInt = None
     """Passes over the examples. Default: the preset's, as for all flags down to --patience."""
     batch_size: OptionalInt = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -227,6 +227,20 @@ class Intervention(nn.Module):
     def points(self, model: Model, where: Where) -> tuple[list[Point], list[Point]]:
         """Return (writers, readers): what is hooked while the edit is in force. All writers are hooked
         before all readers."""
+
+    def meet(self, parts: Sequence[Intervention]) -> None:
+        """Find the other parts of the edit that this one names; most name none.
+
+        A part that is found is kept in a tuple, not as a module of this one: its parameters are
+        counted, trained and saved once.
+
+        Args:
+            parts: all parts of the edit, this one among them.
+
+        Raises:
+            ConfigError: the edit lacks a part that is named.
+        """
+        return None
 
     def settle(self) -> None:
         """Bring the parameters back to where they must lie, after every step of the optimiser."""

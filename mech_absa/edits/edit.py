@@ -28,7 +28,7 @@ from ..sites import Site
 from .base import Intervention, Part, Shape, Where, parse_place
 from .heads import HeadGate
 from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
-from .lowrank import DoRA, LoRA
+from .lowrank import DoRA, LoRA, TinyLoRA
 from .record import TrainingRecord
 from .rivals import Adapter, BitFit, Full, PostBlock, Prefix
 
@@ -42,6 +42,7 @@ FAMILIES: dict[str, type[Intervention]] = {
         Steering,
         LoRA,
         DoRA,
+        TinyLoRA,
         Prefix,
         Adapter,
         PostBlock,
@@ -123,6 +124,8 @@ class Edit(nn.Module):
         self.record = record or TrainingRecord()
         self.history: list[dict[str, Any]] = []
         self.interventions = nn.ModuleList(build(part, shape) for part in self.parts)
+        for intervention in self:
+            intervention.meet(tuple(self))
 
     @classmethod
     def fresh(cls, model: Model, parts: Sequence[Part], seed: int = 0) -> Edit:

@@ -1,6 +1,7 @@
 """Save and load an edit: two files, no pickle.
 
-    edit.safetensors    the parameters, `000.A`, `000.B`, `001.R`, ... in the order of the parts
+    edit.safetensors    the parameters, `000.A`, `000.B`, `001.R`, ... in the order of the parts,
+                        and what a part holds fixed (the factors of TinyLoRA)
     edit.json           schema version, base model and hash of its weights, parts with their formulas, training record, two hashes
 
 `sha256` is the hash of the parameters, `sha256_here` that of all other fields of edit.json: a
@@ -238,7 +239,7 @@ def _short(value: object) -> str:
 
 def _tensors(edit: Edit) -> dict[str, torch.Tensor]:
     return {
-        f"{i:03d}.{name}": p.detach()
+        f"{i:03d}.{name}": tensor
         for i, intervention in enumerate(edit)
-        for name, p in intervention.trainable.items()
+        for name, tensor in intervention.state_dict().items()
     }

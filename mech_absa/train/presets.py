@@ -278,6 +278,7 @@ TABLE_2: dict[str, Callable[[Shape], Preset]] = {
 RATES = {
     "lora": 4e-3, "dora": 4e-3, "loreft": 2e-2, "noreft": 2e-2, "direft": 2e-2, "red": 1e-1, "steering": 1e-1,
     "prefix": 5e-2, "adapter": 8e-3, "bitfit": 1.2e-2, "full": 1e-3, "head_gate": 5e-2, "post_block": 8e-3,
+    "tinylora": 8e-2,
 }  # fmt: skip
 """Learning rate of every family in models of a few million parameters.
 
@@ -297,9 +298,9 @@ at query.last (lora: W_O), validation accuracy at each rate tried, 0.49 before t
 
 and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e-3 0.99; prefix 1e-2
 0.49, 5e-2 0.64; adapter 5e-4 0.60, 2e-3 1.00, 8e-3 1.00; post_block 5e-4 0.55, 2e-3 1.00, 8e-3
-1.00, 3.2e-2 1.00; bitfit 7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full
-3e-4 0.99, 1e-3 1.00. `dora` takes the rate of lora. The rate of head_gate was found with
-`gates="tempered"`.
+1.00, 3.2e-2 1.00; tinylora (224 scalars) 5e-3 0.62, 2e-2 0.83, 8e-2 0.99, 3.2e-1 0.95; bitfit
+7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00.
+`dora` takes the rate of lora. The rate of head_gate was found with `gates="tempered"`.
 
 The rates were found in layers 2-4 and favour them: with as few steps, other layers may need other
 rates. A comparison of places has to tune the rate of each (`figures/places.py` does).
@@ -310,6 +311,7 @@ METHODS = (
     "lora_o",
     "lora",
     "dora",
+    "tinylora",
     "loreft",
     "noreft",
     "direft",
@@ -337,7 +339,8 @@ def bundled(
     Args:
         sites: where; weight edits act in the sites' layers, on every token.
         method: one of `METHODS`; `both` is the paper's pair, `lora_o` and `loreft` its halves.
-        rank: of whatever has one; the bottleneck of an adapter, the length of a prefix.
+        rank: of whatever has one; the bottleneck of an adapter, the length of a prefix, the scalars
+            per matrix of TinyLoRA.
         epochs: passes over the examples.
         shape: of the model; needed for methods that act on every matrix or every head of a layer.
 
@@ -395,10 +398,11 @@ def _bundled_rival(
         return parts(method, (Site(x, kind) for x in layers for kind in kinds), rate, rank=rank)
     if method == "post_block":
         return parts(method, (Site(x, "resid_post") for x in layers), rate, rank=rank)
-    if method in ("bitfit", "full"):
+    if method in ("bitfit", "full", "tinylora"):
         without_gate = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
         names = without_gate if shape is None else shape.matrices
-        return parts(method, matrices(layers, *names), rate)
+        options = {"u": rank} if method == "tinylora" else {}
+        return parts(method, matrices(layers, *names), rate, **options)
     if method == "head_gate":
         heads = range(shape.n_heads if shape is not None else 0)
         return parts(method, (Site(layer, "head", h) for layer in layers for h in heads), rate)

@@ -306,7 +306,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write the whole state to a file, from which `resume` goes on to the same bytes."""
-        tensors = {}
+        tensors = {f"fixed/{name}": fixed for name, fixed in self.edit.named_buffers()}
         for name, p in self.edit.named_parameters():
             tensors[f"now/{name}"], tensors[f"best/{name}"] = p.detach(), self.kept[name]
             slots = self.optimiser.state.get(p, {})
@@ -339,6 +339,8 @@ class Training:
         device = self.task.model.device
         named = dict(self.edit.named_parameters())
         _restore(self.edit, {name: tensors[f"now/{name}"] for name in named})
+        for name, fixed in self.edit.named_buffers():
+            fixed.copy_(tensors[f"fixed/{name}"])
         self.kept = {name: tensors[f"best/{name}"].to(device) for name in named}
         for name, p in named.items():
             slots = {s: tensors.get(f"{s}/{name}") for s in ("step", "exp_avg", "exp_avg_sq")}

@@ -18,7 +18,7 @@ from mech_absa.prompts import Continuation, Tokens
 from mech_absa.scoring import extend
 from mech_absa.sites import Site
 
-WEIGHT = ("lora", "dora", "bitfit", "full")
+WEIGHT = ("lora", "dora", "bitfit", "full", "tinylora")
 
 
 @pytest.fixture
@@ -226,6 +226,13 @@ def test_another_model_is_refused(llama):
         ),
         (Part("loreft", "L1.resid_post", {"rank": 33}), ConfigError, "accepted: 1 to 32"),
         (Part("loreft", "L1.head0", {"rank": 9}), ConfigError, "accepted: 1 to 8"),
+        (Part("tinylora", "L1.W_O", {"rank": 33}), ConfigError, "accepted: 1 to 32"),
+        (Part("tinylora", "L1.W_O", {"u": 0}), ConfigError, "u is 0 at L1.W_O; accepted: 1"),
+        (
+            Part("tinylora", "L1.W_O", {"shared_with": "L1.W_O"}),
+            ConfigError,
+            "no tinylora there with 4 scalars of its own",
+        ),
         (Part("lora", "L7.W_O"), SiteError, "3 layers"),
         (Part("loreft", "L3.resid_post"), SiteError, "3 layers"),
         (Part("loreft", "L1.head9"), SiteError, "heads"),

@@ -10,7 +10,7 @@ from support.edit_cases import hugging_face, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mech_absa.edits import Edit, Matrix, Part, Shape
+from mech_absa.edits import Edit, Matrix, Part, Shape, count
 from mech_absa.edits.base import Where
 from mech_absa.edits.heads import HIGH, LOW, TEMPERATURE, HeadGate
 from mech_absa.edits.rivals import PostBlock
@@ -234,6 +234,88 @@ def test_steering_after_a_block_equals_its_equation_in_hugging_face(llama):
         want = hf(tokens.ids).logits
     handle.remove()
     torch.testing.assert_close(logits(llama, tokens, edit), want, **CLOSE)
+
+
+def test_tinylora_by_hand():
+    """A diagonal W of the query: its two largest entries, 5 and 3, are S, and their axes U and V.
+
+    With P_1 = [[1, 2], [0, 0]], P_2 = [[0, 0], [0, 1]] and v = (10, 100), S R = [[50, 100], [0, 300]]
+    (a row per output): output 0 loses 50 x_0 + 100 x_2 (V_0 is e_0, so that U_0 is -e_0), output 2 gains 300 x_2.
+    """
+    model = load_model(tiny_folder("llama"))
+    matrix = Matrix(1, "W_Q")
+    diagonal = torch.full((32,), 0.5)
+    diagonal[0], diagonal[2] = -5.0, 3.0
+    matrix.set_weight(model, torch.diag(diagonal))
+    (i,) = Edit.fresh(model, [Part("tinylora", "L1.W_Q", {"u": 2})])
+    assert set(i.trainable) == {"v"} and not i.v.any()
+    with torch.no_grad():
+        i.P.copy_(torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]))
+        i.v.copy_(torch.tensor([10.0, 100.0]))
+    want = torch.zeros(32, 32, dtype=torch.float64)
+    want[0, 0], want[2, 0], want[2, 2] = (
+        -50,
+        -100,
+        300,
+    )  # a row per input
+    torch.testing.assert_close(i.update(), want, atol=1e-9, rtol=1e-9)
+    x = torch.arange(64.0).view(1, 2, 32)
+    torch.testing.assert_close(i.change(torch.ones(1, 2, 32), x, model), 1 + x @ want.float())
+
+
+def test_tinylora_equals_the_dense_formula_in_hugging_face(llama):
+    """dW = U S (sum v_i P_i) V^T with the SVD of Hugging Face's weights, at every matrix; two of them share v."""
+    from copy import deepcopy
+
+    parts = [Part("tinylora", f"L{layer}.{m}", {"u": 3}) for layer in (1, 2) for m in LLAMA]
+    parts[3] = Part("tinylora", "L1.W_O", {"u": 3, "shared_with": "L1.W_Q"})
+    edit = loud(llama, *parts)
+    hf = deepcopy(hugging_face("llama"))
+    assert edit.n_parameters == count(parts, Shape.of(llama)) == 13 * 3
+    v = {str(i.place): i.v for i in edit}
+    v["L1.W_O"] = v["L1.W_Q"]
+    with torch.no_grad():
+        for i in edit:
+            weight = hf.model.layers[i.place.layer].get_submodule(LLAMA[i.place.name]).weight
+            U, S, Vt = (t.double() for t in torch.linalg.svd(weight.double(), full_matrices=False))
+            turn = torch.diag((Vt[:2] @ i.V.double()).diagonal().sign())  # our choice of signs
+            R = sum(a * P for a, P in zip(v[str(i.place)].double(), i.P.double(), strict=True))
+            weight += (U[:, :2] @ turn @ S[:2].diag() @ R @ turn @ Vt[:2]).float()
+    for tokens in prompts(llama):
+        with torch.no_grad():
+            want = hf(tokens.ids).logits
+        assert not torch.allclose(want, logits(llama, tokens), **CLOSE)
+        torch.testing.assert_close(logits(llama, tokens, edit), want, **CLOSE)
+
+
+def test_tinylora_equals_peft(llama):
+    """On copied factors, P and v; peft's own factors, which split S, have the same product."""
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed: pip install mech-absa[oracles]"
+    )
+    if not hasattr(peft, "TinyLoraConfig"):
+        pytest.skip("this peft has no TinyLoRA; 0.21 has")
+    edit = loud(llama, *[Part("tinylora", f"L{layer}.{m}") for layer in (1, 2) for m in LLAMA])
+    config = peft.TinyLoraConfig(
+        r=2, u=4, target_modules=[m.split(".")[1] for m in LLAMA.values()], layers_to_transform=[1, 2]
+    )  # fmt: skip
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), attn_implementation="eager"),
+        config,
+    ).eval()
+    layers = theirs.base_model.model.model.layers
+    with torch.no_grad():
+        for i in edit:
+            module = layers[i.place.layer].get_submodule(LLAMA[i.place.name])
+            own = module.tinylora_B["default"] @ module.tinylora_A["default"]
+            torch.testing.assert_close(own, i.US @ i.V.T, atol=1e-5, rtol=1e-4)
+            module.tinylora_A["default"], module.tinylora_B["default"] = i.V.T, i.US
+            module.tinylora_P["default"] = i.P
+            module.tinylora_v["default"][module._tinylora_v_key["default"]].copy_(i.v)
+        for tokens in prompts(llama):
+            want = theirs(tokens.ids).logits
+            assert not torch.allclose(want, logits(llama, tokens), **CLOSE)
+            torch.testing.assert_close(logits(llama, tokens, edit), want, **CLOSE)
 
 
 def test_a_head_edit_sees_one_head_and_changes_one_head(llama):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import fast
 from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
@@ -220,6 +221,26 @@ def test_merged_in_memory_equals_unmerged(arch):
     torch.testing.assert_close(logits(merged, tokens), logits(model, tokens, edit), **CLOSE)
     assert not torch.allclose(logits(merged, tokens), logits(model, tokens), **CLOSE)
     assert weights_hash(model.hooked) == before and model.sha256 != merged.sha256
+
+
+def test_tinylora_is_kept_and_merged_with_its_frozen_factors(llama, tmp_path):
+    """Scalars that two matrices share are written once; V, U S and P of each are in the file beside them."""
+    parts = [Part("tinylora", f"L{layer}.{m}") for layer in (0, 2) for m in ("W_Q", "W_O", "W_out")]
+    parts[1] = Part("tinylora", "L0.W_O", {"shared_with": "L2.W_out"})
+    edit, tokens = loud(llama, *parts), Tokens.stack(prompts(llama))
+    save_edit(edit, tmp_path / "edit")
+    kept = load_file(tmp_path / "edit" / "edit.safetensors")
+    assert set(kept) == {f"{i:03d}.{n}" for i in range(6) for n in ("v", "V", "US", "P")} - {
+        "001.v"
+    }
+    back = load_edit(tmp_path / "edit")  # no model is needed: nothing is computed again
+    assert back.n_parameters == edit.n_parameters == 5 * 4
+    assert torch.equal(logits(llama, tokens, back), logits(llama, tokens, edit))
+    hooked = logits(llama, tokens, back)
+    assert not torch.allclose(hooked, logits(llama, tokens), **CLOSE)
+    torch.testing.assert_close(logits(back.merged(llama), tokens), hooked, **CLOSE)
+    hf = load_model(merge(back, llama, tmp_path / "merged"))
+    torch.testing.assert_close(logits(hf, tokens), hooked, **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["loreft", "noreft", "direft", "red", "steering"])

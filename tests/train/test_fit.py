@@ -15,6 +15,7 @@ from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import LLAMA_2_7B, Edit, Part, Shape, count
+from mech_absa.edits.lowrank import TinyLoRA
 from mech_absa.errors import ConfigError, EditError, RunFolderError
 from mech_absa.examples import Example, Polarity, split_by_sentence
 from mech_absa.metrics import METRICS
@@ -257,6 +258,36 @@ def test_a_killed_training_resumes_to_the_same_bytes(llama, tmp_path, after):
         train(llama, preset, EIGHT[:6], checkpoint=state, **options)
 
 
+def test_what_a_part_holds_fixed_is_resumed_too(llama, tmp_path, monkeypatch):
+    """TinyLoRA's factors come from the checkpoint, not from the SVD of the machine that resumes; two parts share v."""
+    parts = (
+        Part("tinylora", "L1.W_O", {}, 5e-2),
+        Part("tinylora", "L2.W_in", {"shared_with": "L1.W_O"}, 5e-2),
+    )
+    preset = Preset("p", parts, epochs=3, batch_size=4)
+    whole = train(llama, preset)
+
+    def kill(state):
+        if state.step == 3:
+            raise Killed
+
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        train(llama, preset, checkpoint=checkpoint, on_step=kill, checkpoint_every=1)
+    reset = TinyLoRA.reset
+
+    def elsewhere(self, *args):
+        reset(self, *args)
+        self.V[:, 0].neg_()
+
+    monkeypatch.setattr(TinyLoRA, "reset", elsewhere)
+    again = train(llama, preset, checkpoint=checkpoint, checkpoint_every=1)
+    assert same(whole, again) and whole.n_parameters == 4
+    assert whole.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in whole.state_dict().items())
+    assert not same(whole, train(llama, preset)), "the other factors learn something else"
+
+
 # ---- the frozen prefix ---------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +523,9 @@ def test_presets_of_2026_act_in_the_layers_of_the_sites_on_every_token(llama):
     steered = presets.named("post_block", sites, shape, rank=3)
     assert [p.place for p in steered.parts] == ["L1.resid_post", "L2.resid_post"]
     assert count(steered.parts, shape) == 2 * 2 * 3 * 32
+    tiny = presets.named("tinylora", sites, shape, rank=3)
+    assert [p.place for p in tiny.parts] == presets.matrices([1, 2], *shape.matrices)
+    assert count(tiny.parts, shape) == 2 * 7 * 3
 
 
 def test_the_scores_of_an_edit_that_diverged_are_refused(llama):

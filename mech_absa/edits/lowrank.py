@@ -63,6 +63,20 @@ class LoRA(MatrixIntervention):
         """Return s A B, the change of the matrix, in float64."""
         return self.scale * self.A.double() @ self.B.double()
 
+    def written(self) -> Float[Tensor, "d_out k"]:
+        """Return an orthonormal basis of what the update can write, in float64: of the rows of B.
+
+        k is the rank of B, 0 for a fresh edit. A B with numbers that are not finite spans nothing:
+        training ends at the next loss.
+        """
+        B = self.B.detach().double()
+        if not bool(B.isfinite().all()):
+            return B.new_empty(self.d_out, 0)
+        _, size, V = torch.linalg.svd(B, full_matrices=False)
+        noise = max(B.shape) * torch.finfo(torch.float32).eps * size.max()
+        basis: Tensor = V[size > noise].T
+        return basis
+
     def change(self, y: Tensor, x: Tensor, model: Model) -> Tensor:
         return y + self.low_rank(x)
 

@@ -10,7 +10,7 @@ fine-tuning included: what is trained there is the difference to the base weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from .base import (
     parameter,
     rank_of,
 )
+from .lowrank import LoRA
 
 
 class Prefix(Intervention):
@@ -150,24 +151,40 @@ class PostBlock(SiteIntervention):
     within 1e-3 / sqrt(d) (the authors' code: Kaiming-uniform with a = sqrt 5, times 1e-3), and W_up
     at 0, so that a fresh one is the identity.
 
+    Beside a LoRA in the same edit it can be kept from reading what that writes (the paper's joint
+    training of weights and activations, `joint/train_orthogonal.py` of its code): with V an
+    orthonormal basis of what the LoRA's B can write, every row w of W_down becomes w (I - V V^T)
+    after every step of the optimiser. Where a model norms the MLP's output, V is what is written
+    before that norm.
+
     Args:
         place: the output of a block (`resid_post`).
         shape: of the model.
         rank: width of the bottleneck.
         alpha: factor of the shift.
+        orthogonal_to: the place of a `lora` part of the edit that writes to the residual stream,
+            such as L5.W_out; None for no constraint.
     """
 
     family = "post_block"
     formula = "h + alpha W_up SiLU(W_down h)"
 
-    def __init__(self, place: Place, shape: Shape, rank: int = 8, alpha: float = 1.0):
+    def __init__(
+        self,
+        place: Place,
+        shape: Shape,
+        rank: int = 8,
+        alpha: float = 1.0,
+        orthogonal_to: str | None = None,
+    ):
         super().__init__(place, shape)
         if self.site.kind != "resid_post":
             raise SiteError(
                 f"{self.family} acts on what a block returns, and {place} is something else; write L{place.layer}.resid_post"
             )
         rank_of(rank, self.width, place)
-        self.alpha = alpha
+        self.alpha, self.orthogonal_to = alpha, orthogonal_to
+        self._writer: tuple[LoRA, ...] = ()
         self.W_down = parameter(self.width, rank)
         self.W_up = parameter(rank, self.width)
 
@@ -175,6 +192,29 @@ class PostBlock(SiteIntervention):
         bound = 1e-3 / math.sqrt(self.width)
         nn.init.uniform_(self.W_down, -bound, bound, generator=generator)
         nn.init.zeros_(self.W_up)
+
+    def meet(self, parts: Sequence[Intervention]) -> None:
+        if self.orthogonal_to is None:
+            return
+        self._writer = tuple(
+            p
+            for p in parts
+            if isinstance(p, LoRA)
+            and p.family == "lora"
+            and p.matrix.name in ("W_O", "W_out")
+            and str(p.place) == self.orthogonal_to
+        )
+        if not self._writer:
+            raise ConfigError(
+                f"{self.family} at {self.place} is to be orthogonal to {self.orthogonal_to}, and the edit has no lora of "
+                f"W_O or W_out there; add one, or leave orthogonal_to out"
+            )
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for lora in self._writer:
+            V, W_down = lora.written(), self.W_down.double()
+            self.W_down.copy_(W_down - V @ (V.T @ W_down))
 
     def forward(self, h: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:
         return h + self.alpha * F.silu(h @ self.W_down.to(h)) @ self.W_up.to(h)

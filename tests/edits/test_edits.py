@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,6 +165,43 @@ def test_settling_makes_rows_orthonormal_and_keeps_what_they_span(llama):
     assert torch.allclose(again, i.R, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "B, kept",
+    [
+        ([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]], [5.0, 0.0, 7.0]),
+        ([[3.0, 0.0, 0.0], [6.0, 0.0, 0.0]], [0.0, 6.0, 7.0]),  # two rows, one direction
+        ([[1.0, 1.0, 0.0], [0.0, 0.0, 0.1]], [-0.5, 0.5, 0.0]),  # (5, 6) along (1, 1) is (5.5, 5.5)
+        ([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [5.0, 6.0, 7.0]),  # a fresh LoRA writes nothing
+        ([[math.inf, 0.0, 0.0], [0.0, math.nan, 0.0]], [5.0, 6.0, 7.0]),
+    ],
+)
+def test_a_steerer_may_not_read_what_the_lora_of_its_layer_writes(B, kept):
+    """By hand, for W_down = (5, 6, 7): the part along the rows of B goes, the rest stays."""
+    shape = Shape(1, 3, 1, 1, 3, 4, True)
+    parts = (
+        Part("post_block", "L0.resid_post", {"rank": 1, "orthogonal_to": "L0.W_out"}),
+        Part("lora", "L0.W_out", {"rank": 2}),
+        Part("post_block", "L0.resid_post", {"rank": 1}),
+    )
+    edit = Edit(parts, shape, "", "")
+    steerer, lora, free = edit
+    with torch.no_grad():
+        lora.B.copy_(torch.tensor(B))
+        for s in (steerer, free):
+            s.W_down.copy_(torch.tensor([[5.0], [6.0], [7.0]]))
+    edit.settle()
+    torch.testing.assert_close(steerer.W_down[:, 0].detach(), torch.tensor(kept))
+    assert free.W_down[:, 0].tolist() == [5.0, 6.0, 7.0]
+    assert edit.n_parameters == count(parts, shape) == 2 * 6 + 2 * (4 + 3)
+
+
+@pytest.mark.parametrize("other", [("dora", "L1.W_out"), ("lora", "L1.W_Q"), ("lora", "L2.W_out")])
+def test_a_steerer_needs_the_lora_that_it_names(llama, other):
+    named = {"orthogonal_to": other[1] if other[1] != "L2.W_out" else "L1.W_out"}
+    with pytest.raises(ConfigError, match="no lora of W_O or W_out there; add one"):
+        Edit.fresh(llama, [Part("post_block", "L1.resid_post", named), Part(*other)])
+
+
 def test_dropout_is_that_of_training_only(llama):
     edit, tokens = loud(llama, Part("lora", "L1.W_O", {"dropout": 0.5})), prompts(llama)[1]
     still = logits(llama, tokens, edit)
@@ -243,6 +282,11 @@ def test_another_model_is_refused(llama):
         (Part("prefix", "L1", {"length": 0}), ConfigError, "accepted: 1 or more"),
         (Part("adapter", "L1.mlp_out", {"f": "swish"}), ConfigError, "relu"),
         (Part("post_block", "L1.mlp_out"), SiteError, "write L1.resid_post"),
+        (
+            Part("post_block", "L1.resid_post", {"orthogonal_to": "L1.W_out"}),
+            ConfigError,
+            "the edit has no lora of W_O or W_out there",
+        ),
         (Part("post_block", "L1.resid_post", {"rank": 33}), ConfigError, "accepted: 1 to 32"),
         (Part("head_gate", "L1.attn_out"), SiteError, "one head"),
         (Part("lora", "L1.W_O", {"dropout": 1.0}), ConfigError, "dropout"),

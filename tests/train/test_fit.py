@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.tiny_models import tiny_folder
 from support.training_cases import EIGHT, TEMPLATE
 from transformers import AutoModelForCausalLM
 
-from mech_absa.edits import LLAMA_2_7B, Edit, Part, Shape, count
+from mech_absa.edits import LLAMA_2_7B, Edit, Part, Shape, count, load_edit, save_edit
 from mech_absa.edits.lowrank import TinyLoRA
 from mech_absa.errors import ConfigError, EditError, RunFolderError
 from mech_absa.examples import Example, Polarity, split_by_sentence
@@ -288,6 +289,52 @@ def test_what_a_part_holds_fixed_is_resumed_too(llama, tmp_path, monkeypatch):
     assert not same(whole, train(llama, preset)), "the other factors learn something else"
 
 
+def overlap(edit: Edit) -> float:
+    """The largest share of a steerer's reading that lies in what the LoRA of its layer's W_out writes."""
+    shares = []
+    for steerer in (i for i in edit if i.family == "post_block"):
+        layer = steerer.place.layer
+        (lora,) = (i for i in edit if str(i.place) == f"L{layer}.W_out")
+        V, _ = torch.linalg.qr(lora.B.detach().double().T)
+        W = steerer.W_down.detach().double()
+        assert lora.B.any() and steerer.W_up.any()
+        shares.append(float((V.T @ W).norm() / W.norm()))
+    return max(shares)
+
+
+def test_the_joint_pair_stays_orthogonal_while_it_learns(llama, tmp_path):
+    """V^T W_down = 0 after one step and after more, killed and loaded too; without the coupling it is not."""
+    made = presets.bundled("L1.resid_post", "joint_orthogonal", shape=Shape.of(llama))
+    preset = made.but(epochs=2, batch_size=4)
+    free = preset.but(
+        parts=tuple(
+            replace(p, options={"rank": 4}) if p.family == "post_block" else p for p in preset.parts
+        )
+    )
+    assert [p.family for p in preset.parts] == ["lora"] * 7 + ["post_block"]
+    assert count(preset.parts, Shape.of(llama)) == count(free.parts, Shape.of(llama))
+    one = train(llama, preset.but(epochs=1, batch_size=8, warmup=0.0))
+    assert one.record.steps == 1 and overlap(one) < 1e-6
+
+    def kill(state):
+        if state.step == 3:
+            raise Killed
+
+    whole, checkpoint = train(llama, preset), tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        train(llama, preset, checkpoint=checkpoint, on_step=kill, checkpoint_every=1)
+    again = train(llama, preset, checkpoint=checkpoint, checkpoint_every=1)
+    assert same(whole, again) and overlap(whole) < 1e-6 < 0.05 < overlap(train(llama, free))
+    back = load_edit(save_edit(whole, tmp_path / "edit"), llama)
+    assert same(whole, back) and back.parts == whole.parts
+    with torch.no_grad():
+        for p in back.parameters():
+            p += 0.1
+    assert overlap(back) > 0.05
+    back.settle()
+    assert overlap(back) < 1e-6
+
+
 # ---- the frozen prefix ---------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +570,14 @@ def test_presets_of_2026_act_in_the_layers_of_the_sites_on_every_token(llama):
     steered = presets.named("post_block", sites, shape, rank=3)
     assert [p.place for p in steered.parts] == ["L1.resid_post", "L2.resid_post"]
     assert count(steered.parts, shape) == 2 * 2 * 3 * 32
+    joint = presets.named("joint_orthogonal", sites, shape, rank=3)
+    assert joint.parts[:14] == presets.parts(
+        "lora", presets.matrices([1, 2], *shape.matrices), 4e-3, rank=3, alpha=6.0
+    )
+    assert [(p.place, p.options) for p in joint.parts[14:]] == [
+        (f"L{layer}.resid_post", {"rank": 3, "orthogonal_to": f"L{layer}.W_out"})
+        for layer in (1, 2)
+    ]
     tiny = presets.named("tinylora", sites, shape, rank=3)
     assert [p.place for p in tiny.parts] == presets.matrices([1, 2], *shape.matrices)
     assert count(tiny.parts, shape) == 2 * 7 * 3

@@ -45,7 +45,9 @@ def launch(flags: list[str], out: Path, *more: str) -> subprocess.CompletedProce
     )
 
 
-def test_two_processes_train_the_edit_of_one(flags, tmp_path):
+@pytest.mark.parametrize("preset", ["both", "joint_orthogonal", "tinylora"])
+def test_two_processes_train_the_edit_of_one(flags, tmp_path, preset):
+    flags += ["--preset", preset]
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli([*flags, "--out", str(one), "--quiet"]) == 0
     done = launch(flags, two)

@@ -205,7 +205,7 @@ class ROME:
     def write(self, facts: Facts, moments: dict[int, Tensor]) -> tuple[Edit, Aim]:
         """Return the edit, of the family `lora` where its factors are smaller than the matrix."""
         model, matrix = facts.model, Matrix(self.layer, "W_out")
-        aim = facts.offsets(self.layer, matrix.writes(model), self.target)
+        aim = facts.offsets(self.layer, "mlp", self.target)
         K = facts.read({"k": matrix.reads(model)}, self.layer + 1)["k"]
         U = self._directions(K, moments)
         A, B = torch.zeros(K.shape[1], 0).double(), torch.zeros(0, aim.d.shape[1]).double()
@@ -266,7 +266,7 @@ class _Spread(ABC):
                 f"{type(self).__name__} adds to the stream through W_out, and {model.name} norms what W_out gives; use ROME"
             )
         output = model.point(top, "resid_post")
-        aim = facts.offsets(top, output, self.target)
+        aim = facts.offsets(top, "resid_post", self.target)
         wanted = facts.read({"z": output}, top + 1)["z"] + aim.d
         edit: Edit | None = None
         for i, layer in enumerate(self.layers):
@@ -351,6 +351,7 @@ def closed_form(
     verbalizer: Verbalizer | None = None,
     cache: PrefixCache | None = None,
     batch_size: int = 32,
+    aims: dict[str, Aim] | None = None,
 ) -> Edit:
     """Return an edit of W_out that a formula gives; the model itself stays as it is.
 
@@ -363,6 +364,8 @@ def closed_form(
         verbalizer: the label strings.
         cache: of streams, shared with other edits of the same model.
         batch_size: prompts per forward pass.
+        aims: filled with the d that were found. Given again, they are not searched for again, as when
+            weight or threshold is chosen from a grid.
 
     Returns:
         An edit of the family `full`, or `lora` for a few facts of ROME. `record.made` says how many
@@ -385,7 +388,7 @@ def closed_form(
     for layer in plan.places:
         build(Part("full", f"L{layer}.W_out"), Shape.of(model))  # rejects what the model lacks
     facts = Facts.of(
-        model, train, plan.at, plan.by, template=template, verbalizer=verbalizer, cache=cache, batch_size=batch_size
+        model, train, plan.at, plan.by, template=template, verbalizer=verbalizer, cache=cache, batch_size=batch_size, aims=aims
     )  # fmt: skip
     others = train if background is None else background
     prompts = [question(model, e, facts.template) for e in others]

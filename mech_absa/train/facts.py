@@ -2,7 +2,7 @@
 
     facts = Facts.of(model, train, at="query.last", by="example")
     keys = facts.read({"k": W_out.reads(model)}, layer + 1)["k"]    what the matrix reads at the position
-    aim = facts.offsets(layer, W_out.writes(model), Target())       d: v0 + d makes the model answer rightly
+    aim = facts.offsets(layer, "mlp", Target())                     d: v0 + d makes the model answer rightly
 
 A fact is one key with the value that it should have. In ROME it is a subject with an object; here it
 is a training example, or all examples of a class together (as ROME takes the mean of a key over
@@ -12,7 +12,7 @@ several prefixes and one d for all of them).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ..examples import Example
 from ..model import Model
 from ..model.forward import advance, last
 from ..prompts import PromptTemplate, Tokenised, Tokens, Verbalizer
+from ..records import fingerprint
 from ..scoring import (
     by_label,
     by_length,
@@ -106,6 +107,7 @@ class Facts:
         verbalizer, template: the question.
         cache: of streams below the edit.
         batch_size: prompts per forward pass.
+        aims: offsets found so far; several plans can share them.
     """
 
     model: Model
@@ -117,6 +119,7 @@ class Facts:
     verbalizer: Verbalizer
     cache: PrefixCache
     batch_size: int = 32
+    aims: dict[str, Aim] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -130,6 +133,7 @@ class Facts:
         verbalizer: Verbalizer | None = None,
         cache: PrefixCache | None = None,
         batch_size: int = 32,
+        aims: dict[str, Aim] | None = None,
     ) -> Facts:
         """Return examples as facts.
 
@@ -141,6 +145,7 @@ class Facts:
             template, verbalizer: the question; the paper's where None.
             cache: of streams; a new one where None.
             batch_size: prompts per forward pass.
+            aims: offsets found before.
 
         Raises:
             ConfigError: no examples, an unknown `by`, or a prompt without a token at `at`.
@@ -156,8 +161,10 @@ class Facts:
         gold = gold_indices(examples, verbalizer)
         group = torch.arange(len(gold)) if by == "example" else gold.unique(return_inverse=True)[1]
         cache = cache if cache is not None and cache.model is model else PrefixCache(model)
-        at_tokens = torch.tensor(places)
-        return cls(model, prompts, gold, at_tokens, group, template, verbalizer, cache, batch_size)
+        tokens, known = torch.tensor(places), {} if aims is None else aims
+        return cls(
+            model, prompts, gold, tokens, group, template, verbalizer, cache, batch_size, known
+        )
 
     def __len__(self) -> int:
         return int(self.group.max()) + 1
@@ -214,19 +221,24 @@ class Facts:
         for picked in by_length(chosen, self.batch_size):
             yield [rows[i] for i in picked], Tokens.stack([chosen[i] for i in picked])
 
-    def offsets(self, layer: int, module: nn.Module, target: Target) -> Aim:
-        """Return d for each fact: added to what `module` gives at the position, it makes the model
-        answer rightly.
+    def offsets(self, layer: int, name: str, target: Target) -> Aim:
+        """Return d for each fact: added to a value at the position, it makes the model answer rightly.
 
         Facts are independent, and so are the coordinates in Adam, so that many facts in a batch give
         what each gives alone.
 
         Args:
-            layer: the block that holds the module.
-            module: whose output d is added to.
+            layer: the block.
+            name: of the value: `mlp` is what W_out gives, `resid_post` the layer's output.
             target: how d is found.
         """
-        return _Search(self, layer, module, target).run()
+        asked = [self.template.text, self.verbalizer, self.gold.tolist(), self.at.tolist()]
+        ids = [p.token_ids for p in self.prompts]
+        made = [self.model.sha256, layer, name, target, *asked, ids, self.group.tolist()]
+        if (key := fingerprint(made)) not in self.aims:
+            module = self.model.point(layer, name)
+            self.aims[key] = _Search(self, layer, module, target).run()
+        return self.aims[key]
 
 
 class _Search:

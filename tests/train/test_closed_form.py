@@ -26,7 +26,7 @@ from mech_absa.train.closed_form import (
     second_moments,
     solve,
 )
-from mech_absa.train.facts import Facts, Target
+from mech_absa.train.facts import Aim, Facts, Target
 
 QUICK = Target(steps=6)
 
@@ -170,9 +170,8 @@ def test_keys_and_moments_are_those_of_the_cache_of_transformerlens(model):
 def test_a_batch_of_facts_is_each_alone_and_adam_is_torch_s(model):
     """The first fact beside a loop of its own that adds d in a hooked pass of TransformerLens."""
     target = Target(steps=4, kl=0.5, decay=0.01, clamp=0.9, lr=0.1, stop=0.0)
-    module = Matrix(1, "W_out").writes(model)
-    together = facts_of(model).offsets(1, module, target)
-    alone = facts_of(model, 1).offsets(1, module, target)
+    together = facts_of(model).offsets(1, "mlp", target)
+    alone = facts_of(model, 1).offsets(1, "mlp", target)
     torch.testing.assert_close(together.d[0], alone.d[0], atol=1e-5, rtol=1e-4)
 
     prompt, gold = facts_of(model, 1).prompts[0], 0
@@ -213,15 +212,15 @@ def test_a_batch_of_facts_is_each_alone_and_adam_is_torch_s(model):
 def test_a_fact_that_is_done_stands_still_and_the_norm_is_cut(model):
     module = Matrix(1, "W_out").writes(model)
     target = Target(steps=30, stop=0.3)
-    aim = facts_of(model).offsets(1, module, target)
-    longer = facts_of(model).offsets(1, module, Target(steps=60, stop=0.3))
+    aim = facts_of(model).offsets(1, "mlp", target)
+    longer = facts_of(model).offsets(1, "mlp", Target(steps=60, stop=0.3))
     done = aim.losses < 0.3
     assert bool(done.any())
     torch.testing.assert_close(aim.d[done], longer.d[done], atol=1e-5, rtol=1e-4)
     v0 = facts_of(model).read({"v": module}, 2)["v"].norm(dim=1)
     assert bool((aim.d.norm(dim=1) <= 4 * v0 * (1 + 1e-6)).all())
-    held = facts_of(model).offsets(1, module, Target(steps=6, kl=50.0))
-    free = facts_of(model).offsets(1, module, Target(steps=6, kl=0.0))
+    held = facts_of(model).offsets(1, "mlp", Target(steps=6, kl=50.0))
+    free = facts_of(model).offsets(1, "mlp", Target(steps=6, kl=0.0))
     assert float(held.d.norm()) < float(free.d.norm()), "the KL holds d back"
 
 
@@ -231,7 +230,7 @@ def test_rome_writes_the_value_into_the_matrix(arch, tmp_path):
     model = load_model(tiny_folder(arch))
     module = Matrix(1, "W_out").writes(model)
     facts = facts_of(model, 1)
-    aim, before = facts.offsets(1, module, QUICK), weights_hash(model.hooked)
+    aim, before = facts.offsets(1, "mlp", QUICK), weights_hash(model.hooked)
     plan = ROME(1, by="example", ridge=1e-2, target=QUICK)
     edit = closed_form(model, EIGHT[:1], plan, background=EIGHT, template=TEMPLATE)
     at = facts.at[0]
@@ -251,14 +250,20 @@ def test_the_last_of_several_facts_holds(model):
     plan = ROME(1, by="class", ridge=1e-2, target=QUICK)
     edit = closed_form(model, EIGHT, plan, template=TEMPLATE)
     facts = facts_of(model, by="class")
-    aim = facts.offsets(1, Matrix(1, "W_out").writes(model), QUICK)
+    aim = facts.offsets(1, "mlp", QUICK)
     keys = facts.read({"k": Matrix(1, "W_out").reads(model)}, 2)["k"]
     (lora,) = edit
     assert edit.parts[0].options["rank"] == 3
     change = keys @ lora.update().detach()
     torch.testing.assert_close(change[-1], aim.d[-1], atol=1e-5, rtol=1e-4)
-    many = closed_form(model, EIGHT, ROME(1, by="example", adjust=False, target=QUICK), template=TEMPLATE)  # fmt: skip
-    assert many.parts[0].options["rank"] == 8
+    aims: dict[str, Aim] = {}
+    for i, seen in enumerate((aims, {}, aims)):
+        plan = ROME(1, by="example", adjust=i > 0, ridge=1e-2, target=QUICK)
+        many = closed_form(model, EIGHT, plan, template=TEMPLATE, aims=seen)
+        assert many.parts[0].options["rank"] == 8 and len(seen) == 1
+        if i == 1:
+            searched = [p.detach() for p in many.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(searched, many.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -267,7 +272,7 @@ def test_memit_brings_the_stream_where_it_should_be(arch, layers):
     """With next to no weight on C, the output of the last layer is z = h + d at the token of every fact."""
     model = load_model(tiny_folder(arch))
     facts, output = facts_of(model, 4), model.point(1, "resid_post")
-    aim = facts.offsets(1, output, QUICK)
+    aim = facts.offsets(1, "resid_post", QUICK)
     plan = MEMIT(layers, weight=1e-7, target=QUICK)
     edit = closed_form(model, EIGHT[:4], plan, background=EIGHT, template=TEMPLATE)
     was, now = passes(model, None, output), passes(model, edit, output)

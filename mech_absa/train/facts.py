@@ -307,8 +307,8 @@ class _Search:
                 kl = self._divergence(rows, tokens, x[:, -1])
         scores = by_label(parts, self.runs)
         gold = facts.gold[rows].to(scores.device)
-        losses: Tensor = F.cross_entropy(scores, gold, reduction="none") + self.target.kl * kl
-        return losses
+        losses: Tensor = F.cross_entropy(scores, gold, reduction="none")
+        return losses + self.target.kl * kl.to(losses)
 
     def _divergence(
         self, rows: list[int], tokens: Tokens, x: Float[Tensor, "row d_model"]

@@ -156,6 +156,20 @@ def loading(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def rate(result: dict[str, Any]) -> str:
+    """Return what a sweep's time is spent on, a row per shape."""
+    kinds = list(result["rows"][0]["profile"])
+    rows = [
+        [
+            r["shape"], r["tokens"], f"{r['cells']:,}", f"{r['gflop_a_second']:.1f}", f"**{percent(r['share'])}**",
+            *(percent(r["profile"][kind]) for kind in kinds),
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
+    head = ["shape", "tokens", "cells", "GFLOP a second", "products alone, % of the time"]
+    return table(head + [f"profile: {kind}, %" for kind in kinds], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "null-maps": ("selection.json", selection),
     "coverage": ("coverage.json", coverage),
@@ -164,6 +178,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "versions": ("versions.json", versions),
     "peers": ("peers.json", peers),
     "loading": ("loading.json", loading),
+    "rate": ("rate.json", rate),
 }
 """Name of a table -> its result file, and what makes it."""
 

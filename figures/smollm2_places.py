@@ -14,7 +14,8 @@ What is measured was written down before any test row was scored:
    questions that a test file holds are left out. Test rows are drawn by seed from each test file.
 2. **Places.** The traced layers (sites chosen from the trace with noise, of training rows), the
    paper's layers 9-14 of 30, the first six, the last six, the six that are left (`random`), all
-   layers; LoRA in all layers; the traced layers with LoReFT at other tokens.
+   layers. Each half of the edit alone, and LoRA on q, k, v, up and down, in the traced layers and in
+   all; the traced layers with LoReFT at other tokens.
 3. **Rates.** One grid for every place and one rate for both parts, as in the authors' script. The
    rate with the lowest cross-entropy over the labels on the validation rows is taken.
 4. **Seeds.** They change the initial state, the order and the dropout, not the rows.
@@ -63,6 +64,8 @@ RANK, LORA_RANK, BATCH = 4, 8, 4
 SECONDS = {"train": 0.55, "score": 0.25}
 """Seconds of one core for a training row and a scored row, where all layers run."""
 UNEDITED = ("zero_shot", "best_wording")
+HALVES = {"loreft": "loreft", "lora_o": "lora"}
+"""The family that is left of the paper's edit where only half of it is trained."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Place:
         name: of the row in the tables.
         layers: that are edited.
         position: of the representation part.
-        method: `both` for the paper's edit, `lora` for LoRA on q, k, v, up and down.
+        method: `both` for the paper's edit, `loreft` and `lora_o` for its halves, `lora` for LoRA on
+            q, k, v, up and down.
     """
 
     name: str
@@ -127,6 +131,8 @@ class Place:
                 presets.range_sites(self.layers, [self.position]), rank=RANK, lr_weight=rate,
                 lr_representation=rate, alpha=2.0 * RANK, rank_stabilised=True, dropout=0.05,
             )  # fmt: skip
+            family = HALVES.get(self.method)
+            parts = tuple(p for p in parts if family in (None, p.family))
         return presets.Preset(self.method, parts, batch_size=BATCH, loss="text")
 
 
@@ -177,6 +183,10 @@ def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
         Place("lora all", every, at, "lora"),
         Place("traced, last token", layers, "answer"),
         Place("traced, a word", layers, WORD),
+        Place("loreft traced", layers, at, "loreft"),
+        Place("W_O traced", layers, at, "lora_o"),
+        Place("lora traced", layers, at, "lora"),
+        Place("loreft all", every, at, "loreft"),
     ]
 
 

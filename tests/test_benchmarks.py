@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,30 @@ SHOWN = [n for n in tables.TABLES if f"<!-- {n}: begin -->" in tables.README.rea
 @pytest.mark.parametrize("name", SHOWN)
 def test_tables_of_the_page_are_those_of_the_results(name):
     assert tables.block(name) in tables.README.read_text("utf-8")
+
+
+def test_the_products_that_are_run_alone_are_those_of_the_sweep(monkeypatch):
+    """Their operations are the FLOPs that the sweep counts, and each counts as often as it ran."""
+    rate = importlib.import_module("benchmarks.rate")
+    shape = bench.SHAPES["tiny"]
+    q = bench.question(bench.random_model(shape), shape)
+    with rate.Products() as products, torch.inference_mode():
+        answers = bench.wave.sweep(q.job())
+    flops = 0
+    for (name, given), times in products.found.items():
+        sizes = [size for size, _ in given]
+        a, b = sizes[1:] if name in ("addmm", "baddbmm") else sizes[:2]
+        columns = b[-2] if name in ("linear", rate.FUSED) else b[-1]
+        flops += 2 * math.prod(a) * columns * times
+    assert flops == answers.flops
+    x, W, b = torch.randn(70, 8), torch.randn(5, 8), torch.randn(5)
+    assert torch.allclose(rate.multiply(rate.FUSED, [x, W, b]), x @ W.T + b, atol=1e-5)
+    taken = iter((1.0, 3.0))
+    monkeypatch.setattr(rate, "seconds", lambda run: next(taken))
+    one = ("mm", (((2, 3), (3, 1)), ((3, 4), (4, 1))))
+    other = ("mm", (((1, 3), (3, 1)), ((3, 4), (4, 1))))
+    # run alone twice in 1 s and three times in 3 s; the sweep ran them twice and six times
+    assert rate.alone(Counter({one: 2, other: 6})) == 1.0 + 6.0
 
 
 @pytest.mark.slow

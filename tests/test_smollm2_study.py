@@ -121,12 +121,17 @@ def test_places_by_hand():
     assert shown == {
         "traced": "18-23", "paper": "9-14", "random": "6-8,15-17", "last": "24-29", "first": "0-5",
         "all": "0-29", "lora all": "0-29", "traced, last token": "18-23", "traced, a word": "18-23",
+        "loreft traced": "18-23", "W_O traced": "18-23", "lora traced": "18-23", "loreft all": "0-29",
     }  # fmt: skip
     parts = found["traced, last token"].preset(1e-3).parts
     assert [p.place for p in parts if p.family == "loreft"] == [
         f"L{i}.resid_post@answer" for i in range(18, 24)
     ]
     assert [p.place for p in parts if p.family == "lora"] == [f"L{i}.W_O" for i in range(18, 24)]
+    halves = (found["loreft traced"].preset(1e-3).parts, found["W_O traced"].preset(1e-3).parts)
+    whole = found["traced"].preset(1e-3).parts
+    assert sorted(map(str, halves[0] + halves[1])) == sorted(map(str, whole))
+    assert len(halves[0]) == len(halves[1]) == 6
     assert {p.lr for p in parts} == {1e-3} and found["lora all"].preset(1.0).parts[
         0
     ].place == "L0.W_Q"
@@ -178,7 +183,7 @@ def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
     names = ("answers.csv", "places.csv")
     before = [(asked.out / name).read_bytes() for name in names]
     table = pd.read_csv(asked.out / "trainings.csv")
-    assert len(table) == 18 and table["place"].nunique() == 9
+    assert len(table) == 26 and table["place"].nunique() == 13
     kept = sorted(asked.out.glob("parts/*.json"))
     gone = [p for p in kept if p.stem in ("wordings", "paper-x0.001-s0", "last-x0.004-s0")]
     gone += [p for p in kept if p.name.startswith("paper") and p.name.endswith(".test.json")]
@@ -190,6 +195,6 @@ def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
     assert capsys.readouterr().out.count("\n") == 4  # the budget, two trainings, an answer
     assert [(asked.out / name).read_bytes() for name in names] == before
     record = json.loads((asked.out / "run.json").read_text())
-    assert record["trainings"] == {"done": 18, "planned": 18}
+    assert record["trainings"] == {"done": 26, "planned": 26}
     assert record["rows"] == {"train": 8, "validation": 4, "test": 4}
     assert "data" not in record["config"]

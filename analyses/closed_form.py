@@ -4,8 +4,9 @@ All edit the *base* bundled model, without the shipped adaptation, from the same
 same layer and at the same token: the mean difference with its two controls, ROME, MEMIT and AlphaEdit,
 and, for comparison, a trained steering vector and the paper's two parts. Alpha, weight, threshold and
 l2 are chosen on 150 validation reviews; training, validation and background reviews share no sentence
-with one another, and come from another file than the test reviews, which are scored once at the end. ROME with labels in random order
-says how much of its gain the labels make.
+with one another, and come from another file than the test reviews. Those are scored once: 200 that
+were scored while the grids were still changed are left out, with their sentences. ROME with labels
+in random order says how much of its gain the labels make.
 
 Results go to `figures/results/closed_form`: `closed_form.csv` (a row per system) and `run.json`.
 Intervals resample test sentences and hold for these 64 reviews; other draws of 64 give other numbers.
@@ -64,6 +65,8 @@ class Config:
     """Reviews whose tokens give C."""
     tested: int = 200
     """Reviews that are scored."""
+    left_out: int = 200
+    """Test reviews that are never scored: those that were seen while the grids were chosen."""
     controls: int = 3
     """Draws of each control of the mean difference."""
     seed: int = 0
@@ -101,7 +104,7 @@ class Data:
             drawn(learn, config.examples),
             drawn(held, config.validation),
             drawn(others, config.background),
-            load_examples(config.test).sample(config.tested, seed),
+            unseen(load_examples(config.test), config),
             PrefixCache(model),
         )
 
@@ -110,6 +113,14 @@ class Data:
         task = Task(self.model, "labels", None, None, self.cache)
         loss, accuracy = task.quality(edit, task.prepare(self.validation), 64)
         return accuracy, -loss
+
+
+def unseen(tests: Examples, config: Config) -> Examples:
+    """Return test reviews of other sentences than those which are left out."""
+    drawn = tests.sample(config.left_out, config.seed) if config.left_out else ()
+    seen = {e.cluster for e in drawn}
+    rest = tuple(e for e in tests if e.cluster not in seen)
+    return replace(tests, items=rest).sample(config.tested, config.seed)
 
 
 @dataclass(frozen=True)

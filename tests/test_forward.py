@@ -166,6 +166,26 @@ def test_products_of_one_dnn_have_the_right_gradient(arch):
     assert (grads[0][1] - grads[1][1]).abs().max() < 1e-5 * size
 
 
+def test_one_dnn_is_given_only_weights_whose_rows_lie_together(monkeypatch):
+    """Others take three times as long through it; the gradient of a product has the other order."""
+    if not kernels.ONEDNN:
+        pytest.skip("torch is built without oneDNN")
+    product, taken = kernels._product, []
+    monkeypatch.setattr(kernels, "_product", lambda *args: taken.append(args[1]) or product(*args))
+    generator = torch.Generator().manual_seed(5)
+    x, W, b = (torch.randn(*size, generator=generator) for size in ((70, 6), (9, 6), (9,)))
+    other = W.T.contiguous().T
+    for weight, times in ((W, 1), (other, 0)):
+        taken.clear()
+        stream = x.clone().requires_grad_()
+        y = kernels.linear(stream, weight, b)
+        assert len(taken) == times
+        torch.testing.assert_close(y, x @ W.T + b)
+        y.backward(torch.ones_like(y))
+        assert len(taken) == times  # W^T has columns together where W has rows
+        torch.testing.assert_close(stream.grad, W.sum(0).expand(70, 6))
+
+
 @pytest.mark.slow  # two processes
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_kernels_of_shapes_that_are_over_are_not_kept():

@@ -296,7 +296,7 @@ class BridgeBackend(Backend):
         from transformers.activations import ACT2FN
 
         name = self.cfg.act_fn
-        return ACTIVATIONS[name][2](x) if name in ACTIVATIONS else ACT2FN[name](x)
+        return ACTIVATIONS[name](x) if name in ACTIVATIONS else ACT2FN[name](x)
 
     def norm(self, layer: int | None, name: str, x: Tensor) -> Tensor:
         owner = self.root if layer is None else self.root.blocks[layer]

@@ -38,7 +38,7 @@ from mech_absa.patch.plan import default_memory
 from mech_absa.records import write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "rate.json"
-STEPS = {"smollm2": 4, "gpt2-small": 4, "smollm2-204": 34, "gpt2-small-204": 34}
+STEPS = {"smollm2": 10, "gpt2-small": 8, "smollm2-204": 102, "gpt2-small-204": 68}
 """Shape -> every how many positions are swept."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_linear_pointwise")
 FUSED = "_linear_pointwise"

@@ -32,6 +32,7 @@ from figures import (  # noqa: E402
     methods,
     plan,
     reproduce,
+    selectors,
     smollm2,
     tables,
 )
@@ -700,3 +701,19 @@ def test_all_studies_run_on_a_handful_and_are_drawn(tmp_path):
     assert set(made) == {
         item.name for item in make.ITEMS if not set(item.needs) & set(builtin.REAL)
     }
+
+
+def test_selectors_that_pass_need_both_the_p_value_and_two_points():
+    """Of four selectors, one is too uncertain and one is ahead by a point only."""
+    table = pd.DataFrame(
+        {
+            "selector": ["a", "b", "c", "d"], "layers": ["0 1", "2 3", "4 5", "6 7"], "budget": "64x2",
+            "difference": [0.05, 0.01, 0.08, -0.1], "low": [0.04, 0.005, 0.0, -0.2], "high": [0.06, 0.015, 0.2, 0.0],
+            "p": [0.001, 0.001, 0.02, 0.9], "p_adjusted": [0.004, 0.004, 0.06, 0.9],
+        }
+    )  # fmt: skip
+    assert selectors.passing(table) == {"64x2": ["a"]}
+    assert selectors.says(table).endswith("ahead: with 64 examples, 2 epochs: a.")
+    rows = selectors.rows_of(table, "64x2")
+    assert rows["name"].tolist() == ["c (4, 5)", "a (0, 1)", "b (2, 3)", "d (6, 7)"]
+    assert rows["p"].tolist() == [0.06, 0.004, 0.004, 0.9]

@@ -30,7 +30,9 @@ def which_selector(study: Study) -> Shown:
 
 def rows_of(table: pd.DataFrame, budget: str) -> pd.DataFrame:
     """Return the rows of a budget as `charts.differences` takes them, the largest difference first."""
-    rows = table[table["budget"] == budget].sort_values("difference", ascending=False, kind="stable")
+    rows = table[table["budget"] == budget].sort_values(
+        "difference", ascending=False, kind="stable"
+    )
     names = [f"{r['selector']} ({r['layers'].replace(' ', ', ')})" for _, r in rows.iterrows()]
     return rows.assign(name=names, p=rows["p_adjusted"])
 

@@ -572,6 +572,7 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
         and config.pairs.limit == sizes.noise
     )
     own_command = {
+        "compare",
         "places",
         "smollm2/places",
         "smollm2/accuracy",

@@ -58,8 +58,12 @@ SAMPLE = DEMO.replace(
     "patching.get_act_patch_attn_head_out_by_pos(*given)",
     'patching.generic_activation_patch(*given, patching.layer_pos_head_vector_patch_setter, "z", '
     "index_axis_names=None, index_df=cells)",
+).replace(
+    "patching.get_act_patch_block_every(*given)",
+    'patching.generic_activation_patch(*given, patching.layer_pos_patch_setter, "mlp_out", '
+    'index_axis_names=None, index_df=cells[["layer", "pos"]].drop_duplicates())',
 )
-"""The same with some heads and positions of the last sweep, for a model of 30 layers."""
+"""The same with some cells of the sweeps over heads and blocks, for a model of 30 layers."""
 
 
 def both(code: str, model: Any, tokens: torch.Tensor, answers: torch.Tensor, **more: Any) -> float:

@@ -104,9 +104,15 @@ def encoded(model: ma.model.Model, texts: list[str]) -> torch.Tensor:
 
 
 def answer_ids(model: ma.model.Model, pairs: list[tuple[str, str]]) -> torch.Tensor:
-    ids = [[model.tokenizer(w, add_special_tokens=False).input_ids for w in pair] for pair in pairs]
-    assert all(len(one) == 1 for pair in ids for one in pair), "answers are one token"
-    return torch.tensor([[one[0] for one in pair] for pair in ids])
+    """Return the token of each answer, as it follows a word: tokenizers differ in where they put the blank."""
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = model.tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    answers = [[ids(f"the{word}")[len(ids("the")) :] for word in pair] for pair in pairs]
+    assert all(len(one) == 1 for pair in answers for one in pair), "answers are one token"
+    return torch.tensor([[one[0] for one in pair] for pair in answers])
 
 
 @pytest.mark.filterwarnings("ignore:the exact loop of TransformerLens runs")

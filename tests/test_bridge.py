@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import mech_absa as ma
 from mech_absa.edits import Part
-from mech_absa.errors import ConfigError
+from mech_absa.errors import ConfigError, EditError
 from mech_absa.model import Model
 from mech_absa.model.block import run
 from mech_absa.model.bridge import BridgeBackend
@@ -203,14 +203,36 @@ def test_a_bridge_with_folded_weights_gives_its_own_logits():
     np.testing.assert_allclose(wave, effects_of(folded, kinds, engine="loop"), atol=1e-4)
 
 
+NO_PREFIX = {
+    "pythia": "does not show its queries and scores before the heads' output; load the model with backend hooked",
+    "gptj": "does not show its queries and scores before the heads' output; load the model with backend hooked",
+    "bloom": "has ALiBi positions, which give a prefix no place",
+}
+"""Bridges on which a prefix cannot act, and what is said."""
+
+
+@pytest.mark.parametrize("arch", fast(NO_PREFIX, ["pythia"]))
+def test_a_prefix_that_cannot_act_on_a_bridge_is_one_sentence(arch):
+    """Two passes: GPT-J shows its scores behind the heads, so that those of the first pass are there in the second."""
+    bridge = loaded(arch)
+    tokens = prompts(bridge)[0]
+    for _ in range(2):
+        with pytest.raises(EditError, match=NO_PREFIX[arch]):
+            edited_logits(bridge, tokens, loud(bridge, Part("prefix", "L1")))
+
+
 @only_with_hooked
 @pytest.mark.parametrize("arch", fast(ARCHITECTURES, ["llama"]))
 def test_an_edit_saved_under_one_backend_is_applied_under_the_other(arch, tmp_path):
     """A model is known by what Hugging Face holds; the edited logits are the same, and not the plain ones."""
     bridge, hooked = loaded(arch), loaded(arch, "hooked")
     assert bridge.sha256 == hooked.sha256
-    with_mid = "resid_mid" in bridge.kinds
-    parts = [Part(f, p) for f, p in EVERYWHERE.items() if with_mid or "resid_mid" not in p]
+    with_mid, without = "resid_mid" in bridge.kinds, NO_PREFIX.get(arch)
+    parts = [
+        Part(f, p)
+        for f, p in EVERYWHERE.items()
+        if (with_mid or "resid_mid" not in p) and not (f == "prefix" and without)
+    ]
     for there, here in ((hooked, bridge), (bridge, hooked)):
         folder = tmp_path / there.backend.name
         ma.save_edit(edit := loud(there, *parts), folder)

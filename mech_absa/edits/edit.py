@@ -25,7 +25,7 @@ from ..model.forward import Point
 from ..model.hooks import hooked_at
 from ..prompts import Tokens
 from ..sites import Site
-from .base import Intervention, Part, Shape, Where, parse_place
+from .base import Intervention, MatrixIntervention, Part, Shape, Where, parse_place
 from .heads import HeadGate
 from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
 from .lowrank import DoRA, LoRA, TinyLoRA
@@ -227,11 +227,21 @@ class Edit(nn.Module):
                 f"({model.sha256[:12]}); load the model it was made for"
             )
 
+    @property
+    def matrices_first(self) -> list[Intervention]:
+        """Return the parts, those that change a weight matrix first.
+
+        What W_O or W_out returns may be the very activation that another part changes: on bridges
+        without a norm behind them, and where an edit is merged. The matrix comes first then, whatever
+        the order of the parts.
+        """
+        return sorted(self, key=lambda part: not isinstance(part, MatrixIntervention))
+
     def _points(self, model: Model, tokens: Tokens) -> tuple[list[Point], list[Point]]:
         """Return (writers, readers) of all interventions."""
         self.check(model)
         where = Where(tokens)
-        made = [intervention.points(model, where) for intervention in self]
+        made = [intervention.points(model, where) for intervention in self.matrices_first]
         return [p for writers, _ in made for p in writers], [
             p for _, readers in made for p in readers
         ]
@@ -281,7 +291,7 @@ class Edit(nn.Module):
             model.bos,
             model.n_parameters,
         )
-        for intervention in self:
+        for intervention in self.matrices_first:
             intervention.merge(twin)
         return twin
 

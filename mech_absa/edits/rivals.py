@@ -82,6 +82,11 @@ class Prefix(Intervention):
             seen["lse"] = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
 
         def write_z(z: Tensor) -> Tensor:
+            if seen.keys() != {"q", "lse"}:
+                raise EditError(
+                    f"{self.family} at {self.place}: the bridge of {model.name} does not show its queries and scores before "
+                    "the heads' output; load the model with backend hooked (TransformerLens below 4)"
+                )
             q, lse = seen.pop("q"), seen.pop("lse")
             group = q.shape[2] // self.P_K.shape[1]
             keys, values = (

@@ -253,6 +253,17 @@ def test_affine_edits_of_all_positions_merge(llama, family, kind):
     )
 
 
+@pytest.mark.parametrize("matrix, kind", [("W_O", "attn_out"), ("W_out", "mlp_out")])
+def test_a_matrix_is_merged_before_what_is_made_of_its_output(llama, matrix, kind):
+    """In either order of the parts: (x (W + A B)) M and not x (W M + A B)."""
+    parts = [Part("red", f"L1.{kind}"), Part("lora", f"L1.{matrix}")]
+    tokens = Tokens.stack(prompts(llama))
+    for given in (parts, parts[::-1]):
+        edit = loud(llama, *given)
+        hooked = logits(llama, tokens, edit)
+        torch.testing.assert_close(logits(edit.merged(llama), tokens), hooked, **CLOSE)
+
+
 def test_merging_loses_no_precision():
     model = tiny_model("gpt2", "float64")
     edit = loud(model, Part("loreft", "L1.attn_out"), Part("lora", "L2.W_Q")).double()

@@ -195,7 +195,7 @@ def test_kernels_of_shapes_that_are_over_are_not_kept():
         "torch.set_num_threads(1)\nW, b = torch.randn(64, 48), torch.randn(64)\n"
         "def size():\n    text = open('/proc/self/status').read().split('VmRSS:')[1]\n    return int(text.split()[0])\n"
         "before = size()\n"
-        "for n in range(64, 464):\n    kernels.linear(torch.randn(n, 48), W, b)\n"
+        "for n in range(64, 864):\n    kernels.linear(torch.randn(n, 48), W, b)\n"
         "print(size() - before)"
     )
     grown = {}

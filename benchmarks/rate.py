@@ -41,8 +41,8 @@ RESULT = Path(__file__).resolve().parent / "results" / "rate.json"
 STEPS = {"smollm2": 10, "gpt2-small": 8, "smollm2-204": 102, "gpt2-small-204": 68}
 """Shape -> every how many positions are swept."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_linear_pointwise")
-FUSED = "_linear_pointwise"
-"""A product with its activation (`mech_absa.model.kernels`); alone it is run without the activation."""
+ONEDNN = "_linear_pointwise"
+"""The product of oneDNN that `mech_absa.model.kernels` runs; it takes arguments of its own."""
 REPEATS = 3
 """Times that a product is run alone, at most; its time counts as often as the sweep ran it."""
 KINDS: dict[str, tuple[str, ...]] = {
@@ -98,7 +98,7 @@ def alone(found: Counter[tuple[str, Given]]) -> float:
 
 def multiply(name: str, operands: Sequence[Tensor]) -> Tensor:
     """Run one product."""
-    if name == FUSED:
+    if name == ONEDNN:
         x, W, *b = operands
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, *(b or [None]), "none", [], "")
     else:

@@ -161,11 +161,11 @@ def test_the_products_that_are_run_alone_are_those_of_the_sweep(monkeypatch):
     for (name, given), times in products.found.items():
         sizes = [size for size, _ in given]
         a, b = sizes[1:] if name in ("addmm", "baddbmm") else sizes[:2]
-        columns = b[-2] if name in ("linear", rate.FUSED) else b[-1]
+        columns = b[-2] if name in ("linear", rate.ONEDNN) else b[-1]
         flops += 2 * math.prod(a) * columns * times
     assert flops == answers.flops
     x, W, b = torch.randn(70, 8), torch.randn(5, 8), torch.randn(5)
-    assert torch.allclose(rate.multiply(rate.FUSED, [x, W, b]), x @ W.T + b, atol=1e-5)
+    assert torch.allclose(rate.multiply(rate.ONEDNN, [x, W, b]), x @ W.T + b, atol=1e-5)
     taken = iter((1.0, 3.0))
     monkeypatch.setattr(rate, "seconds", lambda run: next(taken))
     one = ("mm", (((2, 3), (3, 1)), ((3, 4), (4, 1))))

@@ -6,13 +6,15 @@ which question and labels the edit was trained with, so that an evaluation asks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import EditError
-from ..records import plain
+from ..examples import Example, class_counts, content_hash
+from ..prompts import PromptTemplate, Verbalizer
+from ..records import plain, versions
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,32 @@ class TrainingRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     lofit: HeadChoice | None = None
     made: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        template: PromptTemplate,
+        verbalizer: Verbalizer,
+        **facts: Any,
+    ) -> TrainingRecord:
+        """Return the record of an edit that was made from examples by asking a question.
+
+        Args:
+            examples: that it was made from.
+            template, verbalizer: the question.
+            facts: the other fields.
+        """
+        return cls(
+            examples=len(examples),
+            classes=class_counts(examples),
+            data_sha256=content_hash(examples),
+            template=template.text,
+            labels=tuple(word for _, word in verbalizer.words),
+            separator=verbalizer.separator,
+            versions=versions(),
+            **facts,
+        )
 
     @property
     def trained(self) -> bool:

@@ -39,11 +39,11 @@ from ..edits.base import Matrix, Part, Shape, Where
 from ..edits.edit import Edit, build
 from ..edits.record import TrainingRecord
 from ..errors import ConfigError, EditError
-from ..examples import Example, class_counts, content_hash
+from ..examples import Example
 from ..model import Model
 from ..model.forward import advance
 from ..prompts import PromptTemplate, Tokens, Verbalizer
-from ..records import plain, versions
+from ..records import plain
 from ..scoring import by_length, question
 from .facts import Aim, Facts, Target, keeper
 from .prefix import PrefixCache
@@ -403,16 +403,12 @@ def closed_form(
         "prompts_of_C": len(prompts),
         "tokens_of_C": sum(p.length for p in prompts),
     }
-    record = TrainingRecord(
+    record = TrainingRecord.of(
+        train,
+        facts.template,
+        facts.verbalizer,
         preset={"name": type(plan).__name__, **plain(plan)},
-        examples=len(train),
-        classes=class_counts(train),
-        data_sha256=content_hash(train),
-        template=facts.template.text,
-        labels=tuple(w for _, w in facts.verbalizer.words),
-        separator=facts.verbalizer.separator,
         seconds=round(time.perf_counter() - started, 3),
-        versions=versions(),
         made=made,
     )
     return edit.with_record(record)

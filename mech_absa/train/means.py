@@ -30,11 +30,11 @@ from ..edits.base import Part, Where
 from ..edits.edit import Edit
 from ..edits.record import TrainingRecord
 from ..errors import ConfigError
-from ..examples import Example, class_counts, content_hash
+from ..examples import Example
 from ..model import Model
 from ..model.hooks import capture
 from ..prompts import PromptTemplate, Tokenised, Tokens, Verbalizer
-from ..records import plain, versions
+from ..records import plain
 from ..scoring import by_length, gold_indices, label_scores, question, room_for
 from ..sites import Site
 from .prefix import PrefixCache
@@ -247,16 +247,12 @@ def difference_of_means(
         )
     states = token_means(model, prompts, places, batch_size)
     vectors = {site: _difference(site, states[site], right) for site in places}
-    record = TrainingRecord(
+    record = TrainingRecord.of(
+        train,
+        template,
+        verbalizer,
         preset={"name": "mean_difference", "sites": [str(s) for s in places]},
-        examples=len(train),
-        classes=class_counts(train),
-        data_sha256=content_hash(train),
-        template=template.text,
-        labels=tuple(w for _, w in verbalizer.words),
-        separator=verbalizer.separator,
         seconds=round(time.perf_counter() - started, 3),
-        versions=versions(),
         made={
             "formula": "h + alpha (mean over right answers - mean over all)",
             "right": count,

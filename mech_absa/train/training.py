@@ -29,8 +29,8 @@ from torch import Tensor
 from ..edits.edit import Edit
 from ..edits.record import TrainingRecord
 from ..errors import RunFolderError
-from ..examples import Example, class_counts, content_hash
-from ..records import atomic, fingerprint, plain, versions
+from ..examples import Example, content_hash
+from ..records import atomic, fingerprint, plain
 from .presets import Preset
 from .task import Prepared, Task, check_positions
 
@@ -278,18 +278,15 @@ class Training:
                 self._diverge(f"the loss was {loss} after step {state.step}")
         seconds = time.perf_counter() - self.started
         edit.history = state.history
-        verbalizer, best = self.task.verbalizer, bool(self.held)
+        best = bool(self.held)
         return edit.eval().with_record(
-            TrainingRecord(
+            TrainingRecord.of(
+                self.data,
+                self.task.template,
+                self.task.verbalizer,
                 preset=plain(self.preset),
                 seed=self.seed,
-                examples=len(self.data),
-                classes=class_counts(self.data),
                 validation=len(self.held),
-                data_sha256=content_hash(self.data),
-                template=self.task.template.text,
-                labels=tuple(w for _, w in verbalizer.words),
-                separator=verbalizer.separator,
                 steps=state.step,
                 best_step=state.best_step if best else state.step,
                 best_validation_loss=state.best_loss if math.isfinite(state.best_loss) else None,
@@ -298,7 +295,6 @@ class Training:
                 processes=self.team.size,
                 seconds=round(seconds, 3),
                 examples_per_second=round(state.examples / seconds, 2) if seconds else None,
-                versions=versions(),
             )
         )
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.edit_cases import EVERYWHERE, logits, loud, prompts, tiny_model
+from support.edit_cases import EVERYWHERE, examples, logits, loud, prompts, tiny_model
 from support.tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from mech_absa.edits import FAMILIES, LLAMA_2_7B, Edit, Part, Shape, count, parse_place
+from mech_absa.edits.record import TrainingRecord
 from mech_absa.errors import ConfigError, EditError, HookError, SiteError
+from mech_absa.examples import content_hash
 from mech_absa.model import load_model, weights_hash
 from mech_absa.model.hooks import capture, live_hooks
-from mech_absa.prompts import Continuation, Tokens
+from mech_absa.prompts import Continuation, PromptTemplate, Tokens, Verbalizer
 from mech_absa.scoring import extend
 from mech_absa.sites import Site
 
@@ -340,3 +343,16 @@ def test_the_kv_matrices_of_grouped_queries_have_their_true_sizes(llama):
     assert (llama.n_heads, llama.n_kv_heads, llama.d_head) == (4, 2, 8)
     assert count([Part("lora", "L0.W_K", {"rank": 2})], Shape.of(llama)) == 2 * (32 + 16)
     assert count([Part("prefix", "L0", {"length": 3})], Shape.of(llama)) == 2 * 3 * 16
+
+
+def test_a_record_names_its_examples_and_its_question():
+    """As three places that make edits once wrote it, each for itself."""
+    found = examples()
+    record = TrainingRecord.of(found, PromptTemplate("{sentence} {aspect}:"), Verbalizer(), seed=3)
+    counts = Counter(e.polarity.value for e in found)
+    assert (record.examples, record.seed) == (len(found), 3)
+    assert {k: v for k, v in record.classes.items() if v} == counts
+    assert record.data_sha256 == content_hash(found) != content_hash(found[::-1])
+    assert record.template == "{sentence} {aspect}:" and record.separator == " "
+    assert record.labels == ("positive", "negative", "neutral")
+    assert record.versions["torch"] == torch.__version__ and not record.made

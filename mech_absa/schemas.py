@@ -195,6 +195,14 @@ SIDE_EFFECTS = {
     "type": "object",
     "additionalProperties": obj({"summary": some(ANY_OBJECT)}),
 }
+FAIRNESS = {
+    "type": "object",
+    "additionalProperties": obj(
+        {"classes": ANY_OBJECT, "groups": some(ANY_OBJECT), "layers": some(ANY_OBJECT)},
+        rank={"type": ["integer", "null"]},
+        accuracy_edited=NUMBER,
+    ),
+}
 CARD = obj({"model": TEXT, "sha256": TEXT, "rows": some(ANY_OBJECT)})
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -203,6 +211,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "sites.json": SITES,
     "edit.json": EDIT,
     "side_effects.json": SIDE_EFFECTS,
+    "fairness.json": FAIRNESS,
     "card.json": CARD,
 }
 """JSON file of a run folder -> its schema."""
@@ -286,6 +295,19 @@ TABLES: dict[str, dict[str, Any]] = {
             "gold": TEXT,
             "predicted": MAYBE_TEXT,
             "correct": FLAG,
+        }
+    ),
+    "fairness.csv": obj(
+        {
+            "system": TEXT,
+            "rank": MAYBE_WHOLE,
+            "parameters": MAYBE_WHOLE,
+            "n": COUNT,
+            "accuracy_base": MAYBE_NUMBER,
+            "accuracy": MAYBE_NUMBER,
+            "class_gap": MAYBE_NUMBER,
+            "kl_labels": MAYBE_NUMBER,
+            "kl_vocabulary": MAYBE_NUMBER,
         }
     ),
     "matrix.csv": obj(

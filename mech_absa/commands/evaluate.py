@@ -8,7 +8,8 @@ answers.
 Several edits are scored one by one, and those that differ only in their seed also together. The run
 writes `scores.csv`, `predictions.parquet`, `run.json` and `report.html`; with `--compare` also
 `comparisons.csv`, with several seeds `aggregate.csv`, with `--side-effects` `side_effects.json`,
-and with `--baselines` `baselines.csv`. Everything is computed before the first of them is written.
+with `--fairness` `fairness.csv` and `fairness.json`, and with `--baselines` `baselines.csv`.
+Everything is computed before the first of them is written.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class ScoringFlags:
     """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
     side_effects: bool = False
     """Also measure what each edit changes elsewhere."""
+    fairness: bool = False
+    """Also measure gaps between classes and between groups of swapped terms, and drift from the base, a row per edit."""
     texts: OptionalPath = None
     """For --side-effects: a text file of unrelated passages, separated by blank lines."""
     batch_size: int = 32
@@ -111,6 +114,8 @@ class Config:
             )
         if self.scoring.side_effects and not any(e != "none" for e in self.edit):
             raise ConfigError("--side-effects was given without an edit; name one with --edit")
+        if self.scoring.fairness and not any(e != "none" for e in self.edit):
+            raise ConfigError("--fairness was given without an edit; name one with --edit")
         if self.scoring.texts is not None and not self.scoring.side_effects:
             raise ConfigError("--texts was given without --side-effects, which alone reads it")
         at_least(1, batch_size=self.scoring.batch_size)
@@ -184,6 +189,7 @@ class Results:
     aggregates: list[Any]
     effects: dict[str, Any]
     beside: list[Scores]
+    fairness: list[Any]
 
 
 def load(name: str, model: Model) -> Applicable | None:
@@ -327,6 +333,7 @@ def evaluate_all(task: Task) -> Results:
         aggregates,
         side_effects_of(task, titles),
         baselines_of(task),
+        fairness_of(task, titles),
     )
 
 
@@ -383,6 +390,22 @@ def side_effects_of(task: Task, titles: Sequence[str]) -> dict[str, Any]:
         for edit, name in zip(task.edits, titles, strict=True)
         if edit is not None
     }  # fmt: skip
+
+
+def fairness_of(task: Task, titles: Sequence[str]) -> list[Any]:
+    """Return the gaps and the drift of each edit on the first test file, if they are wanted."""
+    from ..evaluate.fairness import fairness
+
+    if not task.config.scoring.fairness or task.model is None:
+        return []
+    return [
+        fairness(
+            task.model, edit, task.data[0], template=task.template, verbalizer=task.verbalizer,
+            batch_size=task.config.scoring.batch_size, name=name, **task.config.sure,
+        )
+        for edit, name in zip(task.edits, titles, strict=True)
+        if edit is not None
+    ]  # fmt: skip
 
 
 def record_of(task: Task, results: Results, notes: list[str]) -> dict[str, Any]:
@@ -468,6 +491,10 @@ def _write(folder: RunFolder, results: Results) -> None:
     if results.beside:
         table = pd.concat([s.to_pandas() for s in results.beside], ignore_index=True)
         folder.write("baselines.csv", partial(table.to_csv, index=False))
+    if fair := results.fairness:
+        table = pd.DataFrame([f.row() for f in fair])
+        folder.write("fairness.csv", partial(table.to_csv, index=False))
+        write_json(folder.path / "fairness.json", {f.name: f.record() for f in fair})
     if effects:
         write_json(
             folder.path / "side_effects.json",
@@ -500,6 +527,8 @@ def show(results: Results) -> None:
         )
     for e in results.effects.values():
         print_frame(e.summary(), f"Side effects of {e.name}")
+    for f in results.fairness:
+        print_frame(f.summary(), f"Classes, groups and drift of {f.name}")
     if results.beside:
         frames = [s.summary() for s in results.beside]
         print_frame(pd.concat(frames, ignore_index=True), "Baselines")

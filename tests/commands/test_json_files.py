@@ -97,6 +97,7 @@ def runs(tmp_path_factory) -> Path:
         "--compare",
         "none",
         "--side-effects",
+        "--fairness",
         "--draws",
         "20",
     ]

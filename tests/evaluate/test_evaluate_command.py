@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -11,9 +13,10 @@ from support.tiny_models import tiny_folder
 
 from mech_absa.commands import evaluate as command
 from mech_absa.edits import TrainingRecord
-from mech_absa.evaluate import evaluate, predict
+from mech_absa.evaluate import evaluate, fairness, predict
 from mech_absa.examples import Example, Polarity
 from mech_absa.readers import load_examples, write_jsonl
+from mech_absa.schemas import SCHEMAS, TABLES, problem, table_problem
 
 
 @pytest.fixture
@@ -133,6 +136,26 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     )
 
 
+def test_gaps_of_classes_and_groups_are_a_row_per_edit(run, files, model, monkeypatch, capsys):
+    few = replace(fairness.SWAPS[1], groups=("Nokia", "Sony"), frames=fairness.SWAPS[1].frames[:2])
+    measure = partial(fairness.fairness, swaps=[few])
+    monkeypatch.setattr(fairness, "fairness", measure)
+    test = str(files / "test.jsonl")
+    assert run("--data", test, "--edit", "none", "seed1", "seed2", "--fairness") == 0
+    table = pd.read_csv(files / "out" / "fairness.csv")
+    assert table.system.tolist() == ["seed1", "seed2"]
+    assert table_problem(table, TABLES["fairness.csv"], written=False) is None
+    edit = Push("L2.resid_post", 20.0, seed=2)
+    expected = measure(model, edit, load_examples(test), draws=50).row()
+    for name in ("accuracy", "brand_gap", "brand_gap_p", "brand_swapped", "kl_labels_low"):
+        assert table[name][1] == pytest.approx(expected[name]), name
+    assert table.lens_L3[1] == pytest.approx(expected["kl_vocabulary"]) and table.lens_L1[1] == 0
+    whole = json.loads((files / "out" / "fairness.json").read_text())
+    assert whole["seed2"]["groups"][0]["kind"] == "brand"
+    assert problem(whole, SCHEMAS["fairness.json"]) is None
+    assert "Classes, groups and drift of seed2" in capsys.readouterr().out
+
+
 def test_a_review_that_is_too_long_is_left_out_and_counted(run, files, model, examples, capsys):
     """One review of 700 words once ended the whole run, and --skip-bad did not help."""
     long = Example(f"{'very ' * 300}good food", "food", Polarity.POSITIVE, id="long")
@@ -217,6 +240,10 @@ BAD = {
     "side effects of nothing": (
         ["--data", "{test}", "--side-effects"],
         "--side-effects was given without an edit",
+    ),
+    "gaps of nothing": (
+        ["--data", "{test}", "--edit", "none", "--fairness"],
+        "--fairness was given without an edit",
     ),
     "texts": (["--data", "{test}", "--texts", "x"], "--texts was given without --side-effects"),
     "twice": (["--data", "{test}", "{test}"], "--data names"),

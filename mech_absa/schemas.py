@@ -228,6 +228,11 @@ _SCORED: dict[str, Any] = {
     "majority": MAYBE_NUMBER,
 }
 
+_MEASURES = (
+    "reliability", "gain", "out_of_domain", "generality", "consistency", "portability",
+    "text_top1", "text_kl", "near_top1", "near_kl", "aspects",
+)  # fmt: skip
+
 TABLES: dict[str, dict[str, Any]] = {
     "effects.parquet": obj(
         {
@@ -295,6 +300,15 @@ TABLES: dict[str, dict[str, Any]] = {
             "gold": TEXT,
             "predicted": MAYBE_TEXT,
             "correct": FLAG,
+        }
+    ),
+    "scorecard.csv": obj(
+        {
+            "system": TEXT,
+            "parameters": MAYBE_WHOLE,
+            "seconds": MAYBE_NUMBER,
+            "examples": MAYBE_WHOLE,
+            **dict.fromkeys(_MEASURES, MAYBE_NUMBER),
         }
     ),
     "fairness.csv": obj(

@@ -8,7 +8,7 @@ answers.
 Several edits are scored one by one, and those that differ only in their seed also together. The run
 writes `scores.csv`, `predictions.parquet`, `run.json` and `report.html`; with `--compare` also
 `comparisons.csv`, with several seeds `aggregate.csv`, with `--side-effects` `side_effects.json`,
-with `--fairness` `fairness.csv` and `fairness.json`, and with `--baselines` `baselines.csv`.
+with `--scorecard` `scorecard.csv` too, with `--fairness` `fairness.csv` and `fairness.json`, and with `--baselines` `baselines.csv`.
 Everything is computed before the first of them is written.
 """
 
@@ -65,12 +65,19 @@ class ScoringFlags:
     """Also score simple baselines, for built-in data (with its own train file) or with --train-data."""
     side_effects: bool = False
     """Also measure what each edit changes elsewhere."""
+    scorecard: bool = False
+    """Measure the same, and put the main numbers of all edits into one table with intervals. The first of --data is their own domain."""
     fairness: bool = False
     """Also measure gaps between classes and between groups of swapped terms, and drift from the base, a row per edit."""
     texts: OptionalPath = None
-    """For --side-effects: a text file of unrelated passages, separated by blank lines."""
+    """For --side-effects and --scorecard: a text file of unrelated passages, separated by blank lines."""
     batch_size: int = 32
     """Prompts per forward pass."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Return whether it is measured what each edit changes elsewhere."""
+        return self.side_effects or self.scorecard
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,14 @@ class Config:
             raise ConfigError(
                 f"--predictions names {len(self.predictions)} files for {len(self.data)} of --data; one each is needed"
             )
-        if self.scoring.side_effects and not any(e != "none" for e in self.edit):
-            raise ConfigError("--side-effects was given without an edit; name one with --edit")
-        if self.scoring.fairness and not any(e != "none" for e in self.edit):
-            raise ConfigError("--fairness was given without an edit; name one with --edit")
-        if self.scoring.texts is not None and not self.scoring.side_effects:
-            raise ConfigError("--texts was given without --side-effects, which alone reads it")
+        wanted = [f for f in ("side_effects", "scorecard", "fairness") if getattr(self.scoring, f)]
+        if wanted and not any(e != "none" for e in self.edit):
+            flag = wanted[0].replace("_", "-")
+            raise ConfigError(f"--{flag} was given without an edit; name one with --edit")
+        if self.scoring.texts is not None and not self.scoring.elsewhere:
+            raise ConfigError(
+                "--texts was given without --side-effects or --scorecard, which alone read it"
+            )
         at_least(1, batch_size=self.scoring.batch_size)
         self.limits.check()
         self.intervals.check()
@@ -190,6 +199,7 @@ class Results:
     effects: dict[str, Any]
     beside: list[Scores]
     fairness: list[Any]
+    cards: list[Any]
 
 
 def load(name: str, model: Model) -> Applicable | None:
@@ -290,11 +300,13 @@ def asked_of(
     train: list[Examples],
 ) -> tuple[list[Examples], list[Examples]]:
     """Return the test and training examples that the model can read in every wording it is asked in."""
-    from ..evaluate import baselines, side_effects
+    from ..evaluate import baselines, scorecard, side_effects
 
     wordings: list[str] = []
-    if config.scoring.side_effects:
+    if config.scoring.elsewhere:
         wordings += [*side_effects.PARAPHRASES, *side_effects.NEAR]
+    if config.scoring.scorecard:
+        wordings += [text for text, _ in scorecard.IMPLIED]
     reworded = config.scoring.baselines and "none" in config.edits
     if reworded:
         wordings += baselines.WORDINGS
@@ -327,13 +339,15 @@ def evaluate_all(task: Task) -> Results:
             aggregate([of_edits[j][i] for j in group], name, **config.sure)
             for i in range(len(task.data))
         ]
+    effects = side_effects_of(task, titles)
     return Results(
         scores,
         compare_all(task, systems),
         aggregates,
-        side_effects_of(task, titles),
+        effects,
         baselines_of(task),
         fairness_of(task, titles),
+        scorecards_of(task, titles, effects),
     )
 
 
@@ -380,7 +394,7 @@ def side_effects_of(task: Task, titles: Sequence[str]) -> dict[str, Any]:
     """Return what each edit changes elsewhere, if that is wanted."""
     from ..evaluate import side_effects
 
-    if not task.config.scoring.side_effects or task.model is None:
+    if not task.config.scoring.elsewhere or task.model is None:
         return {}
     return {
         name: side_effects.side_effects(
@@ -390,6 +404,22 @@ def side_effects_of(task: Task, titles: Sequence[str]) -> dict[str, Any]:
         for edit, name in zip(task.edits, titles, strict=True)
         if edit is not None
     }  # fmt: skip
+
+
+def scorecards_of(task: Task, titles: Sequence[str], effects: dict[str, Any]) -> list[Any]:
+    """Return the scorecard of each edit, if they are wanted."""
+    from ..evaluate.scorecard import scorecard
+
+    if not task.config.scoring.scorecard or task.model is None:
+        return []
+    return [
+        scorecard(
+            task.model, edit, effects[name], task.data[0],
+            batch_size=task.config.scoring.batch_size, **task.config.sure,
+        )
+        for edit, name in zip(task.edits, titles, strict=True)
+        if edit is not None
+    ]  # fmt: skip
 
 
 def fairness_of(task: Task, titles: Sequence[str]) -> list[Any]:
@@ -491,6 +521,9 @@ def _write(folder: RunFolder, results: Results) -> None:
     if results.beside:
         table = pd.concat([s.to_pandas() for s in results.beside], ignore_index=True)
         folder.write("baselines.csv", partial(table.to_csv, index=False))
+    if results.cards:
+        table = pd.DataFrame([c.row() for c in results.cards])
+        folder.write("scorecard.csv", partial(table.to_csv, index=False))
     if fair := results.fairness:
         table = pd.DataFrame([f.row() for f in fair])
         folder.write("fairness.csv", partial(table.to_csv, index=False))
@@ -527,6 +560,10 @@ def show(results: Results) -> None:
         )
     for e in results.effects.values():
         print_frame(e.summary(), f"Side effects of {e.name}")
+    if results.cards:
+        from ..evaluate.scorecard import table
+
+        print_frame(table(results.cards), "Scorecard")
     for f in results.fairness:
         print_frame(f.summary(), f"Classes, groups and drift of {f.name}")
     if results.beside:

@@ -5,6 +5,7 @@
 | `predictions` | what does a model, with an edit or without, or any other system answer? |
 | `scores` | how good are the answers, how sure is that, and which of two systems is better? |
 | `side_effects` | what else does an edit change? |
+| `scorecard` | all of this in one table of several edits, with intervals and their cost |
 | `fairness` | does it treat classes and groups alike, and how far does it move from the base? |
 | `faithfulness` | does a ranking of sites name what the answer is made of? |
 | `pruning` | how much of the task is left without the least important sites? |

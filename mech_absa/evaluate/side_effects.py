@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -40,6 +40,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from ..errors import ConfigError, DataError
 from ..examples import Example, mixed_polarity
@@ -48,9 +50,10 @@ from ..model import Model
 from ..prompts import ROLE, PromptTemplate, Tokens, Verbalizer
 from ..records import plain
 from ..scoring import Applicable, by_length, last_residual, question
+from ..stats import Estimate, cluster_bootstrap
 from ..words import Choice
 from .predictions import Predictions, asked_with, check_call, predict
-from .scores import Comparison, compare
+from .scores import NAN, Comparison, compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,6 +168,31 @@ class OtherAspects:
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """Hold the main numbers of the edited model with bootstrap intervals; NaN where there are no rows.
+
+    Attributes:
+        accuracy: on the edit's own task, by sentence.
+        elsewhere: on all rows of the other domains together, by sentence.
+        generality: mean accuracy over the paraphrases, by sentence.
+        consistency: prompt consistency, by sentence.
+        text_kl, text_top1: drift on unrelated text, by passage: with few passages they are rough.
+        near_kl, near_top1: drift at the answer to other questions, by sentence.
+        aspects: share of other aspects that are answered as before, by sentence.
+    """
+
+    accuracy: Estimate
+    elsewhere: Estimate
+    generality: Estimate
+    consistency: Estimate
+    text_kl: Estimate
+    text_top1: Estimate
+    near_kl: Estimate
+    near_top1: Estimate
+    aspects: Estimate
+
+
+@dataclass(frozen=True)
 class SideEffects:
     """Hold everything that was measured about one edit.
 
@@ -179,6 +207,7 @@ class SideEffects:
         near: drift at the answer to other questions.
         other_aspects: in the same sentences.
         portability: the edited model against the base on each other domain.
+        intervals: of the main numbers.
         weights_before, weights_after: sha256 of the base model's weights.
     """
 
@@ -191,6 +220,7 @@ class SideEffects:
     near: Drift
     other_aspects: OtherAspects
     portability: tuple[Comparison, ...]
+    intervals: Intervals
     weights_before: str
     weights_after: str
 
@@ -305,26 +335,51 @@ def side_effects(
     def both(data: Sequence[Example], asked: PromptTemplate | str) -> _Answers:
         return ask(data, None, template=asked), ask(data, edit, template=asked, name=name)
 
-    def against_base(base: Predictions, edited: Predictions) -> Comparison:
-        return compare(edited, base, level=level, draws=draws, seed=seed)
-
+    sure: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
     base, edited = both(examples, template)
     worded = [both(examples, text) for text in paraphrases]
-    passages = [t for text in texts for t in text_tokens(model, text)]
-    questions = [question(model, e, PromptTemplate(text)) for text in near for e in examples]
+    elsewhere = [both(data, template) for data in others]
+    text = _on_texts(model, edit, texts, batch_size)
+    questions = _on_questions(model, edit, examples, near, batch_size)
     return SideEffects(
         name=edited.name,
-        reliability=against_base(base, edited),
+        reliability=compare(edited, base, **sure),
         generality=_generality(edited, paraphrases, worded),
         consistency_base=agreement([base, *(b for b, _ in worded)]),
         consistency_edited=agreement([edited, *(e for _, e in worded)]),
-        text=drift(model, edit, passages, batch_size=batch_size),
-        near=drift(model, edit, questions, last=True, batch_size=batch_size),
+        text=text[0].drift(Locality.TEXT),
+        near=questions[0].drift(Locality.QUESTIONS),
         other_aspects=other_aspects(base, edited),
-        portability=tuple(against_base(*both(data, template)) for data in others),
+        portability=tuple(compare(e, b, **sure) for b, e in elsewhere),
+        intervals=_intervals(
+            [(base, edited), *worded], elsewhere, {"text": text, "near": questions}, **sure
+        ),
         weights_before=before,
         weights_after=model.hash_now(),
     )
+
+
+def _on_texts(
+    model: Model, edit: Applicable, texts: Sequence[str], batch_size: int
+) -> tuple[TokenDrift, list[int]]:
+    """Return the drift on unrelated text, and the passage of each piece."""
+    pieces = [(i, t) for i, text in enumerate(texts) for t in text_tokens(model, text)]
+    moved = token_drift(model, edit, [t for _, t in pieces], batch_size=batch_size)
+    return moved, [i for i, _ in pieces]
+
+
+def _on_questions(
+    model: Model,
+    edit: Applicable,
+    examples: Sequence[Example],
+    near: Sequence[str],
+    batch_size: int,
+) -> tuple[TokenDrift, list[str]]:
+    """Return the drift at the answer to other questions, and the sentence of each."""
+    asked = [(e, PromptTemplate(text)) for text in near for e in examples]
+    prompts = [question(model, e, template) for e, template in asked]
+    moved = token_drift(model, edit, prompts, last=True, batch_size=batch_size)
+    return moved, [e.cluster for e, _ in asked]
 
 
 _Answers = tuple[Predictions, Predictions]
@@ -345,20 +400,71 @@ def agreement(runs: Sequence[Predictions]) -> float:
     """Return the chance that two different runs, drawn at random, give the same answer; 1 for a
     single run.
     """
+    return float(agreements(runs).mean())
+
+
+def agreements(runs: Sequence[Predictions]) -> Float[np.ndarray, " example"]:
+    """Return the share of pairs of runs that give the same answer, row by row; 1 for a single run."""
     pairs = [
-        np.mean([a is b for a, b in zip(p.answers, q.answers, strict=True)])
+        [a is b for a, b in zip(p.answers, q.answers, strict=True)]
         for p, q in combinations(runs, 2)
     ]
-    return float(np.mean(pairs)) if pairs else 1.0
+    return np.mean(pairs, axis=0) if pairs else np.ones(len(runs[0]))
+
+
+def _mean(
+    values: ArrayLike, clusters: ArrayLike, *, level: float, draws: int, seed: int
+) -> Estimate:
+    """Return a mean with its interval by cluster; NaN where there are no values."""
+    if not np.size(clusters):
+        return Estimate(NAN, NAN, NAN)
+    found = cluster_bootstrap(
+        np.asarray(values, dtype=float), np.asarray(clusters), level=level, draws=draws, seed=seed
+    )
+    return Estimate(float(found.mean), float(found.low), float(found.high))
+
+
+def _intervals(
+    worded: Sequence[_Answers],
+    elsewhere: Sequence[_Answers],
+    moved: Mapping[str, tuple[TokenDrift, Sequence[object]]],
+    **sure: Any,
+) -> Intervals:
+    """Return the intervals of the edited model.
+
+    Args:
+        worded: answers under the main wording, which comes first, and its paraphrases.
+        elsewhere: answers on other domains.
+        moved: `text` and `near`, each with the cluster of every prompt.
+        sure: how intervals are made.
+    """
+
+    def mean(values: ArrayLike, clusters: ArrayLike) -> Estimate:
+        return _mean(values, clusters, **sure)
+
+    (base, edited), *paraphrased = worded
+    clusters, others = edited.clusters, [e for _, e in elsewhere]
+    rows, changed = _beside_changes(base, edited)
+    right = [e.correct for _, e in paraphrased]
+    found = {
+        "accuracy": mean(edited.correct, clusters),
+        "elsewhere": mean(
+            [r for p in others for r in p.correct], [c for p in others for c in p.clusters]
+        ),
+        "generality": mean(np.mean(right, axis=0), clusters) if right else mean([], []),
+        "consistency": mean(agreements([e for _, e in worded]), clusters),
+        "aspects": mean(~changed[rows], clusters[rows]),
+    }
+    for name, (tokens, of_prompt) in moved.items():
+        of_token = np.asarray(of_prompt)[tokens.prompt]
+        found[f"{name}_kl"] = mean(tokens.kl, of_token)
+        found[f"{name}_top1"] = mean(tokens.same, of_token)
+    return Intervals(**found)
 
 
 def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
     """Measure how the answers move on the aspects beside those that the edit changed."""
-    moved = np.array([a is not b for a, b in zip(base.answers, edited.answers, strict=True)])
-    in_sentence = Counter(c for c, m in zip(base.clusters, moved, strict=True) if m)
-    rows = np.array(
-        [in_sentence[c] - int(m) > 0 for c, m in zip(base.clusters, moved, strict=True)], dtype=bool
-    )
+    rows, moved = _beside_changes(base, edited)
     p, q = base.probabilities, edited.probabilities
     assert p is not None and q is not None
     tiny = np.finfo(float).tiny
@@ -381,7 +487,38 @@ def other_aspects(base: Predictions, edited: Predictions) -> OtherAspects:
     )
 
 
-@torch.inference_mode()
+def _beside_changes(
+    base: Predictions, edited: Predictions
+) -> tuple[Bool[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
+    """Return which rows have another row of their sentence whose answer changed, and which
+    changed.
+    """
+    moved = np.array([a is not b for a, b in zip(base.answers, edited.answers, strict=True)])
+    in_sentence = Counter(c for c, m in zip(base.clusters, moved, strict=True) if m)
+    rows = [in_sentence[c] - int(m) > 0 for c, m in zip(base.clusters, moved, strict=True)]
+    return np.array(rows, dtype=bool), moved
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDrift:
+    """Hold how far an edit moves the next token, token by token.
+
+    Attributes:
+        kl: KL(base || edited), nats.
+        same: whether the most probable token stays.
+        prompt: the number of each token's prompt.
+    """
+
+    kl: Float[np.ndarray, " token"]
+    same: Bool[np.ndarray, " token"]
+    prompt: Int[np.ndarray, " token"]
+
+    def drift(self, protocol: Locality) -> Drift:
+        """Return the means over tokens."""
+        d = self.kl
+        return Drift(protocol, float(d.mean()), float(d.max()), float(self.same.mean()), len(d))
+
+
 def drift(
     model: Model,
     edit: Applicable,
@@ -393,21 +530,36 @@ def drift(
     """Measure how far `edit` moves the next token after every token of the prompts, or after the
     last only.
     """
-    divergences, same = [], []
+    moved = token_drift(model, edit, prompts, last=last, batch_size=batch_size)
+    return moved.drift(Locality.QUESTIONS if last else Locality.TEXT)
+
+
+@torch.inference_mode()
+def token_drift(
+    model: Model,
+    edit: Applicable,
+    prompts: Sequence[Tokens],
+    *,
+    last: bool = False,
+    batch_size: int = 32,
+) -> TokenDrift:
+    """Measure how far `edit` moves the next token, after each token of the prompts or after the last
+    only.
+    """
+    divergences, same, prompt = [], [], []
     for rows in by_length(prompts, batch_size):
         tokens = Tokens.stack([prompts[i] for i in rows])
         lengths = torch.tensor(tokens.lengths)
         columns = torch.arange(tokens.ids.shape[1])
         read = (columns == lengths[:, None] - 1) if last else (columns < lengths[:, None])
+        prompt.append(torch.tensor(rows)[read.nonzero()[:, 0]])
         plain_run, edited_run = (last_residual(model, tokens, e) for e in (None, edit))
         read = read.to(plain_run.device)
         for x, y in zip(plain_run[read].split(256), edited_run[read].split(256), strict=True):
             a, b = model.finish(x, None, "vocabulary"), model.finish(y, None, "vocabulary")
             divergences.append(-kl(b, a).double().cpu())
             same.append((a.argmax(-1) == b.argmax(-1)).cpu())
-    d, s = torch.cat(divergences), torch.cat(same)
-    protocol = Locality.QUESTIONS if last else Locality.TEXT
-    return Drift(protocol, float(d.mean()), float(d.max()), float(s.double().mean()), len(d))
+    return TokenDrift(*(torch.cat(parts).numpy() for parts in (divergences, same, prompt)))
 
 
 def text_tokens(model: Model, text: str) -> list[Tokens]:

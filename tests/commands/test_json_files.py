@@ -97,6 +97,7 @@ def runs(tmp_path_factory) -> Path:
         "--compare",
         "none",
         "--side-effects",
+        "--scorecard",
         "--fairness",
         "--draws",
         "20",

@@ -14,6 +14,7 @@ from support.tiny_models import tiny_folder
 from mech_absa.commands import evaluate as command
 from mech_absa.edits import TrainingRecord
 from mech_absa.evaluate import evaluate, fairness, predict
+from mech_absa.evaluate.scorecard import MEASURES, follows
 from mech_absa.examples import Example, Polarity
 from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.schemas import SCHEMAS, TABLES, problem, table_problem
@@ -136,6 +137,25 @@ def test_what_it_writes_is_what_the_library_computes(run, files, model, capsys):
     )
 
 
+def test_every_edit_has_a_row_of_the_scorecard(run, files, model, capsys):
+    test, other = str(files / "test.jsonl"), str(files / "other.jsonl")
+    edits = ["--edit", "seed1", "seed2", "--no-baselines"]
+    assert run("--data", test, other, *edits, "--scorecard") == 0
+    cards = pd.read_csv(files / "out" / "scorecard.csv").set_index("system")
+    assert table_problem(cards.reset_index(), TABLES["scorecard.csv"], written=False) is None
+    assert set(MEASURES) <= set(cards.columns) and cards.index.tolist() == ["seed1", "seed2"]
+    scores = pd.read_csv(files / "out" / "scores.csv")
+    scores = scores[(scores.subset == "all") & (scores.system == "seed2")].set_index("data")
+    for column, data in (("reliability", test), ("out_of_domain", other)):
+        assert cards[column]["seed2"] == pytest.approx(scores.accuracy[data])
+        assert cards[f"{column}_low"]["seed2"] == pytest.approx(scores.accuracy_low[data])
+    asked = follows(model, load_examples(test), Push("L2.resid_post", 20.0, seed=2), draws=50)
+    assert cards.portability["seed2"] == pytest.approx(asked.value)
+    assert set(json.loads((files / "out" / "side_effects.json").read_text())) == {"seed1", "seed2"}
+    said = capsys.readouterr().out
+    assert "Scorecard" in said and "prompt consistency, %" in said
+
+
 def test_gaps_of_classes_and_groups_are_a_row_per_edit(run, files, model, monkeypatch, capsys):
     few = replace(fairness.SWAPS[1], groups=("Nokia", "Sony"), frames=fairness.SWAPS[1].frames[:2])
     measure = partial(fairness.fairness, swaps=[few])
@@ -245,7 +265,10 @@ BAD = {
         ["--data", "{test}", "--edit", "none", "--fairness"],
         "--fairness was given without an edit",
     ),
-    "texts": (["--data", "{test}", "--texts", "x"], "--texts was given without --side-effects"),
+    "texts": (
+        ["--data", "{test}", "--texts", "x"],
+        "--texts was given without --side-effects or --scorecard",
+    ),
     "twice": (["--data", "{test}", "{test}"], "--data names"),
     "batch size": (["--data", "{test}", "--batch-size", "0"], "--batch-size is 0"),
     "level": (

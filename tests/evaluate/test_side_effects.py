@@ -23,6 +23,7 @@ from mech_absa.evaluate.side_effects import (
     read_texts,
     side_effects,
     text_tokens,
+    token_drift,
 )
 from mech_absa.model import weights_hash
 from mech_absa.model.hooks import live_hooks
@@ -52,6 +53,38 @@ def test_an_edit_that_does_nothing_has_no_side_effects(model, examples):
     assert [p.n for p in s.portability] == [4] and s.portability[0].difference.value == 0
     assert s.weights_unchanged and s.weights_before == before and live_hooks(model.hooked) == []
     assert s.record()["weights_unchanged"] is True and "unchanged" in s._repr_html_()
+
+
+def test_the_intervals_are_those_of_the_means(model, examples):
+    """Every mean of a table stands in the middle of an interval that was made from its own rows."""
+    edit = Push("L2.resid_post@query.last", size=20.0)
+    others = [examples[:4], examples[5:]]
+    s = side_effects(model, edit, examples, others=others, draws=200, texts=PASSAGES[:3])
+    found = s.intervals
+    assert found.accuracy.value == s.reliability.accuracy_first
+    assert found.generality.value == pytest.approx(np.mean([g.edited for g in s.generality]))
+    assert found.consistency.value == pytest.approx(s.consistency_edited)
+    right = sum(p.accuracy_first * p.n for p in s.portability)
+    assert found.elsewhere.value == pytest.approx(right / 7)
+    assert (found.text_kl.value, found.text_top1.value) == (s.text.kl, s.text.top1)
+    assert (found.near_kl.value, found.near_top1.value) == pytest.approx((s.near.kl, s.near.top1))
+    assert np.isnan(s.other_aspects.agreement) or found.aspects.value == s.other_aspects.agreement
+    for name, e in vars(found).items():
+        assert np.isnan(e.low) or e.low <= e.value <= e.high, name
+    assert found.near_kl.low < found.near_kl.high
+    alone = side_effects(model, edit, examples, paraphrases=(), near=NEAR[:1], draws=20)
+    assert np.isnan(alone.intervals.elsewhere.value) and np.isnan(alone.intervals.generality.value)
+
+
+def test_the_drift_of_tokens_knows_their_prompts(model):
+    """Texts of different length in batches of two, against each text alone."""
+    edit = Push("L1.resid_post", size=1.0)
+    tokens = [t for text in PASSAGES[:3] for t in text_tokens(model, text)]
+    moved = token_drift(model, edit, tokens, batch_size=2)
+    for i, t in enumerate(tokens):
+        own = token_drift(model, edit, [t])
+        assert moved.kl[moved.prompt == i] == pytest.approx(own.kl, rel=1e-4, abs=1e-7)
+    assert np.bincount(moved.prompt).tolist() == [t.lengths[0] for t in tokens]
 
 
 def test_a_note_says_what_an_answer_is_compared_with(model, examples):

@@ -9,6 +9,7 @@
 | `causal` | average indirect effects, exact and estimated from gradients |
 | `lens` | accuracy of the unembedding at each layer |
 | `probe` | selectivity of linear probes |
+| `weight_patch` | what adapted weights of a module do in the base model, and back |
 | `weights` | Taylor importance of heads and MLPs, as in structured pruning |
 | `clusters` | whether a layer is the centre of layers that represent alike |
 | `learned` | gates and scales of heads that were trained |
@@ -30,6 +31,7 @@ from .lens import LensAccuracy
 from .probe import LinearProbe
 from .ranking import SiteRanking
 from .search import Search, search_cells
+from .weight_patch import WeightPatching, WeightPatchingBack, WeightPatchingGradient
 from .weights import SAAP, Fluctuation, TaylorFirst, TaylorSecond
 
 SELECTORS: dict[str, Callable[[], Selector]] = {
@@ -44,6 +46,9 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
         IG,
         LensAccuracy,
         LinearProbe,
+        WeightPatching,
+        WeightPatchingBack,
+        WeightPatchingGradient,
         TaylorFirst,
         TaylorSecond,
         SAAP,

@@ -224,8 +224,8 @@ def test_random_layers_follow_the_seed():
 
 def test_a_ranking_names_sites_of_the_model(evidence):
     for name in SELECTORS:
-        if name == "probe":
-            continue  # more folds than these examples have sentences
+        if name == "probe" or name.startswith("weight_patch"):
+            continue  # more folds than these examples have sentences; no adapter
         ranking = selector(name)(evidence)
         assert all(isinstance(evidence.model.check_site(s), Site) for s, _ in ranking)
         assert ranking.about["cpu_seconds"] >= 0

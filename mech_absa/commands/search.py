@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -21,7 +21,7 @@ from ..patch.plan import Plan
 from ..records import RunFolder, atomic
 from ..select.search import Found, Search, Strategy, search_cells
 from ..sites import Site
-from .flags import OptionalFloat
+from .flags import OptionalFloat, OptionalWord
 from .tables import print_table
 
 TOP = 10
@@ -43,6 +43,8 @@ class SearchFlags:
     """Search until the intervals of the --top cells lie above all others, or the budget is spent."""
     top: int = TOP
     """Cells that are searched for."""
+    strategy: OptionalWord[Literal["halving", "ucb", "thompson"]] = None
+    """How exact effects are spent. Default: halving, with --until-clear ucb. Halving spends the whole budget, the others stop when it is clear."""
 
     @property
     def asked(self) -> bool:
@@ -55,7 +57,8 @@ class SearchFlags:
         Raises:
             ConfigError: a number is out of range.
         """
-        strategy = Strategy.UCB if self.until_clear else Strategy.HALVING
+        usual = Strategy.UCB if self.until_clear else Strategy.HALVING
+        strategy = usual if self.strategy is None else Strategy(self.strategy)
         budget = 1.0 if self.budget is None else self.budget
         return Search(self.top, budget, strategy, level=level, seed=seed)
 
@@ -70,8 +73,15 @@ class SearchFlags:
                 raise ConfigError(
                     f"--top {self.top} was given without --budget or --until-clear, which alone read it"
                 )
+            if self.strategy is not None:
+                raise ConfigError(
+                    f"--strategy {self.strategy} was given without --budget or --until-clear, which alone read it"
+                )
             return
-        self.how(level, 0)
+        if self.how(level, 0).strategy is Strategy.HALVING and self.until_clear:
+            raise ConfigError(
+                "--strategy halving was given with --until-clear; accepted there: ucb, thompson, which stop when it is clear"
+            )
         for name, accepted in ACCEPTED.items():
             if others[name] not in accepted:
                 raise ConfigError(

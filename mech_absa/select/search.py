@@ -14,7 +14,9 @@ matter:
 3. `halving` splits the budget into rounds and drops the lower half of the candidates after each
    (Karnin et al. 2013, successive halving). `ucb` measures, again and again, the leaders with the
    lowest lower bound and the challengers with the highest upper bound (LUCB, Kalyanakrishnan et al.
-   2012), and stops where no challenger can be a leader.
+   2012), and stops where no challenger can be a leader. `thompson` draws every candidate's mean from
+   its normal posterior, twice, and measures the cells that are leaders in one draw only (top-two
+   Thompson sampling, Russo 2016, arXiv 1602.08448); it stops as `ucb` does.
 
 Intervals hold at all times together, however often one looks and whenever one stops: they are
 asymptotic confidence sequences (Waudby-Smith et al. 2021, arXiv 2103.06476, theorem 2.2), with the
@@ -26,7 +28,7 @@ how often. Do not read them as a guarantee below about 30 pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -46,11 +48,13 @@ from ..sites import Site
 from ..words import Choice
 
 FIRST = 6
-"""Pairs on which every candidate is measured before `ucb` chooses."""
+"""Pairs on which every candidate is measured before `ucb` and `thompson` choose."""
 LEAST_SURE = 12
 """Measured pairs below which no interval is trusted: it is asymptotic."""
 STEP_CELLS, STEP_PAIRS = 8, 8
-"""Cells and pairs of one step of `ucb`."""
+"""Cells and pairs of one step of `ucb` and `thompson`."""
+DRAWS = 50
+"""Draws after which `thompson` gives up on a second one with other leaders."""
 
 
 class Strategy(Choice):
@@ -58,6 +62,10 @@ class Strategy(Choice):
 
     HALVING = "halving", "rounds over more and more pairs, the lower half dropped after each"
     UCB = "ucb", "the least certain leaders and challengers, until they are apart"
+    THOMPSON = (
+        "thompson",
+        "cells that are leaders in one of two draws of their means, until they are apart",
+    )
 
 
 @dataclass(frozen=True)
@@ -220,14 +228,33 @@ class Tally:
         Errors of an estimate are often 0 on most pairs and large on a few. So a cell's deviation counts
         as at least the typical one of all cells measured: few pairs without an error prove little.
         """
-        n, _, sd = self._errors()
-        if (n > 1).any():
-            sd = np.maximum(sd, math.sqrt(float(np.mean(sd[n > 1] ** 2))))
+        n, sd = self._spread()
         alpha = (1 - self.search.level) / candidates
         radius = anytime_radius(n, sd, alpha, max(LEAST_SURE, len(self.order) // 2))
         radius = np.where(n < LEAST_SURE, np.inf, radius)
         whole = n == self.cells.exists.sum(axis=0)
         return np.where(whole & (n > 0), 0.0, radius)
+
+    def errors(self) -> Float[np.ndarray, " cell"]:
+        """Return the standard errors of the cells' means, sd / sqrt(n); 0 where all pairs were
+        measured.
+        """
+        n, sd = self._spread()
+        whole = n == self.cells.exists.sum(axis=0)
+        return np.asarray(np.where(whole, 0.0, sd / np.sqrt(np.maximum(n, 1))))
+
+    def unfinished(self, cells: Int[np.ndarray, " c"]) -> Int[np.ndarray, " left"]:
+        """Return those of some cells that were not measured on all pairs yet, in their order."""
+        return np.asarray(cells[self.next[cells] < len(self.order)])
+
+    def _spread(self) -> tuple[Int[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
+        """Return how many pairs each cell was measured on, and the deviation of exact - estimate, at
+        least the typical one.
+        """
+        n, _, sd = self._errors()
+        if (n > 1).any():
+            sd = np.maximum(sd, math.sqrt(float(np.mean(sd[n > 1] ** 2))))
+        return n, sd
 
     def _errors(
         self,
@@ -268,7 +295,7 @@ def search(cells: Cells, estimate: Float[np.ndarray, "pair cell"], how: Search) 
     if how.strategy is Strategy.HALVING:
         _halve(tally, pool)
     else:
-        _ucb(tally, pool)
+        _until_apart(tally, pool, _contested if how.strategy is Strategy.UCB else _drawn)
     return _found(tally, pool)
 
 
@@ -290,27 +317,66 @@ def _halve(tally: Tally, pool: Int[np.ndarray, " c"]) -> None:
         tally.measure(unseen, max(1, (tally.most - tally.spent) // len(unseen)))
 
 
-def _ucb(tally: Tally, pool: Int[np.ndarray, " c"]) -> None:
-    """Measure the weakest leaders and the strongest challengers until they are apart."""
+Choose = Callable[["Tally", np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+"""Which cells are measured next: tally, leaders, other candidates and randomness -> cells."""
+
+
+def _until_apart(tally: Tally, pool: Int[np.ndarray, " c"], choose: Choose) -> None:
+    """Measure cells until the leaders' intervals lie above all others, or the budget is spent."""
     tally.measure(pool, FIRST)
-    k = tally.search.k
+    k, rng = tally.search.k, np.random.default_rng(tally.search.seed)
     while not tally.full:
         mean, radius = tally.means(), tally.radii(len(pool))
         order = _best(mean, pool)
         leaders, others = order[:k], order[k:]
         if not len(others) or (mean - radius)[leaders].min() > (mean + radius)[others].max():
             return
-        half = STEP_CELLS // 2
-        # Infinite widths tie: the cells nearest to the border come first then.
-        weak = leaders[np.lexsort((mean[leaders], (mean - radius)[leaders]))]
-        strong = others[np.lexsort((-mean[others], -(mean + radius)[others]))]
-        open_ = [side[tally.next[side] < len(tally.order)][:half] for side in (weak, strong)]
-        chosen = np.concatenate(open_)
+        chosen = choose(tally, leaders, others, rng)
         before = tally.spent
         if len(chosen):
             tally.measure(chosen, STEP_PAIRS)
         if tally.spent == before:
             return
+
+
+def _contested(
+    tally: Tally,
+    leaders: Int[np.ndarray, " leader"],
+    others: Int[np.ndarray, " other"],
+    rng: np.random.Generator | None = None,
+) -> Int[np.ndarray, " c"]:
+    """Return the leaders with the lowest lower bound and the others with the highest upper bound."""
+    mean, radius = tally.means(), tally.radii(len(leaders) + len(others))
+    half = STEP_CELLS // 2
+    # Infinite widths tie: the cells nearest to the border come first then.
+    weak = leaders[np.lexsort((mean[leaders], (mean - radius)[leaders]))]
+    strong = others[np.lexsort((-mean[others], -(mean + radius)[others]))]
+    return np.concatenate([tally.unfinished(side)[:half] for side in (weak, strong)])
+
+
+def _drawn(
+    tally: Tally,
+    leaders: Int[np.ndarray, " leader"],
+    others: Int[np.ndarray, " other"],
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " c"]:
+    """Return cells that are leaders in one of two draws of their means, and not in the other.
+
+    Where the draws agree again and again, or these cells were measured on all pairs, the cells of
+    `_contested`: the draws are then surer than the intervals that decide when to stop.
+    """
+    pool = np.concatenate([leaders, others])
+    k, mean, error = len(leaders), tally.means()[pool], tally.errors()[pool]
+
+    def draw() -> np.ndarray:
+        return pool[np.argsort(-rng.normal(mean, error), kind="stable")[:k]]
+
+    first = draw()
+    for _ in range(DRAWS):
+        apart = tally.unfinished(np.setxor1d(first, draw()))
+        if len(apart):
+            return rng.permutation(apart)[:STEP_CELLS]
+    return _contested(tally, leaders, others)
 
 
 def _best(mean: Float[np.ndarray, " cell"], chosen: Int[np.ndarray, " c"]) -> np.ndarray:

@@ -16,6 +16,7 @@ from mech_absa.select.search import (
     LEAST_SURE,
     Search,
     Strategy,
+    Tally,
     anytime_radius,
     search,
     search_cells,
@@ -108,11 +109,39 @@ def test_halving_measures_the_best_on_the_most_pairs():
     assert table["n"][:5].min() == counts[-1] and (table["n"] == counts[0]).sum() == 20
 
 
-def test_ucb_stops_when_it_is_certain():
+@pytest.mark.parametrize("strategy", [Strategy.UCB, Strategy.THOMPSON])
+def test_it_stops_when_it_is_certain(strategy):
     rng = np.random.default_rng(0)
     effects = np.r_[np.full(4, 9.0), np.zeros(36)] + 0.1 * rng.normal(size=(200, 40))
-    found = search(Known(effects), np.zeros_like(effects), Search(4, 1.0, Strategy.UCB, pool=40))
+    found = search(Known(effects), np.zeros_like(effects), Search(4, 1.0, strategy, pool=40))
     assert found.certain and set(found.top) == {0, 1, 2, 3} and found.share < 0.5
+
+
+def test_thompson_measures_what_the_draws_disagree_about():
+    """Cells 0 and 1 lead clearly; 2 and 3 are alike; 4 to 11 are far below. Two leaders are certain
+    after few pairs, three never, so the pairs go to cells 2 and 3.
+    """
+    rng = np.random.default_rng(0)
+    effects = np.r_[9.0, 9.0, 5.0, 5.0, np.zeros(8)] + rng.normal(size=(300, 12))
+    found = search(
+        Known(effects), np.zeros_like(effects), Search(3, 0.4, Strategy.THOMPSON, pool=12)
+    )
+    n = found.table.set_index("cell")["n"]
+    assert set(found.top[:2]) == {0, 1} and found.top[2] in (2, 3)
+    assert n[[2, 3]].min() > 5 * n[[0, 1, *range(4, 12)]].max()
+
+
+def test_standard_errors_by_hand():
+    """Errors of an estimate of 0: three pairs of 1, 2, 3 and three of 5, of six pairs; the typical
+    deviation is sqrt((1 + 0) / 2).
+    """
+    effects = np.array([[1.0, 5], [2, 5], [3, 5], [1, 5], [2, 5], [3, 5]])
+    tally = Tally(Known(effects), np.zeros((6, 2)), Search(1, 1.0))
+    tally.order = np.arange(6)
+    tally.measure(np.array([0, 1]), 3)
+    assert tally.errors() == pytest.approx([1 / math.sqrt(3), math.sqrt(0.5) / math.sqrt(3)])
+    tally.measure(np.array([1]), 3)
+    assert tally.errors()[1] == 0 and tally.unfinished(np.array([1, 0])).tolist() == [0]
 
 
 def test_nothing_is_certain_after_a_few_pairs():

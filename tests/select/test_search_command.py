@@ -65,9 +65,10 @@ def test_the_budget_is_kept_and_recorded(base, sweep, tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["run.json", "search.csv"]
 
 
-def test_until_clear_measures_all_where_nothing_is_certain(base, tmp_path, capsys):
+@pytest.mark.parametrize("strategy", [[], ["--strategy", "thompson"]], ids=["ucb", "thompson"])
+def test_until_clear_measures_all_where_nothing_is_certain(strategy, base, tmp_path, capsys):
     run = tmp_path / "run"
-    assert cli([*base, "--until-clear", "--top", "2", "--out", str(run)]) == 0
+    assert cli([*base, "--until-clear", "--top", "2", *strategy, "--out", str(run)]) == 0
     told = json.loads((run / "run.json").read_text())["search"]
     table = pd.read_csv(run / "search.csv")
     apart = table["low"][:2].min() > table["high"][2:].max()
@@ -85,6 +86,8 @@ def test_until_clear_measures_all_where_nothing_is_certain(base, tmp_path, capsy
         (["--budget", "0.5", "--window", "3"], ["--window 3", "1"]),
         (["--budget", "0.5", "--top", "999"], ["--top 999", "accepted: 1 to 87"]),
         (["--top", "3"], ["--top 3", "--budget"]),
+        (["--strategy", "ucb"], ["--strategy ucb", "--budget"]),
+        (["--until-clear", "--strategy", "halving"], ["--strategy halving", "ucb, thompson"]),
     ],
 )
 def test_what_it_refuses(flags, words, base, tmp_path, capsys):

@@ -17,6 +17,8 @@ from mech_absa.evaluate.side_effects import (
     PARAPHRASES,
     PASSAGES,
     OtherAspects,
+    TokenDrift,
+    _intervals,
     agreement,
     drift,
     other_aspects,
@@ -68,7 +70,7 @@ def test_the_intervals_are_those_of_the_means(model, examples):
     assert found.elsewhere.value == pytest.approx(right / 7)
     assert (found.text_kl.value, found.text_top1.value) == (s.text.kl, s.text.top1)
     assert (found.near_kl.value, found.near_top1.value) == pytest.approx((s.near.kl, s.near.top1))
-    assert np.isnan(s.other_aspects.agreement) or found.aspects.value == s.other_aspects.agreement
+    assert found.aspects.value == pytest.approx(s.other_aspects.agreement, nan_ok=True)
     for name, e in vars(found).items():
         assert np.isnan(e.low) or e.low <= e.value <= e.high, name
     assert found.near_kl.low < found.near_kl.high
@@ -191,6 +193,15 @@ def test_other_aspects_by_hand(examples):
         np.mean([np.log(1 / 3) - (np.log(0.5) + 2 * np.log(0.25)) / 3, 0, 0, 0])
     )
     assert (found.one_label_base, found.one_label_edited) == (1.0, 0.0)
+    one = answers(examples, POS, NEG, POS, NEG, POS, NEG, POS, POS, scores=moved)
+    # Rows 1 and 3 changed, so rows 0, 2 and 4 are other aspects, and all are answered as before.
+    drifted = TokenDrift(np.array([0.1, 0.3]), np.array([True, False]), np.array([0, 1]))
+    cells = {"text": (drifted, ["a", "b"]), "near": (drifted, ["a", "a"])}
+    sure = _intervals([(base, one)], [(base, edit)], cells, level=0.95, draws=100, seed=0)
+    assert sure.aspects.value == 1.0 == other_aspects(base, one).agreement
+    assert sure.elsewhere.value == edit.correct.mean() and np.isnan(sure.generality.value)
+    assert sure.text_kl.value == pytest.approx(0.2) and sure.text_kl.low == pytest.approx(0.1)
+    assert np.isnan(sure.near_kl.low), "one cluster has no interval"
     nothing = other_aspects(base, base)
     assert nothing.n == 0 and np.isnan(nothing.agreement)
     alone = other_aspects(base.take([5, 6]), edit.take([5, 6]))

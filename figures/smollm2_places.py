@@ -15,7 +15,8 @@ What is measured was written down before any test row was scored:
 2. **Places.** The traced layers (sites chosen from the trace with noise, of training rows), the
    paper's layers 9-14 of 30, the first six, the last six, the six that are left (`random`), all
    layers. Each half of the edit alone, and LoRA on q, k, v, up and down, in the traced layers and in
-   all; the traced layers with LoReFT at other tokens.
+   all; the traced layers with LoReFT at other tokens. The nine ranges of the paper's Figure 4, at
+   the same depth of this model; three of them are among the places above.
 3. **Rates.** One grid for every place and one rate for both parts, as in the authors' script. The
    rate with the lowest cross-entropy over the labels on the validation rows is taken.
 4. **Seeds.** They change the initial state, the order and the dropout, not the rows.
@@ -150,13 +151,17 @@ class Job:
         return f"{self.place.name.replace(' ', '_')}-x{self.rate:g}-s{self.seed}"
 
 
-def paper_layers(n_layers: int) -> tuple[int, ...]:
-    """Return the layers that correspond to the paper's 10-15 of 32.
+RANGES = ((0, 31), (5, 10), (5, 15), (10, 15), (10, 20), (15, 20), (15, 25), (20, 25), (20, 30))
+"""Layers of the paper's Figure 4, of 32."""
 
-    >>> paper_layers(32), paper_layers(30)
-    ((10, 11, 12, 13, 14, 15), (9, 10, 11, 12, 13, 14))
+
+def scaled(low: int, high: int, n_layers: int) -> tuple[int, ...]:
+    """Return the layers that correspond to the paper's `low` to `high` of 32.
+
+    >>> scaled(10, 15, 32), scaled(20, 25, 30)
+    ((10, 11, 12, 13, 14, 15), (18, 19, 20, 21, 22, 23))
     """
-    return tuple(range(10 * n_layers // 32, 16 * n_layers // 32))
+    return tuple(range(low * n_layers // 32, (high + 1) * n_layers // 32))
 
 
 def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
@@ -168,12 +173,12 @@ def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
     layers = tuple(sorted({s.layer for s in traced}))
     at, width = str(traced[0].at), len(layers)
     first, last = (named_layers(name, width, n_layers) for name in ("first", "last"))
-    paper = paper_layers(n_layers)
+    paper = scaled(10, 15, n_layers)
     taken = {*layers, *paper, *first, *last}
     free = [layer for layer in range(n_layers) if layer not in taken]
     drawn = sorted(np.random.default_rng(0).permutation(free)[:width].tolist())
     every = tuple(range(n_layers))
-    return [
+    made = [
         Place("traced", layers, at),
         Place("paper", paper, at),
         Place("random", tuple(drawn), at),
@@ -188,6 +193,9 @@ def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
         Place("lora traced", layers, at, "lora"),
         Place("loreft all", every, at, "loreft"),
     ]
+    known = {p.layers for p in made if p.method == "both" and p.position == at}
+    ranges = [scaled(low, high, n_layers) for low, high in RANGES]
+    return [*made, *(Place(f"layers {_layers(r)}", r, at) for r in ranges if r not in known)]
 
 
 @dataclass(frozen=True, eq=False)

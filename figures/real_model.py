@@ -173,8 +173,10 @@ PLACES = {
     "paper": "the paper's layers {}", "random": "random layers {}", "last": "last layers {}", "first": "first layers {}",
     "all": "all layers {}", "lora all": "LoRA, all layers {}", "traced, last token": "traced layers {}, LoReFT at the last token",
     "traced, a word": "traced layers {}, LoReFT at a word of the sentence",
+    "loreft traced": "LoReFT alone, traced layers {}", "W_O traced": "W_O alone, traced layers {}",
+    "lora traced": "LoRA, traced layers {}", "loreft all": "LoReFT alone, all layers {}",
 }  # fmt: skip
-"""Places of the edit in words."""
+"""Places of the edit in words; other places are ranges of layers and keep their names."""
 FILES = ("device", "laptop", "restaurant", "service")
 SMALLER = (
     "Smaller than the paper's protocol: one training set from all four domains, a sample of each "
@@ -185,7 +187,7 @@ SMALLER = (
 def _placed(study: Study) -> pd.DataFrame:
     """Return places.csv with names in words that hold the layers."""
     table = study.table("places.csv")
-    words = [PLACES[r["place"]].format(r["layers"]) for _, r in table.iterrows()]
+    words = [PLACES.get(r["place"], r["place"]).format(r["layers"]) for _, r in table.iterrows()]
     return table.assign(words=words)
 
 

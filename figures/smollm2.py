@@ -79,7 +79,7 @@ class Config:
 class Sizes:
     """How much of everything."""
 
-    pairs: int = 100
+    pairs: int = 150
     """Pairs of the trace of `aspect-swap`, where all that stands before the question is 0."""
     noise: int = 60
     """Pairs of the trace with noise, which costs five times as much for each."""
@@ -97,7 +97,7 @@ class Sizes:
     """Validation rows a domain of the edits."""
     edit_test: int = 50
     """Test rows a domain of the edits."""
-    seeds: int = 2
+    seeds: int = 3
     """Trainings of each place."""
 
 

@@ -89,7 +89,7 @@ class Config:
     """Longest sentence that is trained on."""
     rates: tuple[float, ...] = (1e-3, 4e-3)
     """Learning rates that are tried in each place."""
-    seeds: int = 2
+    seeds: int = 3
     """Trainings of each place at its rate."""
     only: tuple[str, ...] = ()
     """Train in these places alone, by name; several processes may share one folder so. Default: all."""

@@ -7,6 +7,7 @@
 | module | scores sites by |
 |---|---|
 | `causal` | average indirect effects, exact and estimated from gradients |
+| `joint_mask` | a mask over heads and MLPs, trained on all of them together |
 | `lens` | accuracy of the unembedding at each layer |
 | `probe` | selectivity of linear probes |
 | `weight_patch` | what adapted weights of a module do in the base model, and back |
@@ -26,6 +27,7 @@ from .causal import IG, AtP, AtPStar, Effect, Exact, ExactNoise, RelP, Writes
 from .clusters import CKAClusters
 from .evidence import Evidence, Selector
 from .fixed import First, Last, Middle, Random
+from .joint_mask import JointMask
 from .learned import JoLA, LoFiTScales
 from .lens import LensAccuracy
 from .probe import LinearProbe
@@ -44,6 +46,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
         AtPStar,
         RelP,
         IG,
+        JointMask,
         LensAccuracy,
         LinearProbe,
         WeightPatching,

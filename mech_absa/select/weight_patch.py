@@ -109,7 +109,7 @@ def changed_weights(base: Model, adapted: Model) -> tuple[set[int], list[str]]:
     >>> import mech_absa as ma
     >>> model = ma.load_model()
     >>> changed_weights(model, ma.load_edit("bundled", model).merged(model))
-    ({2, 3, 4}, [])
+    ({0, 1, 2, 3, 4, 5, 6, 7}, [])
     """
     layers: set[int] = set()
     elsewhere: list[str] = []

@@ -139,7 +139,7 @@ class Config:
     limit_test: OptionalInt = 320
     """Test on at most this many examples of each source, drawn at random. Default: 320."""
     selectors: Names = DEFAULT
-    """Which selectors: exact, exact_noise, writes, atp, atpstar, relp, ig, joint_mask, lens, probe, weight_patch,
+    """Which selectors: exact, exact_noise, writes, atp, atpstar, relp, ig, critical, joint_mask, lens, probe, weight_patch,
     weight_patch_back, weight_patch_grad, taylor1, taylor2, saap, fluctuation, cka, jola, lofit, middle, first, last or random."""
     seed: int = 0
     """Seed of the samples, the split and the random places."""

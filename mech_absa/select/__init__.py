@@ -7,6 +7,7 @@
 | module | scores sites by |
 |---|---|
 | `causal` | average indirect effects, exact and estimated from gradients |
+| `critical` | saliency of attention through a state, as CRFT finds critical positions |
 | `joint_mask` | a mask over heads and MLPs, trained on all of them together |
 | `lens` | accuracy of the unembedding at each layer |
 | `probe` | selectivity of linear probes |
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from ..errors import ConfigError, choices
 from .causal import IG, AtP, AtPStar, Effect, Exact, ExactNoise, RelP, Writes
 from .clusters import CKAClusters
+from .critical import CriticalStates
 from .evidence import Evidence, Selector
 from .fixed import First, Last, Middle, Random
 from .joint_mask import JointMask
@@ -46,6 +48,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
         AtPStar,
         RelP,
         IG,
+        CriticalStates,
         JointMask,
         LensAccuracy,
         LinearProbe,

@@ -193,7 +193,7 @@ class JointMask(Selector):
         if not bool(chosen.any()):
             raise ConfigError(
                 f"the joint mask selected none of {len(z)} components with a penalty of "
-                f"{self.penalty:g}; give JointMask a smaller one"
+                f"{self.penalty:g}; give JointMask a smaller one or more epochs, or leave joint_mask out"
             )
         found = chosen.to(path) + path
         return {site: float(x) for site, x in zip(mask.sites, found, strict=True)}

@@ -35,7 +35,7 @@ from mech_absa.readers import write_jsonl
 from mech_absa.records import write_json
 from mech_absa.stats import cluster_bootstrap
 
-from . import smollm2_places
+from . import smollm2_domains, smollm2_places
 from .interaction import interaction_table
 from .keep import keep_map, record, scrubbed, write_table
 from .plan import PATCH, ROOT, Plan, Step, flags, near, trace_step
@@ -43,7 +43,11 @@ from .reproduce import Config as Reproduce
 from .reproduce import Runner
 from .smollm2_adapter import DOMAINS, file, split
 
-EVALUATE, PLACES = "mech_absa.evaluate", "figures.smollm2_places"
+EVALUATE, PLACES, BY_DOMAIN = (
+    "mech_absa.evaluate",
+    "figures.smollm2_places",
+    "figures.smollm2_domains",
+)
 MODEL = "smollm2"
 MAMS_ROWS, DOMAIN_ROWS = 600, 400
 """Rows that the adapter was trained on, of MAMS and of each domain."""
@@ -99,11 +103,18 @@ class Sizes:
     """Test rows a domain of the edits."""
     seeds: int = 3
     """Trainings of each place."""
+    domain_train: int = 160
+    """Training rows of each domain, where a training sees one domain alone."""
+    domain_seeds: int = 2
+    """Trainings of each system on each domain."""
+    heads: int = 30
+    """Pairs of the trace of heads, which costs nine times as much for each."""
 
 
 FAST = Sizes(
-    pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1
-)
+    pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1,
+    domain_train=2, domain_seeds=1, heads=2,
+)  # fmt: skip
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -159,7 +170,9 @@ def studies(data: Path, work: Path, sizes: Sizes) -> list[Plan]:
         *(traces(work, sizes, name) for name in ("aspect_swap", "noise", "opinion_swap")),
         accuracy(data, sizes),
         *(traces(work, sizes, name, "noise") for name in ("aspect_swap", "opinion_swap")),
+        heads(work, sizes),
         places(data, sizes),
+        domains(data, work, sizes),
     ]
 
 
@@ -186,6 +199,17 @@ def traces(work: Path, sizes: Sizes, name: str, direction: str = "denoise") -> P
     step = trace_step("trace", **given, direction=direction, **more[name])
     called = name if direction == "denoise" else f"{name}_{direction}"
     return Plan(f"{MODEL}/{called}", QUESTIONS[name], (step,), keep)
+
+
+def heads(work: Path, sizes: Sizes) -> Plan:
+    """Return the trace of single heads."""
+    rows = near(work / "rows" / "aspect_swap.jsonl")
+    step = trace_step(
+        "trace", model=MODEL, data=str(rows), by="role", memory=1, direction="denoise", sites=("head_z",),
+        limit=sizes.heads, corruption="aspect-swap",
+    )  # fmt: skip
+    question = "Which heads carry what binds the answer to the aspect that is asked about?"
+    return Plan(f"{MODEL}/aspect_swap_heads", question, (step,), keep_map)
 
 
 def accuracy(data: Path, sizes: Sizes) -> Plan:
@@ -215,11 +239,32 @@ def places(data: Path, sizes: Sizes) -> Plan:
     return Plan(f"{MODEL}/places", question, (Step("places", PLACES, words, {}),), keep_places)
 
 
-def keep_places(plan: Plan, work: Path, results: Path) -> None:
-    """Keep the tables of the trainings and of the answers."""
-    for name in ("trainings", "answers", "places"):
+def domains(data: Path, work: Path, sizes: Sizes) -> Plan:
+    """Return the edit and LoRA trained on each domain and scored on all; needs the study of places."""
+    words = flags(
+        data=near(data), places=near(work / MODEL / "places" / "places"), train=sizes.domain_train,
+        test=sizes.edit_test, seeds=sizes.domain_seeds,
+    )  # fmt: skip
+    question = "Tables 2 and 3: how well does what was trained on one domain answer on the others?"
+    return Plan(
+        f"{MODEL}/domains", question, (Step("domains", BY_DOMAIN, words, {}),), keep_domains
+    )
+
+
+def keep_domains(plan: Plan, work: Path, results: Path) -> None:
+    """Keep the tables of the trainings by domain and of the answers."""
+    _keep_tables(plan, work, results, ("trainings", "answers", "domains"))
+
+
+def _keep_tables(plan: Plan, work: Path, results: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         table = pd.read_csv(work / plan.steps[0].name / f"{name}.csv", keep_default_na=False)
         write_table(table, results / f"{name}.csv")
+
+
+def keep_places(plan: Plan, work: Path, results: Path) -> None:
+    """Keep the tables of the trainings and of the answers."""
+    _keep_tables(plan, work, results, ("trainings", "answers", "places"))
 
 
 BANDS = {"0-5": (0, 5), "9-14": (9, 14), "15-20": (15, 20), "24-29": (24, 29)}
@@ -313,6 +358,8 @@ def budget(chosen: list[Plan], sizes: Sizes) -> float:
             seconds += SECONDS["trace"] * sizes.pairs
         elif step.module == EVALUATE:
             seconds += SECONDS["test"] * 2 * sizes.test * (len(DOMAINS) + 1)
+        elif step.module == BY_DOMAIN:
+            seconds += smollm2_domains.seconds(smollm2_domains.Config(Path()))
         else:
             seconds += smollm2_places.seconds(edits(Path(), sizes))
     return seconds / 3600
@@ -339,9 +386,11 @@ def run(config: Config) -> None:
         prepare(config.data, config.work / "rows", sizes)
     runner = Runner(Reproduce(fast=config.fast, runs=config.work, results=config.results))
     runner.traced.set()
-    with ThreadPoolExecutor(config.jobs) as pool:
-        for done in [pool.submit(one, runner, study, config) for study in chosen]:
-            done.result()
+    last = [s for s in chosen if s.steps[0].module == BY_DOMAIN]  # reads what another study leaves
+    for part in ([s for s in chosen if s not in last], last):
+        with ThreadPoolExecutor(config.jobs) as pool:
+            for done in [pool.submit(one, runner, study, config) for study in part]:
+                done.result()
 
 
 def one(runner: Runner, study: Plan, config: Config) -> None:

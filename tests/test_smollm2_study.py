@@ -17,7 +17,7 @@ from mech_absa.sites import Site
 if not (Path(__file__).parents[1] / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 
-from figures import smollm2, smollm2_adapter, smollm2_places
+from figures import smollm2, smollm2_adapter, smollm2_domains, smollm2_places
 
 
 def rows(n: int, words: int = 3) -> list[dict[str, str]]:
@@ -93,6 +93,7 @@ def test_every_step_is_a_command_that_its_module_takes(data, tmp_path):
         "mech_absa.patch": patch,
         "mech_absa.evaluate": evaluate,
         "figures.smollm2_places": smollm2_places,
+        "figures.smollm2_domains": smollm2_domains,
     }
     made = smollm2.studies(data, tmp_path, smollm2.Sizes())
     assert len({s.name for s in made}) == len(made)
@@ -122,6 +123,7 @@ def test_places_by_hand():
         "traced": "18-23", "paper": "9-14", "random": "6-8,15-17", "last": "24-29", "first": "0-5",
         "all": "0-29", "lora all": "0-29", "traced, last token": "18-23", "traced, a word": "18-23",
         "loreft traced": "18-23", "W_O traced": "18-23", "lora traced": "18-23", "loreft all": "0-29",
+        **{f"layers {r}": r for r in ("4-9", "4-14", "9-18", "14-18", "14-23", "18-28")},
     }  # fmt: skip
     parts = found["traced, last token"].preset(1e-3).parts
     assert [p.place for p in parts if p.family == "loreft"] == [
@@ -183,7 +185,8 @@ def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
     names = ("answers.csv", "places.csv")
     before = [(asked.out / name).read_bytes() for name in names]
     table = pd.read_csv(asked.out / "trainings.csv")
-    assert len(table) == 26 and table["place"].nunique() == 13
+    n = table["place"].nunique()
+    assert len(table) == 2 * n and n == len(smollm2_places.Work(asked).places)
     kept = sorted(asked.out.glob("parts/*.json"))
     gone = [p for p in kept if p.stem in ("wordings", "paper-x0.001-s0", "last-x0.004-s0")]
     gone += [p for p in kept if p.name.startswith("paper") and p.name.endswith(".test.json")]
@@ -195,6 +198,50 @@ def test_a_stopped_study_of_places_goes_on_to_the_same_bytes(asked, capsys):
     assert capsys.readouterr().out.count("\n") == 4  # the budget, two trainings, an answer
     assert [(asked.out / name).read_bytes() for name in names] == before
     record = json.loads((asked.out / "run.json").read_text())
-    assert record["trainings"] == {"done": 26, "planned": 26}
+    assert record["trainings"] == {"done": 2 * n, "planned": 2 * n}
     assert record["rows"] == {"train": 8, "validation": 4, "test": 4}
     assert "data" not in record["config"]
+
+
+# ---- one domain for training, all for testing ----------------------------------------------------
+
+
+def test_domains_by_hand():
+    """Trained on `a` twice: half of a's two rows and a quarter of b's; trained on `b`: all and none."""
+    answers = pd.DataFrame(
+        {
+            "file": ["a", "a", "b", "b"], "sentence": [0, 1, 2, 3], "gold": ["p", "n", "p", "n"],
+            "s/a/0": ["p", "p", "n", "p"], "s/a/1": ["p", "p", "p", "p"], "s/b/0": ["n", "p", "p", "n"],
+        }
+    )  # fmt: skip
+    found = smollm2_domains.scored(answers).set_index("domain")
+    assert found.loc["a", ["a", "b", "inside", "outside", "seeds"]].tolist() == [0.5, 0.25, 0.5, 0.25, 2]  # fmt: skip
+    assert found.loc["b", ["a", "b", "inside", "outside", "seeds"]].tolist() == [0, 1, 1, 0, 1]
+    assert found.loc["all", ["inside", "outside", "seeds"]].tolist() == [0.75, 0.125, 1]
+    assert found.loc["all", "inside_low"] < 0.75 < found.loc["all", "inside_high"]
+
+
+def test_domains_train_on_their_own_rows_at_the_rates_of_places(asked, tmp_path):
+    """Two domains' rows differ, rates come from the table, and a second run does nothing."""
+    pd.DataFrame({"place": ["traced", "lora all", "last"], "rate": [4e-3, 1e-3, 1.0]}).to_csv(
+        tmp_path / "places.csv"
+    )
+    config = smollm2_domains.Config(
+        asked.data, model="bundled", sites=asked.sites, places=tmp_path, train=2, test=1, words=9,
+        seeds=1, out=tmp_path / "domains",
+    )  # fmt: skip
+    works = smollm2_domains.run(replace(config, until=0.0))
+    assert not list(config.out.glob("*/parts/*.json"))
+    rows = [e.id for w in works for e in w.rows.train]
+    assert len(set(rows)) == len(rows) == 8
+    assert {e.source.split("_")[0] for e in works[3].rows.train} == {works[3].rows.train[0].source.split("_")[0]}  # fmt: skip
+    assert all(w.rows.test is works[0].rows.test for w in works)
+    smollm2_domains.main(config)
+    table = pd.read_csv(config.out / "trainings.csv")
+    assert table.groupby("place")["rate"].unique().map(list).to_dict() == {"traced": [4e-3], "lora all": [1e-3]}  # fmt: skip
+    assert sorted(set(table["domain"])) == ["device", "laptop", "restaurant", "service"] and len(table) == 8  # fmt: skip
+    before = {p: p.stat().st_mtime_ns for p in config.out.glob("*/parts/*.json")}
+    smollm2_domains.main(config)
+    assert before == {p: p.stat().st_mtime_ns for p in config.out.glob("*/parts/*.json")}
+    with pytest.raises(ConfigError, match="no rate for 'traced'"):
+        smollm2_domains.chosen_rates(config.out)

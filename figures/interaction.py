@@ -83,18 +83,18 @@ def _aligned(frame: pd.DataFrame, values: pd.Series, keys: list[str]) -> list[fl
 
 def keep_interaction(work: Path, results: Path, metrics: tuple[str, ...] = METRICS) -> None:
     """Write `<metric>.csv` and `about_<metric>.json` from the traces `<metric>_<direction>`."""
-    results.mkdir(parents=True, exist_ok=True)
     for metric in metrics:
-        denoise, noise = (Effects.load(work / f"{metric}_{d}") for d in ("denoise", "noise"))
-        table, about = interaction_table(denoise, noise)
-        table.to_csv(
-            results / f"{metric}.csv", index=False, float_format="%.5g", lineterminator="\n"
-        )
-        kept = json.loads((work / f"{metric}_denoise" / "about.json").read_text(encoding="utf-8"))
-        known = {
-            k: about[k] for k in ("level", "adjustment", "n_pairs", "n_sentences", "resolution")
-        }
-        write_json(results / f"about_{metric}.json", kept | known | {"direction": "both"})
+        keep_both(*(work / f"{metric}_{d}" for d in ("denoise", "noise")), results, metric)
+
+
+def keep_both(denoise: Path, noise: Path, results: Path, metric: str) -> None:
+    """Write `<metric>.csv` and `about_<metric>.json` from the traces of both directions."""
+    results.mkdir(parents=True, exist_ok=True)
+    table, about = interaction_table(Effects.load(denoise), Effects.load(noise))
+    table.to_csv(results / f"{metric}.csv", index=False, float_format="%.5g", lineterminator="\n")
+    kept = json.loads((denoise / "about.json").read_text(encoding="utf-8"))
+    known = {k: about[k] for k in ("level", "adjustment", "n_pairs", "n_sentences", "resolution")}
+    write_json(results / f"about_{metric}.json", kept | known | {"direction": "both"})
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _words(study: Study, metric: str, heads: bool) -> str:
     )
 
 
-def _states(study: Study, metric: str) -> Shown:
+def states(study: Study, metric: str) -> Shown:
     title = "Interaction INT = TIE − PIE: where the direction of patching matters"
     figure = plots.heatmap(_map(study, metric), title=title, value="INT", compress=True)
     return Shown(figure, _words(study, metric, heads=False))
@@ -143,7 +143,7 @@ def _heads(study: Study, metric: str) -> Shown:
 
 @shows("interaction_prob", "Interaction of the two directions: probability", "interaction")
 def interaction_prob(study: Study) -> Shown:
-    return _states(study, "prob")
+    return states(study, "prob")
 
 
 @shows("interaction_prob_heads", "Interaction in heads: probability", "interaction")
@@ -155,7 +155,7 @@ def interaction_prob_heads(study: Study) -> Shown:
     "interaction_logit_diff", "Interaction of the two directions: logit difference", "interaction"
 )
 def interaction_logit_diff(study: Study) -> Shown:
-    return _states(study, "logit_diff")
+    return states(study, "logit_diff")
 
 
 @shows("interaction_logit_diff_heads", "Interaction in heads: logit difference", "interaction")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from mech_absa import plots
 
 from . import charts
+from .interaction import states
 from .study import Shown, Study, best, cell, sentence, shows
 from .tables import NONE, Table
 
@@ -61,6 +64,29 @@ def noise(study: Study) -> Shown:
 def aspect_swap(study: Study) -> Shown:
     """Draw the map of AspectSwap."""
     return _map(study, "The sentence stays, and the question asks about another aspect (MAMS).")
+
+
+@shows(
+    "smollm2_interaction",
+    "SmolLM2: both directions of patching",
+    "smollm2/aspect_swap_noise",
+)
+def both_directions(study: Study) -> Shown:
+    """Draw where the direction of patching matters, with AspectSwap."""
+    return states(study, "prob")
+
+
+@shows("smollm2_heads", "SmolLM2: attention heads", "smollm2/aspect_swap_heads")
+def heads(study: Study) -> Shown:
+    """Draw the heads, with AspectSwap."""
+    table = study.importance.table.sort_values("aie", ascending=False)
+    clear = int((table["p_adjusted"] < 0.05).sum())
+    first = "; ".join(cell(row) for _, row in table.head(4).iterrows())
+    return Shown(
+        plots.heads(study.importance),
+        f"Of {len(table)} cells (a head at a role), {clear} differ from 0 after correction; the mean "
+        f"total effect is {study.run['average_total_effect']:.3f}. The largest are {first}.",
+    )
 
 
 @shows("smollm2_opinion_swap", "SmolLM2: another opinion expression", "smollm2/opinion_swap")
@@ -254,3 +280,134 @@ def places_drawn(study: Study) -> Shown:
     order = table.sort_values("accuracy", ascending=False, kind="stable")
     ranked = "; ".join(f"{r['words']} {100 * r['accuracy']:.1f}" for _, r in order.iterrows())
     return Shown(figure, f"Accuracy in percent over the four test files, best first: {ranked}.")
+
+
+# ---- does the trace predict where editing helps? -------------------------------------------------
+
+DRAWS = 1000
+"""Resamples of test sentences."""
+
+
+@shows(
+    "table_smollm2_windows",
+    "SmolLM2: effects of a range of layers, and the accuracy of editing it",
+    "smollm2/places",
+    "smollm2/noise",
+    "smollm2/aspect_swap",
+)
+def windows(places: Study, *traces: Study) -> Shown:
+    """Tabulate mean AIE at the edited token beside accuracy, and their rank correlation."""
+    ranges = edited_ranges(places.table("places.csv"))
+    effects = {_name(s): [mean_effect(s.table("importance.csv"), r) for r in ranges.values()] for s in traces}  # fmt: skip
+    accuracy = accuracies(places.table("answers.csv"), list(ranges))
+    rows = [
+        (
+            f"{r[0]}-{r[-1]}",
+            *(f"{e[i]:.3f}" for e in effects.values()),
+            f"{100 * accuracy[0, i]:.1f}",
+        )
+        for i, r in enumerate(ranges.values())
+    ]
+    says = [
+        f"{name}: rho {value:.2f} [{low:.2f}, {high:.2f}], p {p:.2f}"
+        for name, effect in effects.items()
+        for value, low, high, p in [rank_correlation(effect, accuracy)]
+    ]
+    caption = (
+        "Mean AIE of the residual stream at the last token of the aspect in the question, over the "
+        f"layers of a range, and accuracy in percent of the paper's edit there. {places.source}"
+    )
+    head = ("layers", *(f"AIE, {name}" for name in effects), "accuracy")
+    return Shown(
+        Table(caption, "tab:smollm2-windows", head, (("", tuple(rows)),)),
+        f"Spearman's correlation over {len(ranges)} ranges, with an interval that resamples test sentences "
+        f"and a two-sided p-value over permutations of the ranges: {'; '.join(says)}. Ranges overlap.",
+    )
+
+
+def edited_ranges(table: pd.DataFrame) -> dict[str, list[int]]:
+    """Return the places where the whole edit acts on neighbouring layers, with their layers."""
+    found = {}
+    for _, row in table.iterrows():
+        low, dash, high = str(row["layers"]).partition("-")
+        whole = row["place"] in ("traced", "paper", "first", "last", "all")
+        if dash and high.isdigit() and (whole or str(row["place"]).startswith("layers ")):
+            found[str(row["place"])] = list(range(int(low), int(high) + 1))
+    return dict(sorted(found.items(), key=lambda item: (item[1][0], item[1][-1])))
+
+
+def mean_effect(table: pd.DataFrame, layers: list[int], role: str = "query.last") -> float:
+    """Return the mean AIE of the residual stream over some layers, at one role."""
+    here = (table["kind"] == "resid_post") & (table["role"] == role) & table["layer"].isin(layers)
+    return float(table.loc[here, "aie"].mean())
+
+
+def accuracies(answers: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """Return `[1 + draw place]`: accuracies over seeds, then the same for resampled sentences."""
+    right = np.stack(
+        [
+            answers[[c for c in answers.columns[3:] if c.partition("/")[0] == name]]
+            .eq(answers["gold"], axis=0).mean(axis=1).to_numpy()
+            for name in names
+        ]
+    )  # fmt: skip
+    numbers, rng = answers["sentence"].to_numpy(), np.random.default_rng(0)
+    member = numbers[:, None] == np.unique(numbers)
+    weights = rng.multinomial(member.shape[1], np.full(member.shape[1], 1 / member.shape[1]), DRAWS)
+    of_rows = np.concatenate([np.ones((1, len(numbers))), weights @ member.T])
+    return np.asarray(of_rows @ right.T / of_rows.sum(1, keepdims=True))
+
+
+def rank_correlation(
+    effect: list[float], accuracy: np.ndarray
+) -> tuple[float, float, float, float]:
+    """Return Spearman's rho with the first row, its interval over the others, and a p-value."""
+    several = [row for row in accuracy if np.ptp(row) > 0]  # equal accuracies have no order
+    drawn = [float(stats.spearmanr(effect, row).statistic) for row in several]
+    low, high = np.quantile(drawn[1:], [0.025, 0.975])
+
+    def rho(x: np.ndarray) -> float:
+        return float(stats.spearmanr(x, accuracy[0]).statistic)
+
+    tested = stats.permutation_test(
+        (np.asarray(effect),), rho, permutation_type="pairings", n_resamples=2000, rng=0
+    )
+    return drawn[0], float(low), float(high), float(tested.pvalue)
+
+
+# ---- one domain for training ---------------------------------------------------------------------
+
+TRAINED = {"traced": "the edit, layers 18-23", "lora all": "LoRA, all layers"}
+
+
+@shows("table_smollm2_domains", "SmolLM2, Table 3: other domains", "smollm2/domains")
+def domains(study: Study) -> Shown:
+    """Tabulate accuracy by training domain and test file, inside and outside the domain."""
+    table = study.table("domains.csv")
+    blocks, says = [], []
+    for system, group in table.groupby("system", sort=False):
+        name = TRAINED[str(system)]
+        each = group[group["domain"] != "all"]
+        rows = tuple(
+            (r["domain"], *(f"{100 * r[f]:.1f}" for f in FILES), *(_side(r, side) for side in SIDES))
+            for _, r in each.iterrows()
+        )  # fmt: skip
+        whole = group[group["domain"] == "all"].iloc[0]
+        blocks.append((f"{name}, {int(whole['seeds'])} seeds", rows))
+        says.append(f"{name}: inside {_side(whole, 'inside')}, outside {_side(whole, 'outside')}")
+    caption = f"Accuracy in percent by test file. {study.source}"
+    head = ("trained on", *FILES, "inside the domain", "outside")
+    return Shown(
+        Table(caption, "tab:smollm2-domains", head, tuple(blocks)),
+        f"Means over training domains, with 95 % intervals by sentence. {sentence(says)} The rates are "
+        "those that the study of places chose; none was tuned for a domain.",
+    )
+
+
+SIDES = ("inside", "outside")
+
+
+def _side(row: pd.Series, side: str) -> str:
+    return (
+        f"{100 * row[side]:.1f} [{100 * row[f'{side}_low']:.1f}, {100 * row[f'{side}_high']:.1f}]"
+    )

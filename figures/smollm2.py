@@ -36,7 +36,7 @@ from mech_absa.records import write_json
 from mech_absa.stats import cluster_bootstrap
 
 from . import smollm2_domains, smollm2_places
-from .interaction import interaction_table
+from .interaction import keep_both
 from .keep import keep_map, record, scrubbed, write_table
 from .plan import PATCH, ROOT, Plan, Step, flags, near, trace_step
 from .reproduce import Config as Reproduce
@@ -226,14 +226,15 @@ def accuracy(data: Path, sizes: Sizes) -> Plan:
 def edits(data: Path, sizes: Sizes) -> smollm2_places.Config:
     """Return what the study of places is asked for."""
     return smollm2_places.Config(
-        data, train=sizes.train, held=sizes.held, test=sizes.edit_test, seeds=sizes.seeds
-    )
+        data, train=sizes.train, held=sizes.held, test=sizes.edit_test, seeds=sizes.seeds,
+        again=near(ROOT / "figures" / "results" / MODEL / "noise" / "sites.json"),
+    )  # fmt: skip
 
 
 def places(data: Path, sizes: Sizes) -> Plan:
     """Return the paper's edit at traced and other layers, each place at a rate of its own."""
     asked = edits(near(data), sizes)
-    names = ("data", "train", "held", "test", "seeds")
+    names = ("data", "train", "held", "test", "seeds", "again")
     words = flags(**{n: getattr(asked, n) for n in names})
     question = "Does editing at the traced layers answer better than editing elsewhere?"
     return Plan(f"{MODEL}/places", question, (Step("places", PLACES, words, {}),), keep_places)
@@ -287,8 +288,7 @@ def keep(plan: Plan, work: Path, results: Path) -> None:
     write_table(banded(effects.importance(by="role")), results / "bands.csv")
     other = work.with_name(work.name.removesuffix("_noise"))
     if other != work:
-        table, _ = interaction_table(ma.Effects.load(other / "trace"), effects)
-        write_table(table, results / "interaction.csv")
+        keep_both(other / "trace", work / "trace", results, "prob")
 
 
 def banded(importance: ma.ImportanceMap) -> pd.DataFrame:

@@ -45,7 +45,7 @@ class Config:
     """The model."""
     places: Path = ROOT / "figures" / "results" / "smollm2" / "places"
     """Results of the study of places: the rates that it chose."""
-    sites: Path = ROOT / "figures" / "results" / "smollm2" / "noise" / "sites.json"
+    sites: Path = ROOT / "figures" / "results" / "smollm2" / "places" / "sites.json"
     """Sites that tracing chose."""
     train: int = 160
     """Training rows of a domain."""
@@ -159,7 +159,11 @@ def collect(config: Config, works: list[OneDomain]) -> None:
             "command": "figures.smollm2_domains",
             "model": {"name": works[0].model.name, "sha256": works[0].model.sha256},
             "config": {k: v for k, v in asdict(config).items() if k not in hidden},
-            "rows": {"train": {w.domain: len(w.rows.train) for w in works}, "test": len(answers)},
+            "rows": {
+                "train": config.train,
+                "validation": len(works[0].rows.held),
+                "test": len(answers),
+            },
             "rates": rates,
             "trainings": {
                 "done": len(trainings),

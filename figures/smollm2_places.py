@@ -77,8 +77,10 @@ class Config:
     """Folder with me_absc/ and mams/."""
     model: str = "smollm2"
     """The model."""
-    sites: Path = ROOT / "figures" / "results" / "smollm2" / "noise" / "sites.json"
-    """Sites that tracing chose."""
+    sites: Path = ROOT / "figures" / "results" / "smollm2" / "places" / "sites.json"
+    """Sites that tracing chose: those of the trace of 21 pairs, which the first trainings used."""
+    again: Path | None = None
+    """Sites that a longer trace chose; if their layers are others, they are a place too."""
     train: int = 40
     """Training rows of each domain."""
     held: int = 16
@@ -164,8 +166,8 @@ def scaled(low: int, high: int, n_layers: int) -> tuple[int, ...]:
     return tuple(range(low * n_layers // 32, (high + 1) * n_layers // 32))
 
 
-def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
-    """Return the places that are compared, the traced one first.
+def places(traced: Sequence[Site], n_layers: int, again: Sequence[Site] = ()) -> list[Place]:
+    """Return the places that are compared, the traced one first, those of a longer trace last.
 
     `random` takes as many layers as are traced from those that no other place of six has; in a
     model of 30 layers with six traced ones there is but one such choice.
@@ -195,6 +197,8 @@ def places(traced: Sequence[Site], n_layers: int) -> list[Place]:
     ]
     known = {p.layers for p in made if p.method == "both" and p.position == at}
     ranges = [scaled(low, high, n_layers) for low, high in RANGES]
+    if again:
+        ranges.append(tuple(sorted({s.layer for s in again})))
     return [*made, *(Place(f"layers {_layers(r)}", r, at) for r in ranges if r not in known)]
 
 
@@ -253,7 +257,8 @@ class Work:
 
     @cached_property
     def places(self) -> list[Place]:
-        return places(sites_file(self.config.sites)[0], self.model.n_layers)
+        again = [] if self.config.again is None else sites_file(self.config.again)[0]
+        return places(sites_file(self.config.sites)[0], self.model.n_layers, again)
 
     @cached_property
     def task(self) -> Task:
@@ -396,7 +401,7 @@ class Work:
         for name, table in tables.items():
             with atomic(out / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, float_format="%.5g")
-        hidden = ("out", "resume", "until", "only", "data", "sites")
+        hidden = ("out", "resume", "until", "only", "data", "sites", "again")
         rows = self.rows
         write_json(
             out / "run.json",

@@ -17,7 +17,7 @@ from mech_absa.sites import Site
 if not (Path(__file__).parents[1] / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 
-from figures import smollm2, smollm2_adapter, smollm2_domains, smollm2_places
+from figures import real_model, smollm2, smollm2_adapter, smollm2_domains, smollm2_places
 
 
 def rows(n: int, words: int = 3) -> list[dict[str, str]]:
@@ -125,6 +125,9 @@ def test_places_by_hand():
         "loreft traced": "18-23", "W_O traced": "18-23", "lora traced": "18-23", "loreft all": "0-29",
         **{f"layers {r}": r for r in ("4-9", "4-14", "9-18", "14-18", "14-23", "18-28")},
     }  # fmt: skip
+    longer = [Site(layer, "resid_post", None, "query.last") for layer in (21, 22)]
+    assert smollm2_places.places(sites, 30, longer)[-1].name == "layers 21-22"
+    assert len(smollm2_places.places(sites, 30, sites)) == len(found)
     parts = found["traced, last token"].preset(1e-3).parts
     assert [p.place for p in parts if p.family == "loreft"] == [
         f"L{i}.resid_post@answer" for i in range(18, 24)
@@ -245,3 +248,40 @@ def test_domains_train_on_their_own_rows_at_the_rates_of_places(asked, tmp_path)
     assert before == {p: p.stat().st_mtime_ns for p in config.out.glob("*/parts/*.json")}
     with pytest.raises(ConfigError, match="no rate for 'traced'"):
         smollm2_domains.chosen_rates(config.out)
+
+
+# ---- effects of a range and the accuracy of editing it -------------------------------------------
+
+
+def test_ranges_that_are_set_beside_their_effects():
+    """Neighbouring layers with the whole edit at the aspect; not random layers, halves or LoRA."""
+    table = pd.DataFrame(
+        {
+            "place": ["traced", "random", "W_O traced", "lora all", "all", "layers 1-2", "zero_shot"],
+            "layers": ["2-3", "0-1,5-6", "2-3", "0-7", "0-7", "1-2", np.nan],
+        }
+    )  # fmt: skip
+    found = real_model.edited_ranges(table)
+    assert found == {"all": list(range(8)), "layers 1-2": [1, 2], "traced": [2, 3]}
+    effects = pd.DataFrame(
+        {"kind": ["resid_post"] * 3 + ["attn_out"], "role": ["query.last"] * 2 + ["answer", "query.last"],
+         "layer": [1, 2, 1, 1], "aie": [0.25, 0.75, 9.0, 9.0]}
+    )  # fmt: skip
+    assert real_model.mean_effect(effects, [1, 2]) == 0.5
+
+
+def test_rank_correlation_of_effects_and_accuracies_by_hand():
+    """Three places with 3, 2 and 0 of 4 rows right: the order of the effects, and its reverse."""
+    answers = pd.DataFrame(
+        {
+            "file": "a", "sentence": [0, 1, 2, 3], "gold": ["p"] * 4, "x/0": ["p", "p", "p", "n"],
+            "y/0": ["p", "p", "p", "n"], "y/1": ["p", "n", "n", "n"], "z/0": ["n"] * 4,
+        }
+    )  # fmt: skip
+    accuracy = real_model.accuracies(answers, ["x", "y", "z"])
+    assert accuracy[0].tolist() == [0.75, 0.5, 0.0] and accuracy.shape == (real_model.DRAWS + 1, 3)
+    assert accuracy[1:].mean(0) == pytest.approx([0.75, 0.5, 0.0], abs=0.03)
+    assert accuracy[1:, 0].std() == pytest.approx((0.75 * 0.25 / 4) ** 0.5, abs=0.02)
+    rho, low, high, p = real_model.rank_correlation([3.0, 2.0, 1.0], accuracy)
+    assert rho == 1 and low <= rho <= high and p == pytest.approx(2 / 6)
+    assert real_model.rank_correlation([1.0, 2.0, 3.0], accuracy)[0] == -1

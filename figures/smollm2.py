@@ -205,7 +205,7 @@ def heads(work: Path, sizes: Sizes) -> Plan:
     """Return the trace of single heads."""
     rows = near(work / "rows" / "aspect_swap.jsonl")
     step = trace_step(
-        "trace", model=MODEL, data=str(rows), by="role", memory=1, direction="denoise", sites=("head_z",),
+        "trace", model=MODEL, data=str(rows), by="role", memory=1, direction="denoise", sites=("head",),
         limit=sizes.heads, corruption="aspect-swap",
     )  # fmt: skip
     question = "Which heads carry what binds the answer to the aspect that is asked about?"

@@ -393,7 +393,8 @@ def domains(study: Study) -> Shown:
             for _, r in each.iterrows()
         )  # fmt: skip
         whole = group[group["domain"] == "all"].iloc[0]
-        blocks.append((f"{name}, {int(whole['seeds'])} seeds", rows))
+        seeds = sorted({int(n) for n in each["seeds"]})
+        blocks.append((f"{name}, {' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}", rows))
         says.append(f"{name}: inside {_side(whole, 'inside')}, outside {_side(whole, 'outside')}")
     caption = f"Accuracy in percent by test file. {study.source}"
     head = ("trained on", *FILES, "inside the domain", "outside")

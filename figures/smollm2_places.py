@@ -16,7 +16,8 @@ What is measured was written down before any test row was scored:
    paper's layers 9-14 of 30, the first six, the last six, the six that are left (`random`), all
    layers. Each half of the edit alone, and LoRA on q, k, v, up and down, in the traced layers and in
    all; the traced layers with LoReFT at other tokens. The nine ranges of the paper's Figure 4, at
-   the same depth of this model; three of them are among the places above.
+   the same depth of this model; three of them are among the places above. With `--again`, the layers
+   that a longer trace chose.
 3. **Rates.** One grid for every place and one rate for both parts, as in the authors' script. The
    rate with the lowest cross-entropy over the labels on the validation rows is taken.
 4. **Seeds.** They change the initial state, the order and the dropout, not the rows.

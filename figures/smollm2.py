@@ -240,12 +240,18 @@ def places(data: Path, sizes: Sizes) -> Plan:
     return Plan(f"{MODEL}/places", question, (Step("places", PLACES, words, {}),), keep_places)
 
 
-def domains(data: Path, work: Path, sizes: Sizes) -> Plan:
-    """Return the edit and LoRA trained on each domain and scored on all; needs the study of places."""
-    words = flags(
-        data=near(data), places=near(work / MODEL / "places" / "places"), train=sizes.domain_train,
+def by_domain(data: Path, work: Path, sizes: Sizes) -> smollm2_domains.Config:
+    """Return what the study of domains is asked for."""
+    return smollm2_domains.Config(
+        near(data), places=near(work / MODEL / "places" / "places"), train=sizes.domain_train,
         test=sizes.edit_test, seeds=sizes.domain_seeds,
     )  # fmt: skip
+
+
+def domains(data: Path, work: Path, sizes: Sizes) -> Plan:
+    """Return the edit and LoRA trained on each domain and scored on all; needs the study of places."""
+    asked = by_domain(data, work, sizes)
+    words = flags(**{n: getattr(asked, n) for n in ("data", "places", "train", "test", "seeds")})
     question = "Tables 2 and 3: how well does what was trained on one domain answer on the others?"
     return Plan(
         f"{MODEL}/domains", question, (Step("domains", BY_DOMAIN, words, {}),), keep_domains
@@ -359,7 +365,7 @@ def budget(chosen: list[Plan], sizes: Sizes) -> float:
         elif step.module == EVALUATE:
             seconds += SECONDS["test"] * 2 * sizes.test * (len(DOMAINS) + 1)
         elif step.module == BY_DOMAIN:
-            seconds += smollm2_domains.seconds(smollm2_domains.Config(Path()))
+            seconds += smollm2_domains.seconds(by_domain(Path(), Path(), sizes))
         else:
             seconds += smollm2_places.seconds(edits(Path(), sizes))
     return seconds / 3600

@@ -200,7 +200,10 @@ def places(traced: Sequence[Site], n_layers: int, again: Sequence[Site] = ()) ->
     ranges = [scaled(low, high, n_layers) for low, high in RANGES]
     if again:
         ranges.append(tuple(sorted({s.layer for s in again})))
-    return [*made, *(Place(f"layers {_layers(r)}", r, at) for r in ranges if r not in known)]
+    return [
+        *made,
+        *(Place(f"layers {_layers(r)}", r, at) for r in dict.fromkeys(ranges) if r not in known),
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,6 +128,8 @@ def test_places_by_hand():
     longer = [Site(layer, "resid_post", None, "query.last") for layer in (21, 22)]
     assert smollm2_places.places(sites, 30, longer)[-1].name == "layers 21-22"
     assert len(smollm2_places.places(sites, 30, sites)) == len(found)
+    known = [Site(layer, "resid_post", None, "query.last") for layer in range(4, 10)]
+    assert len(smollm2_places.places(sites, 30, known)) == len(found)  # a range of the paper's
     parts = found["traced, last token"].preset(1e-3).parts
     assert [p.place for p in parts if p.family == "loreft"] == [
         f"L{i}.resid_post@answer" for i in range(18, 24)

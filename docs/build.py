@@ -13,8 +13,8 @@ As mkdocs hooks (`hooks:` in mkdocs.yml), comments of the pages are replaced:
 `figures/smollm2_aspect_swap.png`, the picture of the README, and the JSON schemas of
 `mech_absa.schemas` become files of the site. The notebooks of `analyses/` become pages with their
 outputs. As a Griffe extension (`House`), shapes such as `Float[Tensor, "batch pos"]` stay as they are written (a
-string in them is a list of axes, not a forward reference), and `a, b: what they are` in a docstring
-speaks of both.
+string in them is a list of axes, not a forward reference), `a, b: what they are` in a docstring
+speaks of both, and every doctest is shown as code.
 """
 
 from __future__ import annotations
@@ -214,6 +214,22 @@ def each(docstring: str) -> str:
     )
 
 
+HEADING = re.compile(r"^Example:$", flags=re.MULTILINE)
+
+
+def examples(docstring: str) -> str:
+    """Return a docstring with its doctests in sections that Griffe shows as code.
+
+    Griffe knows `Examples:`. It takes `Example:` for an admonition, and a doctest without a heading
+    for a paragraph; Markdown then reads `>>>` as three nested quotations and brackets as links.
+    """
+    parts = HEADING.sub("Examples:", docstring).split("\n\n")
+    return "\n\n".join(
+        f"Examples:\n{textwrap.indent(part, '    ')}" if part.startswith(">>>") else part
+        for part in parts
+    )
+
+
 with contextlib.suppress(ImportError):
     import griffe
 
@@ -236,21 +252,25 @@ with contextlib.suppress(ImportError):
             annotation.left, annotation.right = spelled(annotation.left), spelled(annotation.right)
         return annotation
 
-    def one_by_one(thing: Any) -> None:
+    def readable(thing: Any) -> None:
         if thing.docstring is not None:
-            thing.docstring.value = each(thing.docstring.value)
+            thing.docstring.value = examples(each(thing.docstring.value))
 
     class House(griffe.Extension):
         """The house style of docstrings, as Griffe needs it."""
+
+        def on_module(self, *, mod: griffe.Module, **_: Any) -> None:
+            readable(mod)
 
         def on_function(self, *, func: griffe.Function, **_: Any) -> None:
             func.returns = spelled(func.returns)
             for parameter in func.parameters:
                 parameter.annotation = spelled(parameter.annotation)
-            one_by_one(func)
+            readable(func)
 
         def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-            one_by_one(cls)
+            readable(cls)
 
         def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
             attr.annotation = spelled(attr.annotation)
+            readable(attr)

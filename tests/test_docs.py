@@ -294,6 +294,12 @@ def test_help_is_that_of_the_command():
         module.filled("<!-- include: benchmarks/README.md nothing -->")
 
 
+def test_doctests_become_code_of_the_reference():
+    before = "Return a.\n\nExample:\n    >>> a\n    [1]\n\n>>> b\n[2]\n\nMore."
+    after = "Return a.\n\nExamples:\n    >>> a\n    [1]\n\nExamples:\n    >>> b\n    [2]\n\nMore."
+    assert built().examples(before) == after == built().examples(after)
+
+
 # ---- links -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +487,7 @@ def test_the_site_is_whole_and_asks_nothing_of_a_network(site):
     assert "batch pos d_model" in re.sub(
         r"<[^>]+>", "", reference
     )  # axes are shown as they are written
+    assert "&gt;&gt;&gt; " in reference and not re.search(r"(<blockquote>\s*){3}", reference)
 
 
 def test_every_notebook_is_a_page_with_its_outputs(site):

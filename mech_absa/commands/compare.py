@@ -319,12 +319,24 @@ def key(task: Task) -> str:
 
 
 def rank(task: Task) -> list[SiteRanking]:
-    """Return the ranking of every selector."""
+    """Return the ranking of every selector that can rank; the others add a warning to `task.notes`.
+
+    Raises:
+        ConfigError: none of them can.
+    """
+    rankings, left_out = [], []
     with bar("selectors", len(task.config.selectors), task.config.run.quiet) as advance:
-        rankings = []
         for name in task.config.selectors:
-            rankings.append(selector(name)(task.evidence))
+            try:
+                ranking = selector(name)(task.evidence)
+                ranking.top_layers(task.config.place.width)
+                rankings.append(ranking)
+            except (ConfigError, DataError) as error:
+                left_out.append(f"the selector {name} is left out: {error}")
             advance(1)
+    if not rankings:
+        raise ConfigError(f"no selector is left to compare; {'; '.join(left_out)}")
+    task.notes.extend(left_out)
     return rankings
 
 

@@ -35,10 +35,13 @@ class Effect(Selector):
     `patch.selection`. A role that no pair has has no score.
 
     Args:
+        kinds: of state; those of the class where None.
+        metric: as in `trace`.
+
+    Attributes:
         kinds: of state.
         direction: `denoise` or `noise`.
         method: `exact`, `atp`, `atpstar`, `relp` or `ig`.
-        metric: as in `trace`.
     """
 
     name: ClassVar[str] = "effect"

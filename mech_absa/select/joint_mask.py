@@ -186,14 +186,16 @@ class JointMask(Selector):
         chosen = z >= 0.5
         self.about = {
             "pairs": len(pairs),
+            "penalty": self.penalty,
             "odds_ratio": ratio,
             "selected": [str(s) for s, yes in zip(mask.sites, chosen, strict=True) if yes],
             "mask": {str(s): float(v) for s, v in zip(mask.sites, z, strict=True)},
         }
         if not bool(chosen.any()):
             raise ConfigError(
-                f"the joint mask selected none of {len(z)} components with a penalty of "
-                f"{self.penalty:g}; give JointMask a smaller one or more epochs, or leave joint_mask out"
+                f"the joint mask selected none of {len(z)} components with a penalty of {self.penalty:g} on "
+                f"{len(pairs)} pairs (all ended below 0.5, the largest at {float(z.max()):.2g}); "
+                "give JointMask a smaller penalty or more epochs, or leave joint_mask out"
             )
         found = chosen.to(path) + path
         return {site: float(x) for site, x in zip(mask.sites, found, strict=True)}

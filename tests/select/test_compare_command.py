@@ -130,6 +130,33 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(flags, sentence, data, tmp
     assert not out.exists()
 
 
+def test_a_selector_that_cannot_rank_stops_only_itself(run, tmp_path, capsys):
+    """The warning stands on the terminal, in the report and in run.json; the others are compared."""
+    _, flags = run
+    loud = [f for f in flags if f != "--quiet"]
+    at = loud.index("--selectors")
+    some = [*loud[: at + 1], "joint_mask", *loud[at + 1 :]]
+    assert cli([*some, "--out", str(tmp_path / "run")]) == 0
+    said = "the selector joint_mask is left out: a joint mask mixes states of two runs, and Zero"
+    assert f"warning: {said}" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    record = json.loads((folder / "run.json").read_text())
+    assert any(note.startswith(said) for note in record["warnings"])
+    assert list(record["selectors"]) == ["first", "last"]
+    assert f"- {said}" in (folder / "report.md").read_text()
+    assert list(pd.read_csv(folder / "selectors.csv")["selector"]) == ["first", "last"]
+
+
+def test_no_selector_left_is_one_sentence(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli([*FLAGS, *data, "--selectors", "joint_mask", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "no selector is left to compare; the selector joint_mask is left out: a joint mask" in said
+    )
+    assert said.count("\n") == 1 and not out.exists()
+
+
 def test_the_function_keeps_its_name():
     """`mech_absa.compare` is a module and, as before, a function."""
     import importlib

@@ -71,6 +71,11 @@ REPRESENTATION = (
 )  # fmt: skip
 """Families that `--lr-representation` is for; `--lr-weight` is for the others."""
 
+GIVEN = (
+    "epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience", "balance",
+)  # fmt: skip
+"""Fields of a preset that flags of the same name change."""
+
 
 @dataclass(frozen=True)
 class PlaceFlags(SiteFlags):
@@ -91,7 +96,7 @@ class RecipeFlags:
     rank: int = 4
     """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
     epochs: OptionalInt = None
-    """Passes over the examples. Default: the preset's, as for all flags down to --patience."""
+    """Passes over the examples. Default: the preset's, as for all flags down to --balance."""
     batch_size: OptionalInt = None
     """Examples per forward pass."""
     accumulate: OptionalInt = None
@@ -110,6 +115,8 @@ class RecipeFlags:
     """labels (among the label words) or text (the answer's tokens and the end of sequence)."""
     patience: OptionalInt = None
     """Epochs without a gain on the validation examples before training stops; 0 never stops."""
+    balance: OptionalInt = None
+    """Steps between two measurements by which the rates of weights and representations are balanced (CoMMIT); 0 keeps them."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +237,7 @@ def preset_of(config: Config, model: Model, sites: Sequence[Site]) -> Preset:
         raise ConfigError(
             f"--preset {config.recipe.preset} brings its own places; leave --sites and --layers out, or choose another preset"
         )
-    names = ("epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience")
-    given = {n: v for n in names if (v := getattr(config.recipe, n)) is not None}
+    given = {n: v for n in GIVEN if (v := getattr(config.recipe, n)) is not None}
     rates = {True: config.recipe.lr_representation, False: config.recipe.lr_weight}
 
     def rate(family: str, lr: float) -> float:

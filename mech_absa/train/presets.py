@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..edits.base import Part, Shape
+from ..edits.base import Part, Shape, parse_place
 from ..edits.edit import at_rates
 from ..errors import ConfigError, SiteError, choices
 from ..sites import Site, check_role, parse_layers, sites_file
@@ -65,6 +65,9 @@ class Preset:
             long one trains.
         patience: evaluations on the validation examples without a gain before training stops; 0
             never stops.
+        balance: steps between two measurements of how far each of the two sorts of parts, weights and
+            representations, moves the answers; their rates are balanced by it (`balance.py`, after
+            CoMMIT). 0 keeps the rates. A measured step costs three forward passes more.
 
     Example:
         >>> import mech_absa as ma
@@ -83,9 +86,17 @@ class Preset:
     clip: float = 1.0
     loss: Loss = "labels"
     patience: int = 0
+    balance: int = 0
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "clip": 0, "patience": 0}
+        least = {
+            "epochs": 0,
+            "batch_size": 1,
+            "accumulate": 1,
+            "clip": 0,
+            "patience": 0,
+            "balance": 0,
+        }
         for name, low in least.items():
             if not (value := getattr(self, name)) >= low:
                 raise ConfigError(f"{name} is {value}; accepted: {low} or more")
@@ -99,6 +110,11 @@ class Preset:
             for what, value in (("learning rate", p.lr), ("weight decay", p.weight_decay)):
                 if not 0 <= value < math.inf:
                     raise ConfigError(f"the {what} of {p.family} is {value}; accepted: 0 or more")
+        if self.balance and len({isinstance(parse_place(p.place), Site) for p in self.parts}) < 2:
+            raise ConfigError(
+                f"balance is {self.balance}, and {self.name} has not both edits of weights and edits of representations; "
+                "leave it at 0, or take a preset of two parts such as both"
+            )
 
     def but(self, **changes: Any) -> Preset:
         """Return the preset with some fields changed."""

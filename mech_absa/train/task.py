@@ -103,11 +103,22 @@ class Task:
         """Return the loss summed over a batch; each example's is a mean over the tokens it is read
         at.
         """
-        return (
-            self._text_loss(edit, batch) if self.kind == "text" else self._label_loss(edit, batch)
-        )
+        logits, target, weight = self.read(edit, batch)
+        if weight is None:
+            return F.cross_entropy(logits, target, reduction="sum")
+        return (F.cross_entropy(logits, target, reduction="none") * weight).sum()
 
-    def _text_loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
+    def read(self, edit: Edit, batch: Sequence[Prepared]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the loss of a batch is computed from.
+
+        Returns:
+            Logits [row choice], the right choice of each row, and the weight of each row: a row is
+            an example and the choices are the labels, without weights (None), or a row is a token of
+            an answer and the choices are the vocabulary.
+        """
+        return self._text(edit, batch) if self.kind == "text" else self._labels(edit, batch)
+
+    def _text(self, edit: Edit, batch: Sequence[Prepared]) -> tuple[Tensor, Tensor, Tensor]:
         tokens = Tokens.stack([q.runs[0] for q in batch])
         # Shorter answers are read again at their last token, with no weight.
         slots = range(max(len(q.answer) for q in batch))
@@ -121,17 +132,15 @@ class Task:
         weight = torch.tensor(
             [(j < len(q.answer)) / len(q.answer) for q in batch for j in slots], device=rows.device
         )
-        logits = self.model.finish(rows, None, "vocabulary")
-        return (F.cross_entropy(logits, target, reduction="none") * weight).sum()
+        return self.model.finish(rows, None, "vocabulary"), target, weight
 
-    def _label_loss(self, edit: Edit, batch: Sequence[Prepared]) -> Tensor:
+    def _labels(self, edit: Edit, batch: Sequence[Prepared]) -> tuple[Tensor, Tensor, None]:
         gold = torch.tensor([q.gold for q in batch], device=self.model.device)
         # The normaliser cancels where all labels are read at one place.
         alone = len(self.continuations) == 1 and self.continuations[0].reads == 1
         need: Need = "labels" if alone else "normaliser"
         prompts = Tokens.stack([q.prompt for q in batch])
-        scores = batch_scores(self.stream(edit), prompts, self.continuations, need)
-        return F.cross_entropy(scores, gold, reduction="sum")
+        return batch_scores(self.stream(edit), prompts, self.continuations, need), gold, None
 
     def keep(self, layer: int, items: Sequence[Prepared]) -> None:
         """Keep the streams of items as they enter a layer, for the scores of edits there."""

@@ -31,11 +31,15 @@ from ..edits.record import TrainingRecord
 from ..errors import RunFolderError
 from ..examples import Example, content_hash
 from ..records import atomic, fingerprint, plain
+from .balance import divergences, factor, moved, of_weights, ratio
 from .presets import Preset
 from .task import Prepared, Task, check_positions
 
 BUCKET = 16
 """Batches that are sorted by length together: little padding, and still a random order."""
+
+SORTS = ("weights", "representations")
+"""The two sorts of parts whose rates can be balanced."""
 
 Group = Sequence[Sequence[Prepared]]
 """The batches of one step."""
@@ -58,6 +62,8 @@ class Progress:
         waited: epochs since then.
         stopped: why training ended early; empty where it did not.
         diverged: whether it ended because a loss was not a number.
+        balance: log of the ratio of what the rates of weights and of representations are multiplied
+            by (`balance.py`); 0 where they are not balanced.
         seconds: wall time, over all resumptions.
     """
 
@@ -71,6 +77,7 @@ class Progress:
     waited: int = 0
     stopped: str = ""
     diverged: bool = False
+    balance: float = 0.0
     seconds: float = 0.0
 
 
@@ -164,7 +171,7 @@ class Training:
         state, edit = self.state, self.edit
         rate = schedule(self.preset, state.step, self.steps)
         for g in self.optimiser.param_groups:
-            g["lr"] = g["rate"] * rate
+            g["lr"] = g["rate"] * rate * factor(state.balance, g["of_weights"])
         edit.train()
         with _seeded(self.seed, state.step, self.task.model.device):
             loss = self._gradients(group)
@@ -177,11 +184,26 @@ class Training:
             return
         if self._untried is not None:
             self.kept, self._untried = self._untried, None
+        every = self.preset.balance
+        before = _copy(edit) if every and state.step % every == 0 else None
         self.optimiser.step()
         edit.settle()
-        self._note(group, loss, norm, rate)
+        about = {"loss": loss, "grad_norm": norm, "rate": rate}
+        self._note(group, about if before is None else about | self._rebalance(group, before))
 
-    def _note(self, group: Group, loss: float, norm: float, rate: float) -> None:
+    def _rebalance(self, group: Group, before: State) -> dict[str, float]:
+        """Measure how far the step moved the answers by each sort of parts, and balance the rates of
+        the next step; return kappa and the factors of this one."""
+        state = self.state
+        shares = [mine for batch in group if (mine := self.team.share(batch))]
+        divergence = divergences(self.task, self.edit, shares, before)
+        self.team.sum(divergence)
+        kappa, balance = ratio(divergence), state.balance
+        state.balance = moved(balance, kappa)
+        factors = {f"{what}_times": factor(balance, what == "weights") for what in SORTS}
+        return {"kappa": kappa, **factors}
+
+    def _note(self, group: Group, about: dict[str, float]) -> None:
         """Count a step and add its row to the history."""
         state = self.state
         state.step += 1
@@ -193,9 +215,7 @@ class Training:
                 "step": state.step,
                 "epoch": state.epoch,
                 "examples": state.examples,
-                "loss": loss,
-                "grad_norm": norm,
-                "rate": rate,
+                **about,
                 "seconds": round(state.seconds, 3),
             }
         )
@@ -382,6 +402,7 @@ def _optimiser(edit: Edit) -> torch.optim.AdamW:
             "params": list(intervention.parameters()),
             "lr": part.lr,
             "rate": part.lr,
+            "of_weights": of_weights(intervention),
             "weight_decay": part.weight_decay,
         }
         for intervention, part in zip(edit, edit.parts, strict=True)

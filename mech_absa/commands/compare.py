@@ -136,6 +136,8 @@ class Config:
     """Training files: selectors look at them, rates are tuned and edits trained on them."""
     test: Sources = ("builtin:restaurant/test",)
     """Test files: every edit is scored on them once, and nothing is chosen by them."""
+    out_of_domain: Sources = ()
+    """Test files of other domains: scored once like --test, and reported apart."""
     limit_test: OptionalInt = 320
     """Test on at most this many examples of each source, drawn at random. Default: 320."""
     selectors: Names = DEFAULT
@@ -204,7 +206,7 @@ class Task:
 
     Attributes:
         config: the flags.
-        train, tests: the data.
+        train, tests, out: the data; `out` is empty where no other domain is given.
         parts: training rows split into those that samples are drawn from and validation, and test rows.
         model: the base.
         evidence: what selectors get.
@@ -216,12 +218,18 @@ class Task:
     config: Config
     train: Examples
     tests: Examples
+    out: Examples
     parts: Data
     model: Model
     evidence: Evidence
     adapter: str | None
     random: tuple[Layers, ...]
     notes: list[str]
+
+    @property
+    def data(self) -> list[Examples]:
+        """Return the training rows and each kind of test rows that is given."""
+        return [self.train, self.tests, *([self.out] if len(self.out) else [])]
 
 
 def prepare(config: Config) -> Task:
@@ -231,10 +239,17 @@ def prepare(config: Config) -> Task:
         MechAbsaError: an input is not accepted; nothing has been written then.
     """
     train = join([_read(source, config, None) for source in config.data])
-    tests = join([_read(source, config, config.limit_test) for source in config.test])
+    tests, out = (
+        join([_read(source, config, config.limit_test) for source in sources])
+        if sources
+        else Examples(())
+        for sources in (config.test, config.out_of_domain)
+    )
     m = config.model
     model = load_model(m.model, device=m.device, dtype=m.dtype, backend=m.backend)
-    train, tests = (readable(config, model, e, answers=True) for e in (train, tests))
+    train, tests, out = (
+        readable(config, model, e, answers=True) if len(e) else e for e in (train, tests, out)
+    )
     learn, held = split_by_sentence(train.items, config.recipe.validation, config.seed)
     if not learn or not held or not len(tests):
         raise DataError(
@@ -259,9 +274,9 @@ def prepare(config: Config) -> Task:
         seed=config.seed,
         width=config.place.width,
     )
-    notes = caveats(train.items, [tests])
-    parts = Data(learn, held, tests.items)
-    return Task(config, train, tests, parts, model, evidence, adapter, tuple(drawn), notes)
+    notes = caveats(train.items, [tests, out] if len(out) else [tests])
+    parts = Data(learn, held, tests.items, out.items)
+    return Task(config, train, tests, out, parts, model, evidence, adapter, tuple(drawn), notes)
 
 
 def main(config: Config) -> Path:
@@ -274,7 +289,7 @@ def main(config: Config) -> Path:
     if folder.finished:
         return folder.path
     task = prepare(config)
-    folder.bind({"model": task.model.sha256, "data": [task.train.sha256, task.tests.sha256]})
+    folder.bind({"model": task.model.sha256, "data": [e.sha256 for e in task.data]})
     rankings = rank(task)
     chosen = [ranking.top_layers(config.place.width) for ranking in rankings]
     trainings = Trainings(
@@ -307,7 +322,7 @@ def key(task: Task) -> str:
         {
             "model": task.model.sha256,
             "dtype": str(task.model.dtype),
-            "rows": [content_hash(rows) for rows in (parts.train, parts.held, parts.test)],
+            "rows": [content_hash(rows) for rows in parts.given],
             "seed": s.seed,
             "position": s.position,
             "rank": s.rank,
@@ -354,7 +369,13 @@ def write_tables(
                 f"{edit}, {budget}: {trained} of {len(task.random)} random places were trained"
             )
         compared.append(
-            compare_selectors(rankings, task.config.place.width, landscape, task.config.seed)
+            compare_selectors(
+                rankings,
+                task.config.place.width,
+                landscape,
+                task.config.seed,
+                Landscape.of(part, task.random, "accuracy_out") if len(task.out) else None,
+            )
         )
         places.append(place_table(landscape))
         for table in (compared[-1], places[-1]):
@@ -391,7 +412,9 @@ def facts(task: Task) -> str:
     """Say what was compared, for a figure and a report."""
     c = task.config
     return (
-        f"{task.model.name}, {task.train.source}, {len(task.parts.test)} test rows, {c.place.width} layers "
+        f"{task.model.name}, {task.train.source}, {len(task.parts.test)} test rows, "
+        + (f"{len(task.out)} of other domains, " if len(task.out) else "")
+        + f"{c.place.width} layers "
         f"per place, {c.recipe.samples} training samples"
     )
 
@@ -411,18 +434,28 @@ def report(task: Task, whole: pd.DataFrame) -> str:
             "",
             f"## {edit}, {budget}",
             "",
-            "| selector | layers | accuracy | difference | p | share | regret | rho (p) |",
-            "|---|---|---|---|---|---|---|---|",
+            "| selector | layers | accuracy | difference | p | share | regret | rho (p) |"
+            + (" other domains | difference |" if len(task.out) else ""),
+            "|---" * (10 if len(task.out) else 8) + "|",
         ]
         for r in table.itertuples(index=False):
             lines.append(
                 f"| {r.selector} | {r.layers} | {100 * r.accuracy:.1f} | {100 * r.difference:+.1f} "
                 f"[{100 * r.low:.1f}, {100 * r.high:.1f}] | {r.p_adjusted:.3f} | {r.share:.2f} | "
                 f"{100 * r.regret:.1f} | {r.rho:.2f} ({r.p_rho:.3f}) |"
+                + (elsewhere(r) if len(task.out) else "")
             )
     if task.notes:
         lines += ["", "## Warnings", "", *(f"- {note}" for note in task.notes)]
     return "\n".join([*lines, ""])
+
+
+def elsewhere(row: Any) -> str:
+    """Return the cells of a report's row that are about rows of other domains."""
+    return (
+        f" {100 * row.accuracy_out:.1f} | {100 * row.difference_out:+.1f} "
+        f"[{100 * row.low_out:.1f}, {100 * row.high_out:.1f}] |"
+    )
 
 
 def record_of(task: Task, rankings: Sequence[SiteRanking], rows: pd.DataFrame) -> dict[str, Any]:
@@ -439,6 +472,7 @@ def record_of(task: Task, rankings: Sequence[SiteRanking], rows: pd.DataFrame) -
         "adapter": task.adapter,
         "data": task.train.account(),
         "test_data": task.tests.account(),
+        "out_of_domain": task.out.account() if len(task.out) else None,
         "selectors": {
             r.selector: {
                 "layers": list(r.top_layers(task.config.place.width)),

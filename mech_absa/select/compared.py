@@ -79,14 +79,21 @@ class Landscape(NamedTuple):
     lost: tuple[Layers, ...] = ()
 
     @classmethod
-    def of(cls, trainings: pd.DataFrame, random: Sequence[Layers]) -> Landscape:
+    def of(
+        cls, trainings: pd.DataFrame, random: Sequence[Layers], accuracy: str = "accuracy"
+    ) -> Landscape:
         """Return the landscape of the scored trainings of one edit and budget.
+
+        Args:
+            trainings: a row per training.
+            random: the places that stand for random ones.
+            accuracy: the column; `accuracy_out` for rows of other domains.
 
         Raises:
             DataError: no random place is whole.
         """
         scored = trainings[trainings["stage"] == "scored"]
-        wide = scored.pivot(index="layers", columns="sample", values="accuracy")
+        wide = scored.pivot(index="layers", columns="sample", values=accuracy)
         whole = wide.notna().all(axis=1)
         places, lost = (
             tuple(tuple(int(x) for x in str(name).split()) for name in wide.index[rows])
@@ -144,7 +151,11 @@ def _centred_ranks(x: Float[np.ndarray, "row place"]) -> Float[np.ndarray, "row 
 
 
 def compare_selectors(
-    rankings: Sequence[SiteRanking], width: int, landscape: Landscape, seed: int = 0
+    rankings: Sequence[SiteRanking],
+    width: int,
+    landscape: Landscape,
+    seed: int = 0,
+    out: Landscape | None = None,
 ) -> pd.DataFrame:
     """Return a row per selector: its place, and how much better than random places it is.
 
@@ -153,12 +164,14 @@ def compare_selectors(
         width: layers of a place.
         landscape: accuracies, at least at every selector's place.
         seed: of the permutations.
+        out: accuracies of the same trainings on rows of other domains.
 
     Returns:
         Columns `selector, layers, accuracy`; `difference, low, high, p, p_adjusted` (Holm over the
         selectors); `share` of random places that are at most as accurate; `regret`, the best
         trained place's accuracy minus the selector's; `rho, p_rho`; `cpu_seconds` of the selector.
-        Accuracies are shares.
+        With `out`, `accuracy_out, difference_out, low_out, high_out` too: the same on rows of other
+        domains, without a p-value, which the plan keeps for one measure. Accuracies are shares.
     """
     chance, mean = landscape.by_chance, landscape.accuracy.mean(axis=1)
     rows: list[dict[str, Any]] = []
@@ -183,9 +196,23 @@ def compare_selectors(
                 "cpu_seconds": ranking.about.get("cpu_seconds", math.nan),
             }
         )
+        if out is not None:
+            rows[-1] |= _elsewhere(out, place)
     table = pd.DataFrame(rows)
     table.insert(7, "p_adjusted", adjust(table["p"].to_numpy(), "holm"))
     return table
+
+
+def _elsewhere(out: Landscape, place: Layers) -> dict[str, float]:
+    """Return the accuracy of a place on rows of other domains, and its difference from random places."""
+    own = out.at(place)
+    difference = mean_over_samples(own - out.by_chance)
+    return {
+        "accuracy_out": float(own.mean()),
+        "difference_out": difference.value,
+        "low_out": difference.low,
+        "high_out": difference.high,
+    }
 
 
 def _share(random: Float[np.ndarray, " place"], own: float) -> float:

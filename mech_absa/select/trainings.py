@@ -115,11 +115,18 @@ class Data:
         train: to draw samples from.
         held: to tune rates on.
         test: scored once per edit.
+        out: of other domains; scored once per edit, apart from `test`.
     """
 
     train: Sequence[Example]
     held: Sequence[Example]
     test: Sequence[Example]
+    out: Sequence[Example] = ()
+
+    @property
+    def given(self) -> list[Sequence[Example]]:
+        """Return the rows of each kind; those of other domains only where there are some."""
+        return [self.train, self.held, self.test, *([self.out] if self.out else [])]
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,10 @@ class Trainings:
     @cached_property
     def test(self) -> list[Prepared]:
         return self.task.prepare(self.data.test)
+
+    @cached_property
+    def out(self) -> list[Prepared]:
+        return self.task.prepare(self.data.out)
 
     @property
     def total(self) -> int:
@@ -312,32 +323,40 @@ class Trainings:
         chosen, preset, options = self._trained(job)
         keep_streams(self.model, chosen, preset, self.cache, **options)
         first = Edit.fresh(self.model, preset.parts, options["seed"]).layers[0]
-        self.task.keep(first, self.held if job.sample == TUNING else self.test)
+        for items in [self.held] if job.sample == TUNING else [self.test, self.out]:
+            self.task.keep(first, items)
 
     def train(self, job: Job) -> dict[str, Any]:
-        """Train one edit and score it: on validation rows while tuning, on test rows otherwise."""
+        """Train one edit and score it: on validation rows while tuning, on both kinds of test rows
+        otherwise.
+        """
         chosen, preset, options = self._trained(job)
         clock = time.process_time()
         edit = fit(self.model, chosen, preset, cache=self.cache, progress=False, **options)
         seconds = time.process_time() - clock
-        loss, accuracy = self.quality(edit, self.held if job.sample == TUNING else self.test)
+        tuning = job.sample == TUNING
+        loss, accuracy = self.quality(edit, self.held if tuning else self.test)
+        _, elsewhere = (None, None) if tuning else self.quality(edit, self.out)
         return {
             "edit": job.edit,
             "layers": " ".join(map(str, job.layers)),
             "budget": str(job.budget),
             "rate": job.rate,
             "sample": job.sample,
-            "stage": "tuning" if job.sample == TUNING else "scored",
+            "stage": "tuning" if tuning else "scored",
             "examples": len(chosen),
             "steps": len(edit.history),
             "parameters": edit.n_parameters,
             "loss": loss,
             "accuracy": accuracy,
+            "accuracy_out": elsewhere,
             "cpu_seconds": round(seconds, 3),
         }
 
     def quality(self, edit: Edit, items: list[Prepared]) -> tuple[float | None, float | None]:
-        """Return (cross-entropy, accuracy); None for both where the edit diverged."""
+        """Return (cross-entropy, accuracy); None for both where the edit diverged or no row is given."""
+        if not items:
+            return None, None
         self.task.keep(edit.layers[0], items)
         if edit.record.diverged:
             return None, None
@@ -400,7 +419,9 @@ def random_places(width: int, n_layers: int, n: int, seed: int = 0) -> list[Laye
 def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Return a row per training as a table; losses and accuracies that are None become NaN."""
     table = pd.DataFrame(list(rows))
-    for column in ("loss", "accuracy"):
+    if "accuracy_out" not in table:
+        table["accuracy_out"] = None
+    for column in ("loss", "accuracy", "accuracy_out"):
         table[column] = table[column].astype(float)
     return table
 

@@ -70,6 +70,26 @@ def test_numbers_follow_from_the_trainings(run):
     assert np.isclose(table.loc["first", "regret"], wide.mean(axis=1).max() - wide.loc[0].mean())
 
 
+def test_other_domains_are_scored_apart(run, data, tmp_path):
+    """Rows of another domain change nothing about the others."""
+    write_jsonl(load_examples("builtin:laptop/test")[:6], tmp_path / "laptop.jsonl")
+    flags = [*FLAGS, *data, "--selectors", "last", "--no-report"]
+    flags += ["--out-of-domain", str(tmp_path / "laptop.jsonl"), "--out", str(tmp_path / "run")]
+    assert cli(flags) == 0
+    rows = pd.read_csv(tmp_path / "run" / "trainings.csv")
+    alone = pd.read_csv(run[0] / "run" / "trainings.csv").set_index(["layers", "rate", "sample"])
+    both = rows.set_index(["layers", "rate", "sample"])
+    assert both["accuracy"].to_dict() == alone["accuracy"].loc[both.index].to_dict()
+    assert both.loc[both["stage"] == "tuning", "accuracy_out"].isna().all()
+    scored = rows[rows["stage"] == "scored"]
+    assert scored["accuracy"].tolist() != scored["accuracy_out"].tolist()
+    wide = scored.pivot(index="layers", columns="sample", values="accuracy_out")
+    row = pd.read_csv(tmp_path / "run" / "selectors.csv").iloc[0]
+    assert row["difference_out"] == pytest.approx((wide.loc[2] - wide.mean()).mean(), abs=1e-6)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["out_of_domain"]["examples"] == 6 and record["test_data"]["examples"] == 6
+
+
 @pytest.mark.slow
 def test_other_selectors_train_nothing_again(run, monkeypatch):
     home, flags = run

@@ -199,3 +199,20 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ConfigError, match=sentence):
             wrong.check()
+
+
+def test_rows_of_other_domains_by_hand():
+    """In the domain all places are alike; elsewhere the last two layers are 0.2 above the mean of all."""
+    table = trainings({p: [0.7, 0.8] for p in PLACES})
+    table["accuracy_out"] = [
+        0.3 + 0.1 * sum(map(int, name.split())) + 0.05 * s
+        for name, s in zip(table["layers"], table["sample"], strict=True)
+    ]
+    out = Landscape.of(table, PLACES, "accuracy_out")
+    row = compare_selectors(
+        [ranking("last", range(4))], 2, Landscape.of(table, PLACES), out=out
+    ).iloc[0]
+    assert row["difference"] == pytest.approx(0)
+    assert row["accuracy_out"] == pytest.approx(0.3 + 0.5 + 0.025)
+    assert row["difference_out"] == pytest.approx(0.2)
+    assert row["low_out"] == pytest.approx(0.2) and row["high_out"] == pytest.approx(0.2)

@@ -73,6 +73,7 @@ REPRESENTATION = (
 
 GIVEN = (
     "epochs", "batch_size", "accumulate", "schedule", "warmup", "clip", "loss", "patience", "balance",
+    "shared_weight",
 )  # fmt: skip
 """Fields of a preset that flags of the same name change."""
 
@@ -96,7 +97,7 @@ class RecipeFlags:
     rank: int = 4
     """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
     epochs: OptionalInt = None
-    """Passes over the examples. Default: the preset's, as for all flags down to --balance."""
+    """Passes over the examples. Default: the preset's, as for all flags down to --shared-weight."""
     batch_size: OptionalInt = None
     """Examples per forward pass."""
     accumulate: OptionalInt = None
@@ -117,6 +118,8 @@ class RecipeFlags:
     """Epochs without a gain on the validation examples before training stops; 0 never stops."""
     balance: OptionalInt = None
     """Steps between two measurements by which the rates of weights and representations are balanced (CoMMIT); 0 keeps them."""
+    shared_weight: OptionalFloat = None
+    """With the loss text: weight of an answer's tokens that do not tell the labels apart; the others have 1."""
 
 
 @dataclass(frozen=True)

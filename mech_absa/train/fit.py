@@ -88,7 +88,7 @@ def fit(
     _check_types(model, train, preset, seed)
     train, held, notes = divided(train, validation, seed)
     cache = cache if cache is not None and cache.model is model else PrefixCache(model)
-    task = Task(model, preset.loss, template, verbalizer, cache)
+    task = Task(model, preset.loss, template, verbalizer, cache, preset.shared_weight)
     training = Training(task, preset, train, held, seed)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
@@ -133,7 +133,8 @@ def keep_streams(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the training that is done has warned already
         train, held, _ = divided(train, validation, seed)
-    Training(Task(model, preset.loss, template, verbalizer, cache), preset, train, held, seed)
+    task = Task(model, preset.loss, template, verbalizer, cache, preset.shared_weight)
+    Training(task, preset, train, held, seed)
 
 
 def divided(

@@ -68,6 +68,11 @@ class Preset:
         balance: steps between two measurements of how far each of the two sorts of parts, weights and
             representations, moves the answers; their rates are balanced by it (`balance.py`, after
             CoMMIT). 0 keeps the rates. A measured step costs three forward passes more.
+        shared_weight: in the loss `text`, weight of those tokens of an answer that a minimal edit to
+            any other label would leave alone, such as the end of sequence; the tokens that tell the
+            labels apart have 1, and the weighted mean is taken. 1 is the plain loss. Xu et al. 2024
+            (arXiv 2406.02756) give a reward to the tokens that annotators edit minimally, and train
+            with PPO; here the edited tokens weigh more in the likelihood of the right answer.
 
     Example:
         >>> import mech_absa as ma
@@ -87,6 +92,7 @@ class Preset:
     loss: Loss = "labels"
     patience: int = 0
     balance: int = 0
+    shared_weight: float = 1.0
 
     def __post_init__(self) -> None:
         least = {
@@ -110,6 +116,12 @@ class Preset:
             for what, value in (("learning rate", p.lr), ("weight decay", p.weight_decay)):
                 if not 0 <= value < math.inf:
                     raise ConfigError(f"the {what} of {p.family} is {value}; accepted: 0 or more")
+        if not 0 <= self.shared_weight < math.inf:
+            raise ConfigError(f"shared_weight is {self.shared_weight}; accepted: 0 or more")
+        if self.shared_weight != 1 and self.loss != "text":
+            raise ConfigError(
+                f"shared_weight is {self.shared_weight}, and the loss {self.loss} reads no tokens; leave it at 1, or take the loss text"
+            )
         if self.balance and len({isinstance(parse_place(p.place), Site) for p in self.parts}) < 2:
             raise ConfigError(
                 f"balance is {self.balance}, and {self.name} has not both edits of weights and edits of representations; "

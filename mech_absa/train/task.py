@@ -9,8 +9,9 @@ unembedding see only the rows that are read, and so does the last block (`forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ class Task:
         template: the question; the paper's where None.
         verbalizer: the label strings.
         cache: of streams below the edit.
+        shared_weight: in `text`, weight of the tokens of an answer that it shares with the others
+            (`told_apart`); the tokens that tell it apart have 1.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Task:
         template: PromptTemplate | None,
         verbalizer: Verbalizer | None,
         cache: PrefixCache,
+        shared_weight: float = 1.0,
     ):
         self.model, self.kind, self.cache = model, kind, cache
         self.template, self.verbalizer = template or PromptTemplate(), verbalizer or Verbalizer()
@@ -78,6 +82,7 @@ class Task:
             ids if eos is None else (*ids, eos)
             for ids in self.verbalizer.label_ids(model.tokenizer, self.template)
         ]
+        self.weights = [_shares(a, self.answers, shared_weight) for a in self.answers]
 
     def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
         """Return the examples as tokens, in their order.
@@ -129,9 +134,8 @@ class Task:
         target = torch.tensor(
             [q.answer[min(j, len(q.answer) - 1)] for q in batch for j in slots], device=rows.device
         )
-        weight = torch.tensor(
-            [(j < len(q.answer)) / len(q.answer) for q in batch for j in slots], device=rows.device
-        )
+        weights = [[*self.weights[q.gold], *[0.0] * len(slots)][: len(slots)] for q in batch]
+        weight = torch.tensor(weights, device=rows.device).flatten()
         return self.model.finish(rows, None, "vocabulary"), target, weight
 
     def _labels(self, edit: Edit, batch: Sequence[Prepared]) -> tuple[Tensor, Tensor, None]:
@@ -179,6 +183,38 @@ class Task:
         gold = torch.tensor([q.gold for q in items])
         right = (scores.argmax(-1) == gold).double().mean()
         return float(F.cross_entropy(scores, gold)), float(right)
+
+
+def told_apart(answer: Sequence[int], other: Sequence[int]) -> list[bool]:
+    """Return which tokens of an answer a minimal edit to another one would touch.
+
+    The answers are aligned by their longest common runs (`difflib`). A token is touched where it is
+    replaced or deleted, and where something is inserted before it: the other answer has another token
+    in its place.
+
+    Examples:
+        >>> told_apart([7, 5, 1], [8, 5, 1]), told_apart([7, 1], [7, 9, 1])
+        ([True, False, False], [False, True])
+    """
+    touched = [False] * len(answer)
+    for what, start, end, _, _ in SequenceMatcher(None, answer, other, False).get_opcodes():
+        if what != "equal":
+            for j in range(start, min(max(end, start + 1), len(answer))):
+                touched[j] = True
+    return touched
+
+
+def _shares(
+    answer: Sequence[int], answers: Iterable[Sequence[int]], shared_weight: float
+) -> list[float]:
+    """Return the share of each token of an answer in its loss; they add up to 1.
+
+    No label begins another one, so that some token always tells them apart.
+    """
+    touched = [told_apart(answer, other) for other in answers if other != answer]
+    apart = [any(flags) for flags in zip(*touched, strict=True)]
+    weights = [1.0 if mine else shared_weight for mine in apart]
+    return [w / sum(weights) for w in weights]
 
 
 def check_positions(edit: Edit, items: Sequence[Prepared]) -> None:

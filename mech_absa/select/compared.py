@@ -122,7 +122,7 @@ class Landscape(NamedTuple):
 def rank_relation(
     scores: Float[np.ndarray, " layer"], landscape: Landscape, seed: int = 0
 ) -> tuple[float, float]:
-    """Return Spearman's correlation of summed layer scores with mean accuracy, and its p-value.
+    """Return Spearman's correlation of mean layer scores with mean accuracy, and its p-value.
 
     Places overlap, so that they are not independent: the p-value is two-sided over permutations of
     the layers. Layers without a score take the lowest. NaN where all layers score alike.
@@ -130,7 +130,7 @@ def rank_relation(
     known = np.where(np.isnan(scores), np.nanmin(scores), scores)
     member = np.zeros((len(landscape.places), len(known)))
     for i, place in enumerate(landscape.places):
-        member[i, list(place)] = 1
+        member[i, list(place)] = 1 / len(place)
     truth = _centred_ranks(landscape.accuracy.mean(axis=1)[None])
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(len(known)) for _ in range(PERMUTATIONS)])

@@ -43,17 +43,18 @@ from .reproduce import Config as Reproduce
 from .reproduce import Runner
 from .smollm2_adapter import DOMAINS, file, split
 
-EVALUATE, PLACES, BY_DOMAIN = (
+EVALUATE, PLACES, BY_DOMAIN, ASKED = (
     "mech_absa.evaluate",
     "figures.smollm2_places",
     "figures.smollm2_domains",
+    "figures.smollm2_selectors",
 )
 MODEL = "smollm2"
 MAMS_ROWS, DOMAIN_ROWS = 600, 400
 """Rows that the adapter was trained on, of MAMS and of each domain."""
 KINDS = ("resid_post", "attn_out", "mlp_out")
-SECONDS = {"trace": 9.0, "test": 0.5}
-"""Seconds of one core for a pair in one direction and for a test row."""
+SECONDS = {"trace": 9.0, "test": 0.5, "look": 50.0}
+"""Seconds of one core for a pair in one direction, a test row, and a review that all selectors look at."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,15 @@ class Sizes:
     """Training rows of each domain, where a training sees one domain alone."""
     domain_seeds: int = 2
     """Trainings of each system on each domain."""
+    looks: int = 24
+    """Reviews that a selector looks at."""
     heads: int = 30
     """Pairs of the trace of heads, which costs nine times as much for each."""
 
 
 FAST = Sizes(
     pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1,
-    domain_train=2, domain_seeds=1, heads=2,
+    domain_train=2, domain_seeds=1, heads=2, looks=4,
 )  # fmt: skip
 
 
@@ -173,6 +176,7 @@ def studies(data: Path, work: Path, sizes: Sizes) -> list[Plan]:
         heads(work, sizes),
         places(data, sizes),
         domains(data, work, sizes),
+        selectors(data, work, sizes),
     ]
 
 
@@ -261,6 +265,20 @@ def domains(data: Path, work: Path, sizes: Sizes) -> Plan:
 def keep_domains(plan: Plan, work: Path, results: Path) -> None:
     """Keep the tables of the trainings by domain and of the answers."""
     _keep_tables(plan, work, results, ("trainings", "answers", "domains"))
+
+
+def selectors(data: Path, work: Path, sizes: Sizes) -> Plan:
+    """Return what selectors say of the places; needs the study of places."""
+    folder = near(work / MODEL / "places" / "places")
+    words = flags(data=near(data), looks=sizes.looks, places=folder)
+    question = "Which of the places does each selector take, and what did the edit score there?"
+    step = Step("selectors", ASKED, words, {})
+    return Plan(f"{MODEL}/selectors", question, (step,), keep_selectors)
+
+
+def keep_selectors(plan: Plan, work: Path, results: Path) -> None:
+    """Keep the scores of layers, and the place that each selector takes."""
+    _keep_tables(plan, work, results, ("layers", "selectors"))
 
 
 def _keep_tables(plan: Plan, work: Path, results: Path, names: tuple[str, ...]) -> None:
@@ -366,6 +384,8 @@ def budget(chosen: list[Plan], sizes: Sizes) -> float:
             seconds += SECONDS["test"] * 2 * sizes.test * (len(DOMAINS) + 1)
         elif step.module == BY_DOMAIN:
             seconds += smollm2_domains.seconds(by_domain(Path(), Path(), sizes))
+        elif step.module == ASKED:
+            seconds += SECONDS["look"] * sizes.looks
         else:
             seconds += smollm2_places.seconds(edits(Path(), sizes))
     return seconds / 3600
@@ -392,7 +412,9 @@ def run(config: Config) -> None:
         prepare(config.data, config.work / "rows", sizes)
     runner = Runner(Reproduce(fast=config.fast, runs=config.work, results=config.results))
     runner.traced.set()
-    last = [s for s in chosen if s.steps[0].module == BY_DOMAIN]  # reads what another study leaves
+    last = [
+        s for s in chosen if s.steps[0].module in (BY_DOMAIN, ASKED)
+    ]  # read what the study of places leaves
     for part in ([s for s in chosen if s not in last], last):
         with ThreadPoolExecutor(config.jobs) as pool:
             for done in [pool.submit(one, runner, study, config) for study in part]:

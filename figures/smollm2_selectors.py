@@ -29,17 +29,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 import mech_absa as ma
 from mech_absa.commands.cli import command
 from mech_absa.commands.patch import with_adapter
 from mech_absa.errors import ConfigError, MechAbsaError
 from mech_absa.examples import Example
+from mech_absa.model import Model
 from mech_absa.patch.corruption import as_corruption
 from mech_absa.progress import bar
 from mech_absa.records import atomic, fingerprint, read_json, versions, write_json
 from mech_absa.select import SELECTORS, Evidence, selector
 from mech_absa.select.compared import Landscape, rank_relation
+from mech_absa.sites import parse_layers
 from mech_absa.stats import paired_bootstrap_difference
 
 from .smollm2_adapter import DOMAINS, split
@@ -53,22 +56,8 @@ ASKED = (
     *("taylor1", "saap", "fluctuation", "cka", "jola", "lofit", "middle", "first", "last"),
 )
 """Selectors that are asked; the others take too long on this model."""
-PLACES = {
-    "traced": (18, 23),
-    "paper": (9, 14),
-    "first": (0, 5),
-    "last": (24, 29),
-    "layers 4-9": (4, 9),
-    "layers 4-14": (4, 14),
-    "layers 9-18": (9, 18),
-    "layers 14-18": (14, 18),
-    "layers 14-23": (14, 23),
-    "layers 18-28": (18, 28),
-    "layers 21-26": (21, 26),
-}
-"""Place of the study of places -> its first and last layer."""
-RANDOM = (6, 7, 8, 15, 16, 17)
-"""Layers of the place that is called `random` there."""
+NAMED = ("traced", "paper", "random", "first", "last")
+"""Places of the study of places that are compared, beside its ranges of layers; `all` holds every one."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +94,23 @@ class Config:
             )
 
 
-def layers_of(place: str) -> tuple[int, ...]:
-    """Return the layers of a place of the study of places.
+def trained_places(table: pd.DataFrame, n_layers: int = 30) -> dict[str, tuple[int, ...]]:
+    """Return the layers of each place where the paper's edit was trained at its own token.
 
-    >>> layers_of("layers 14-18"), layers_of("random")
-    ((14, 15, 16, 17, 18), (6, 7, 8, 15, 16, 17))
+    Args:
+        table: `places.csv` of the study of places.
+        n_layers: of the model.
+
+    >>> kept = pd.read_csv(KEPT / "places.csv")
+    >>> found = trained_places(kept)
+    >>> len(found), found["random"]
+    (12, (6, 7, 8, 15, 16, 17))
     """
-    if place == "random":
-        return RANDOM
-    low, high = PLACES[place]
-    return tuple(range(low, high + 1))
+    return {
+        str(row["place"]): parse_layers(str(row["layers"]), n_layers)
+        for _, row in table.iterrows()
+        if row["place"] in NAMED or str(row["place"]).startswith("layers ")
+    }
 
 
 def looked_at(config: Config) -> list[Example]:
@@ -168,34 +164,37 @@ class Asked:
         return read
 
 
-def accuracies(answers: pd.DataFrame) -> tuple[list[str], np.ndarray]:
-    """Return the places that were trained, and whether each test row is answered rightly: `[place seed row]`."""
-    names = [p for p in (*PLACES, "random") if f"{p}/0" in answers]
+def rightness(answers: pd.DataFrame, names: Sequence[str]) -> Float[np.ndarray, "place seed row"]:
+    """Return 1 where a place's edit answers a test row rightly, and 0 elsewhere."""
     seeds = min(sum(c.startswith(f"{p}/") for c in answers) for p in names)
     right = [[answers[f"{p}/{s}"] == answers["gold"] for s in range(seeds)] for p in names]
-    return names, np.array(right, dtype=float)
+    return np.array(right, dtype=float)
 
 
-def compared(layers: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+def compared(
+    layers: pd.DataFrame, answers: pd.DataFrame, places: dict[str, tuple[int, ...]]
+) -> pd.DataFrame:
     """Return a row per selector: the place that it takes, and what the edit scored there.
 
     Args:
         layers: columns selector, layer, score, seconds; a layer without a score is NaN.
         answers: of the study of places.
+        places: their layers, as of `trained_places`.
 
     Returns:
         columns selector, place, accuracy, difference, low, high, share, regret, rho, p_rho, seconds.
     """
-    names, right = accuracies(answers)
+    names, right = list(places), rightness(answers, list(places))
     mean, rows = right.mean(axis=1), []  # [place row]
     clusters = [f"{f}/{s}" for f, s in zip(answers["file"], answers["sentence"], strict=True)]
-    places = tuple(layers_of(p) for p in names)
-    landscape = Landscape(places, right.mean(axis=2), np.ones(len(names), dtype=bool))
+    landscape = Landscape(
+        tuple(places.values()), right.mean(axis=2), np.ones(len(names), dtype=bool)
+    )
     accuracy = mean.mean(axis=1)
     for name, table in layers.groupby("selector", sort=False):
         scores = table.sort_values("layer")["score"].to_numpy(float)
         known = np.where(np.isnan(scores), np.nanmin(scores), scores)
-        taken = int(np.argmax([known[list(p)].mean() for p in places]))
+        taken = int(np.argmax([known[list(p)].mean() for p in places.values()]))
         level = 1 - 0.05 / len(names)
         difference = paired_bootstrap_difference(
             mean[taken], mean.mean(axis=0), clusters, level=level
@@ -231,11 +230,12 @@ def layer_table(said: dict[str, dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def collect(config: Config, said: dict[str, dict[str, Any]], names: Sequence[str]) -> None:
+def collect(config: Config, said: dict[str, dict[str, Any]], model: Model) -> None:
     """Write the tables of what was said, and the record."""
     answers = pd.read_csv(config.places / "answers.csv", keep_default_na=False)
+    places = trained_places(pd.read_csv(config.places / "places.csv"))
     layers = layer_table(said)
-    for name, table in {"layers": layers, "selectors": compared(layers, answers)}.items():
+    for name, table in {"layers": layers, "selectors": compared(layers, answers, places)}.items():
         with atomic(config.out / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.5g")
     hidden = ("out", "resume", "data", "places")
@@ -243,10 +243,11 @@ def collect(config: Config, said: dict[str, dict[str, Any]], names: Sequence[str
         config.out / "run.json",
         {
             "command": "figures.smollm2_selectors",
+            "model": {"name": model.name, "sha256": model.sha256},
             "config": {k: v for k, v in asdict(config).items() if k not in hidden},
-            "places": list(names),
+            "places": places,
             "failed": {n: found["failed"] for n, found in said.items() if "failed" in found},
-            "rows": {"test": len(answers)},
+            "rows": {"looked at": config.looks, "test": len(answers)},
             "seconds": round(sum(found.get("seconds", 0) for found in said.values())),
             "versions": versions(),
         },
@@ -256,21 +257,20 @@ def collect(config: Config, said: dict[str, dict[str, Any]], names: Sequence[str
 def main(config: Config) -> None:
     """Ask every selector that was not asked yet, and write the tables."""
     torch.set_num_threads(1)
-    answers = config.places / "answers.csv"
-    if not answers.exists():
-        raise ConfigError(
-            f"--places {config.places} holds no answers.csv; run figures.smollm2_places first"
-        )
-    names, _ = accuracies(pd.read_csv(answers, keep_default_na=False))
+    for name in ("answers.csv", "places.csv"):
+        if not (config.places / name).exists():
+            raise ConfigError(
+                f"--places {config.places} holds no {name}; run figures.smollm2_places first"
+            )
     asked, said = Asked(config), {}
     with bar("selectors", len(config.selectors)) as advance:
         for name in config.selectors:
             said[name] = asked.said(name)
             advance(1)
-    collect(config, said, names)
+    collect(config, said, asked.evidence.edited)
 
 
 if __name__ == "__main__":
     raise SystemExit(command(Config, main, "python -m figures.smollm2_selectors"))
 
-__all__ = ["Asked", "Config", "accuracies", "compared", "layers_of"]
+__all__ = ["Asked", "Config", "compared", "rightness", "trained_places"]

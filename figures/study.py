@@ -106,6 +106,9 @@ class Study:
                 f"{rows['train']} training, {rows['validation']} validation and {rows['test']} test "
                 f"examples, {trainings['done']} of {trainings['planned']} trainings done"
             )
+        if "looked at" in self.run.get("rows", {}):
+            rows = self.run["rows"]
+            return f"selectors looked at {rows['looked at']} reviews; {rows['test']} test rows"
         if "pairs" in self.run:
             return f"n = {self.run['pairs']['kept']} pairs"
         if self.run.get("command") == "evaluate":

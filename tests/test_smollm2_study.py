@@ -17,7 +17,14 @@ from mech_absa.sites import Site
 if not (Path(__file__).parents[1] / "figures" / "make.py").exists():
     pytest.skip("the figures are not part of an installed package", allow_module_level=True)
 
-from figures import real_model, smollm2, smollm2_adapter, smollm2_domains, smollm2_places
+from figures import (
+    real_model,
+    smollm2,
+    smollm2_adapter,
+    smollm2_domains,
+    smollm2_places,
+    smollm2_selectors,
+)
 
 
 def rows(n: int, words: int = 3) -> list[dict[str, str]]:
@@ -94,6 +101,7 @@ def test_every_step_is_a_command_that_its_module_takes(data, tmp_path):
         "mech_absa.evaluate": evaluate,
         "figures.smollm2_places": smollm2_places,
         "figures.smollm2_domains": smollm2_domains,
+        "figures.smollm2_selectors": smollm2_selectors,
     }
     made = smollm2.studies(data, tmp_path, smollm2.Sizes())
     assert len({s.name for s in made}) == len(made)
@@ -287,3 +295,71 @@ def test_rank_correlation_of_effects_and_accuracies_by_hand():
     rho, low, high, p = real_model.rank_correlation([3.0, 2.0, 1.0], accuracy)
     assert rho == 1 and low <= rho <= high and p == pytest.approx(2 / 6)
     assert real_model.rank_correlation([1.0, 2.0, 3.0], accuracy)[0] == -1
+
+
+def test_layers_of_the_selectors_study_are_those_that_were_trained():
+    traced, again = (
+        [Site.parse(f"L{layer}.resid_post@query.last") for layer in layers]
+        for layers in (range(18, 24), range(21, 27))
+    )
+    trained = {p.name: p for p in smollm2_places.places(traced, 30, again)}
+    found = smollm2_selectors.trained_places(pd.read_csv(smollm2_selectors.KEPT / "places.csv"))
+    assert found == {n: trained[n].layers for n in found}
+    at_the_aspect = {
+        n for n, p in trained.items() if (p.method, p.position) == ("both", "query.last")
+    }
+    assert set(found) == at_the_aspect - {"all"}
+
+
+def test_a_selector_takes_the_place_with_the_highest_mean_score():
+    """Two places: `first` is right on 1 of 4 rows and `last` on 3; their mean is 1/2."""
+    answers = pd.DataFrame(
+        {
+            "file": ["a"] * 4, "sentence": [0, 1, 2, 3], "gold": ["p"] * 4,
+            "first/0": ["p", "n", "n", "n"], "last/0": ["p", "p", "p", "n"],
+        }
+    )  # fmt: skip
+    deep, early = np.arange(30.0), np.r_[[np.nan, 9.0], np.zeros(28)]
+    layers = pd.DataFrame(
+        [
+            (name, layer, score, 1.0)
+            for name, scores in (("deep", deep), ("early", early))
+            for layer, score in enumerate(scores)
+        ],
+        columns=["selector", "layer", "score", "seconds"],
+    )
+    places = {"first": (0, 1), "last": (28, 29)}
+    table = smollm2_selectors.compared(layers, answers, places).set_index("selector")
+    assert table["place"].to_dict() == {"deep": "last", "early": "first"}
+    assert table.loc["deep", "difference"] == pytest.approx(0.25)
+    assert table.loc["early", ["accuracy", "difference", "share", "regret"]].tolist() == [
+        0.25, -0.25, 0.5, 0.5,
+    ]  # fmt: skip
+    assert (table["rho"].round(9) == [1, -1]).all()
+    # Rows 1 and 2 say +1/2, the others 0: no resample is below 0, and many reach 0.
+    assert table.loc["deep", "low"] == pytest.approx(0) and table.loc["deep", "high"] <= 0.5
+
+
+def test_a_selector_that_fails_is_named_and_the_others_stay(data, tmp_path, monkeypatch):
+    asked = []
+
+    class Fails:
+        def __call__(self, evidence):
+            asked.append("fails")
+            raise ConfigError("nothing was selected")
+
+    ranking = SimpleNamespace(layer_scores=np.arange(30.0), about={"cpu_seconds": 2.0})
+    known = {"exact": Fails, "last": lambda: lambda evidence: asked.append("last") or ranking}
+    monkeypatch.setattr(smollm2_selectors, "selector", lambda name: known[name]())
+    model = SimpleNamespace(edited=SimpleNamespace(name="tiny", sha256="0"))
+    monkeypatch.setattr(smollm2_selectors.Asked, "evidence", model)
+    config = smollm2_selectors.Config(data, selectors=("exact", "last"), out=tmp_path / "out")
+    smollm2_selectors.main(config)
+    smollm2_selectors.main(config)
+    assert asked == ["fails", "last"]  # what is there is not asked for again
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["failed"] == {"exact": "nothing was selected"}
+    table = pd.read_csv(tmp_path / "out" / "selectors.csv")
+    assert table["selector"].tolist() == ["last"] and table["place"].tolist() == ["last"]
+    with pytest.raises(ConfigError, match="--looks is 3; accepted: 4 or more"):
+        smollm2_selectors.Config(data, looks=3)

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from ..edits.base import Shape
-from ..edits.edit import Edit
+from ..edits.edit import SHARED, Edit
 from ..edits.record import TrainingRecord
 from ..edits.store import save_edit
 from ..errors import ConfigError
@@ -96,6 +96,8 @@ class RecipeFlags:
     """both (the paper's pair, with rates for small models), paper, authors_code, a method such as lora_o or loreft, or table2:lora."""
     rank: int = 4
     """Rank of the edit; the bottleneck of an adapter, the length of a prefix, the scalars per matrix of TinyLoRA."""
+    clusters: OptionalInt = None
+    """Share one edit among the layers of each of this many clusters by CKA (CRaSh). Default: none is shared."""
     epochs: OptionalInt = None
     """Passes over the examples. Default: the preset's, as for all flags down to --shared-weight."""
     batch_size: OptionalInt = None
@@ -251,6 +253,26 @@ def preset_of(config: Config, model: Model, sites: Sequence[Site]) -> Preset:
     return preset.but(**given, parts=parts)
 
 
+def clustered(config: Config, model: Model, preset: Preset, examples: list[Example]) -> Preset:
+    """Return the preset with one edit per cluster of layers, by CKA on the training examples.
+
+    Raises:
+        ConfigError: no cluster holds two layers of the edit.
+    """
+    from ..select.clusters import clusters_of  # which brings all selectors along
+
+    asked = {"template": config.question.prompt, "verbalizer": config.question.verbalizer}
+    number = config.recipe.clusters or 0
+    clusters = clusters_of(model, examples, number, config.seed, **asked)
+    shared = presets.share(preset, clusters)
+    if all(SHARED not in part.options for part in shared.parts):
+        found = ", ".join(f"{c[0]}-{c[-1]}" for c in clusters)
+        raise ConfigError(
+            f"--clusters {number}: no two layers of the edit share one of the clusters {found}; give fewer clusters or more layers"
+        )
+    return shared
+
+
 def main(config: Config) -> Path:
     """Train, and write the folder.
 
@@ -305,6 +327,8 @@ def prepare(config: Config, device: str) -> Task:
     preset = preset_of(config, model, sites)
     answers = preset.loss == "text"
     train = [readable(config, model, part, answers=answers) for part in train]
+    if config.recipe.clusters is not None:
+        preset = clustered(config, model, preset, [e for part in train for e in part])
     held = [readable(config, model, part, answers=answers) for part in held]
     notes = notes + caveats([e for part in train for e in part], [*tests, *held])
     return Task(config, train, held, tests, model, preset, notes)

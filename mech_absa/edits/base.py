@@ -203,16 +203,75 @@ class Intervention(nn.Module):
     parameters in `__init__` (sizes only, so that they can be counted without a model) and gives
     them their values in `reset`.
 
+    Every family takes one option beside its own, `shared_with`: the place of another part of the edit
+    of the same family, whose parameters this one uses instead of having any. They are counted,
+    trained, settled and saved once, and their gradient is the sum over the places.
+
     Attributes:
         place: where it acts.
+        own: why parts of this family cannot share their parameters; empty where they can.
     """
 
     family: ClassVar[str]
     formula: ClassVar[str]
+    own: str = ""
 
     def __init__(self, place: Place):
         super().__init__()
         self.place = place
+        self._sizes: dict[str, torch.Size] = {}  # of the parameters that it uses but does not have
+        self._from = ""
+        self._lenders: tuple[Intervention, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter of the part that this one shares those of."""
+        if name in self.__dict__.get("_sizes", ()) and self._lenders:
+            return getattr(self._lenders[0], name)
+        return super().__getattr__(name)
+
+    @property
+    def borrows(self) -> bool:
+        """Return whether its parameters are those of another part."""
+        return bool(self._sizes)
+
+    def share(self, place: str) -> None:
+        """Give up its parameters; `borrow` then finds those of the same family at `place`.
+
+        Raises:
+            ConfigError: the parameters of this family belong to their place.
+        """
+        if self.own:
+            raise ConfigError(
+                f"{self.family} at {self.place} cannot use the parameters of {place}: {self.own}"
+            )
+        self._from = place
+        self._sizes = {name: p.shape for name, p in self.named_parameters()}
+        for name in self._sizes:
+            delattr(self, name)
+
+    def borrow(self, parts: Sequence[Intervention]) -> None:
+        """Find the part whose parameters this one uses, if it has none of its own.
+
+        Args:
+            parts: all parts of the edit, this one among them.
+
+        Raises:
+            ConfigError: the edit has no such part with parameters of these sizes.
+        """
+        if not self.borrows:
+            return
+        self._lenders = tuple(
+            p
+            for p in parts
+            if p.family == self.family
+            and str(p.place) == self._from
+            and {name: q.shape for name, q in p.named_parameters()} == self._sizes
+        )[:1]
+        if not self._lenders:
+            raise ConfigError(
+                f"{self.family} at {self.place} shares the parameters of {self._from}, and the edit has no {self.family} there "
+                "with parameters of its own and of the same sizes; add one, or leave shared_with out"
+            )
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -53,6 +53,9 @@ FAMILIES: dict[str, type[Intervention]] = {
 }
 """Families of interventions by name."""
 
+SHARED = "shared_with"
+"""The option of every family that names the part whose parameters are used."""
+
 
 def build(part: Part, shape: Shape) -> Intervention:
     """Return the intervention that a part describes, its parameters without values.
@@ -71,13 +74,19 @@ def build(part: Part, shape: Shape) -> Intervention:
     elif place.layer >= shape.n_layers:
         Site(place.layer, "resid_post").check(shape.n_layers, shape.n_heads)
     make: Callable[..., Intervention] = FAMILIES[part.family]
+    names = [n for n in inspect.signature(make).parameters if n not in ("place", "shape")]
+    options = dict(part.options)
+    lender = None if SHARED in names else options.pop(SHARED, None)
     try:
-        return make(place, shape, **part.options)
+        made = make(place, shape, **options)
     except TypeError:
-        names = [n for n in inspect.signature(make).parameters if n not in ("place", "shape")]
+        names = list(dict.fromkeys([*names, SHARED]))
         raise ConfigError(
-            f"{part.family} at {place} was given {', '.join(part.options)}; its options are {', '.join(names) or 'none'}"
+            f"{part.family} at {place} was given {', '.join(part.options)}; its options are {', '.join(names)}"
         ) from None
+    if lender is not None:
+        made.share(str(lender))
+    return made
 
 
 def count(parts: Sequence[Part], shape: Shape) -> int:
@@ -125,6 +134,7 @@ class Edit(nn.Module):
         self.history: list[dict[str, Any]] = []
         self.interventions = nn.ModuleList(build(part, shape) for part in self.parts)
         for intervention in self:
+            intervention.borrow(tuple(self))
             intervention.meet(tuple(self))
 
     @classmethod
@@ -140,7 +150,8 @@ class Edit(nn.Module):
         for intervention in edit:
             if isinstance(intervention.place, Site):
                 model.check_site(intervention.place)
-            intervention.reset(model, generator)
+            if not intervention.borrows:
+                intervention.reset(model, generator)
         return edit.to(model.device).eval()
 
     def __iter__(self) -> Iterator[Intervention]:
@@ -213,7 +224,8 @@ class Edit(nn.Module):
     def settle(self) -> None:
         """Bring constrained parameters back to their constraint."""
         for intervention in self:
-            intervention.settle()
+            if not intervention.borrows:
+                intervention.settle()
 
     def check(self, model: Model) -> None:
         """Check that this edit was made for `model`, or for the same weights in float32.

@@ -60,6 +60,7 @@ class HeadGate(SiteIntervention):
 
     family = "head_gate"
     formula = "(1 + g_m m) * z + g_a a"
+    own = "each head has its own gates, which choose it or leave it out"
 
     def __init__(
         self,

@@ -96,6 +96,7 @@ class DoRA(LoRA):
 
     family = "dora"
     formula = "x m (W + s A B) / ||W + s A B||_col"
+    own = "its magnitudes start as the norms of its own matrix"
 
     def __init__(
         self,

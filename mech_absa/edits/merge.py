@@ -27,8 +27,8 @@ from ..errors import EditError, choices
 from ..model import Model
 from ..model.bridge import BridgeBackend, bridge_from_hf
 from ..records import write_json
-from .base import Matrix, Shape
-from .edit import Edit
+from .base import Matrix, Part, Shape
+from .edit import SHARED, Edit
 from .lowrank import DoRA, LoRA
 
 BIASES = {
@@ -251,7 +251,7 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
             raise EditError(
                 f"{i.place} is no module of its own in {architecture}; accepted: {choices(modules)}"
             )
-        if part.options != low_rank[0][1].options:
+        if _own(part) != _own(low_rank[0][1]):
             raise EditError(
                 f"lora at {part.place} has other options than at {low_rank[0][1].place}; one peft adapter has one rank and one scale"
             )
@@ -259,7 +259,7 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
         targets.append(module)
         tensors[f"base_model.model.{module}.lora_A.weight"] = i.A.detach().T.contiguous().cpu()
         tensors[f"base_model.model.{module}.lora_B.weight"] = i.B.detach().T.contiguous().cpu()
-    options = low_rank[0][1].options
+    options = _own(low_rank[0][1])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -274,6 +274,11 @@ def export_peft(edit: Edit, model: Model, folder: str | Path, partial: bool = Fa
         "inference_mode": True,
     }
     return _write_peft(Path(folder), tensors, config)
+
+
+def _own(part: Part) -> dict[str, Any]:
+    """Return the options of a part; an adapter of peft holds shared parameters at each place."""
+    return {name: value for name, value in part.options.items() if name != SHARED}
 
 
 def _write_peft(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

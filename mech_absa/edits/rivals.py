@@ -189,6 +189,8 @@ class PostBlock(SiteIntervention):
             )
         rank_of(rank, self.width, place)
         self.alpha, self.orthogonal_to = alpha, orthogonal_to
+        if orthogonal_to is not None:
+            self.own = f"it is kept orthogonal to {orthogonal_to}"
         self._writer: tuple[LoRA, ...] = ()
         self.W_down = parameter(self.width, rank)
         self.W_up = parameter(rank, self.width)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import random
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
 from ..errors import ConfigError
+from ..examples import Example
+from ..model import Model
 from ..sites import Site
 from .evidence import Evidence, Selector
 from .ranking import layer_site
@@ -52,6 +56,37 @@ def cluster_layers(
     return found
 
 
+MOST = 256
+"""Examples whose states are compared; CRaSh takes 512."""
+
+
+def clusters_of(
+    model: Model, examples: Sequence[Example], clusters: int, seed: int = 0, **question: Any
+) -> list[tuple[int, ...]]:
+    """Return clusters of a model's layers by the CKA of their outputs at the last token of prompts.
+
+    Args:
+        model: what runs, unedited.
+        examples: to ask about; at most 256 of them, drawn by seed.
+        clusters: how many.
+        seed: of the draw.
+        question: `template` and `verbalizer`, as in `Evidence`.
+
+    Raises:
+        ConfigError: there are no examples, more clusters than layers, or none.
+
+    Examples:
+        >>> import mech_absa as ma
+        >>> reviews = ma.load_examples("builtin:restaurant/train")[:16]
+        >>> len(clusters_of(ma.load_model(), reviews, 3))
+        3
+    """
+    chosen = list(examples)
+    if len(chosen) > MOST:
+        chosen = random.Random(seed).sample(chosen, MOST)
+    return cluster_layers(Evidence(model, tuple(chosen), **question).states["answer"], clusters)
+
+
 class CKAClusters(Selector):
     """1 for the centre of a cluster of neighbouring layers by CKA, 0 for the others.
 
@@ -70,4 +105,4 @@ class CKAClusters(Selector):
         }
 
 
-__all__ = ["CKAClusters", "cluster_layers", "linear_cka"]
+__all__ = ["CKAClusters", "cluster_layers", "clusters_of", "linear_cka"]

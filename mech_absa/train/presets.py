@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..edits.base import Part, Shape, parse_place
-from ..edits.edit import at_rates
+from ..edits.edit import SHARED, at_rates
 from ..errors import ConfigError, SiteError, choices
 from ..sites import Site, check_role, parse_layers, sites_file
 
@@ -338,6 +338,7 @@ rates. A comparison of places has to tune the rate of each (`figures/places.py` 
 
 METHODS = (
     "both",
+    "both_shared",
     "lora_o",
     "lora",
     "dora",
@@ -369,7 +370,8 @@ def bundled(
 
     Args:
         sites: where; weight edits act in the sites' layers, on every token.
-        method: one of `METHODS`; `both` is the paper's pair, `lora_o` and `loreft` its halves.
+        method: one of `METHODS`; `both` is the paper's pair, `lora_o` and `loreft` its halves,
+            `both_shared` the pair with one set of parameters for all layers (`share`).
         rank: of whatever has one; the bottleneck of an adapter, the length of a prefix, the scalars
             per matrix of TinyLoRA.
         epochs: passes over the examples.
@@ -389,6 +391,9 @@ def bundled(
         raise ConfigError(f"unknown method {method!r}; accepted: {choices(METHODS)}")
     if method == "head_gate" and shape is None:
         raise ConfigError("head_gate acts on every head of a layer; give the shape of the model")
+    if method == "both_shared":
+        made = bundled(sites, "both", rank=rank, epochs=epochs)
+        return share(made, [_layers(read_sites(sites))]).but(name=method)
     if method in ("both", "lora_o", "lora", "dora"):
         interventions = _bundled_low_rank(read_sites(sites), method, rank)
     elif method == "joint_orthogonal":
@@ -405,6 +410,67 @@ def bundled(
         clip=1.0,
         loss="labels",
     )
+
+
+def share(preset: Preset, clusters: Iterable[Iterable[int]]) -> Preset:
+    """Return the preset with one edit per cluster of layers.
+
+    Of the parts that differ in nothing but their layer, the one in the centre of a cluster keeps its
+    parameters and the others use them (`shared_with`). CRaSh (Zhang et al. 2023, arXiv 2310.15477)
+    shares the layers themselves in this way: the centre of a cluster of n, at position n // 2, stands
+    for all. Its code copies the centre's weights; here the parameters stay tied while they train.
+
+    Args:
+        preset: any.
+        clusters: layers that share, such as those of `select.clusters.cluster_layers`; layers of no
+            cluster keep their own parameters.
+
+    Raises:
+        ConfigError: a layer is in two clusters, or a part already shares.
+
+    Examples:
+        >>> preset = bundled(range_sites("2-4", n_layers=8), "loreft")
+        >>> [part.options for part in share(preset, [(2, 3, 4)]).parts]
+        [{'rank': 4, 'shared_with': 'L3.resid_post@query.last'}, {'rank': 4}, {'rank': 4, 'shared_with': 'L3.resid_post@query.last'}]
+    """
+    cluster_of: dict[int, int] = {}
+    for i, cluster in enumerate(clusters):
+        for layer in cluster:
+            if cluster_of.setdefault(layer, i) != i:
+                raise ConfigError(f"layer {layer} is in two clusters; each layer belongs to one")
+    alike: dict[Any, list[Part]] = {}
+    for part in preset.parts:
+        if SHARED in part.options:
+            raise ConfigError(
+                f"{part.family} at {part.place} already uses the parameters of {part.options[SHARED]}; share a preset once"
+            )
+        layer, rest = _split(part)
+        if layer in cluster_of:
+            key = (
+                cluster_of[layer],
+                part.family,
+                rest,
+                repr(part.options),
+                part.lr,
+                part.weight_decay,
+            )
+            alike.setdefault(key, []).append(part)
+    lenders: dict[int, str] = {}
+    for members in alike.values():
+        members = sorted(members, key=lambda part: _split(part)[0])
+        centre = members[len(members) // 2]
+        lenders |= {id(part): centre.place for part in members if part is not centre}
+    made = tuple(
+        replace(p, options={**p.options, SHARED: lenders[id(p)]}) if id(p) in lenders else p
+        for p in preset.parts
+    )
+    return preset.but(name=f"{preset.name} shared", parts=made)
+
+
+def _split(part: Part) -> tuple[int, str]:
+    """Return the layer of a part's place and the rest of its spelling."""
+    layer = parse_place(part.place).layer
+    return layer, part.place.removeprefix(f"L{layer}")
 
 
 def _bundled_low_rank(sites: Sequence[Site], method: str, rank: int) -> tuple[Part, ...]:

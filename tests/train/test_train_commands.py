@@ -85,6 +85,17 @@ def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_clusters_share_an_edit_and_flags_reach_the_preset(data, tmp_path):
+    """Two clusters of three layers: one layer has an edit of its own, and two share one."""
+    flags = ("--layers", "all", "--clusters", "2", "--balance", "1", "--loss", "text")
+    assert run(data, *flags, "--shared-weight", "0.5", out=tmp_path / "run") == 0
+    edit = load_edit(tmp_path / "run", load_model(tiny_folder("llama")))
+    assert edit.layers == (0, 1, 2) and edit.n_parameters == 2 * (4 * 64 + 4 * 64 + 4)
+    assert sum(i.borrows for i in edit) == 2
+    assert edit.record.preset["balance"] == 1 and edit.record.preset["shared_weight"] == 0.5
+    assert pd.read_csv(tmp_path / "run" / "history.csv")["kappa"].notna().all()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -100,6 +111,10 @@ def test_the_folder_holds_the_edit_and_how_it_was_made(data, tmp_path, capsys):
         (("--validation", "1"), "--validation is 1.0"),
         (("--data", "nowhere.jsonl"), "no such file"),
         (("--epochs", "-1"), "epochs is -1"),
+        (("--clusters", "0"), "0 clusters of 3 layers were asked for; accepted: 1 to 3"),
+        (("--clusters", "2"), "no two layers of the edit share one of the clusters"),
+        (("--shared-weight", "0.5"), "the loss labels reads no tokens"),
+        (("--preset", "lora_o", "--balance", "1"), "lora_o has not both edits of weights"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(data, tmp_path, capsys, flags, words):

@@ -88,8 +88,10 @@ class Sizes:
     """Pairs of the trace of `aspect-swap`, where all that stands before the question is 0."""
     noise: int = 60
     """Pairs of the trace with noise, which costs five times as much for each."""
-    opinion: int = 24
+    opinion: int = 150
     """Pairs of the trace of `opinion-swap`."""
+    token: int = 20
+    """Pairs of the trace by token."""
     words: int = 30
     """Longest sentence that is traced."""
     pool: int = 600
@@ -115,7 +117,7 @@ class Sizes:
 
 
 FAST = Sizes(
-    pairs=2, noise=2, opinion=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1,
+    pairs=2, noise=2, opinion=2, token=2, words=12, pool=60, test=4, train=2, held=1, edit_test=1, seeds=1,
     domain_train=2, domain_seeds=1, heads=2, looks=4,
 )  # fmt: skip
 
@@ -174,6 +176,7 @@ def studies(data: Path, work: Path, sizes: Sizes) -> list[Plan]:
         accuracy(data, sizes),
         *(traces(work, sizes, name, "noise") for name in ("aspect_swap", "opinion_swap")),
         heads(work, sizes),
+        tokens(work, sizes),
         places(data, sizes),
         domains(data, work, sizes),
         selectors(data, work, sizes),
@@ -214,6 +217,17 @@ def heads(work: Path, sizes: Sizes) -> Plan:
     )  # fmt: skip
     question = "Which heads carry what binds the answer to the aspect that is asked about?"
     return Plan(f"{MODEL}/aspect_swap_heads", question, (step,), keep_map)
+
+
+def tokens(work: Path, sizes: Sizes) -> Plan:
+    """Return the trace of single tokens."""
+    rows = near(work / "rows" / "aspect_swap.jsonl")
+    step = trace_step(
+        "trace", model=MODEL, data=str(rows), by="token", memory=1, direction="denoise", sites=KINDS[:1],
+        limit=sizes.token, corruption="aspect-swap",
+    )  # fmt: skip
+    question = "Does one token bring back as much as all tokens of its role at once?"
+    return Plan(f"{MODEL}/aspect_swap_token", question, (step,), keep_map)
 
 
 def accuracy(data: Path, sizes: Sizes) -> Plan:

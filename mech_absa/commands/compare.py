@@ -31,6 +31,7 @@ from ..progress import bar
 from ..records import RunFolder, fingerprint, write_text
 from ..select import SELECTORS, Evidence, SiteRanking, selector
 from ..select.compared import Landscape, agreement_table, compare_selectors, place_table
+from ..select.side_by_side import train_side_by_side
 from ..select.trainings import (
     RATES,
     Budget,
@@ -118,6 +119,8 @@ class RecipeFlags:
     """Share of the training sentences set aside to tune learning rates on."""
     memory: float = 1.0
     """GiB for activations below the edit, which are computed once; the rest is computed again."""
+    jobs: int = 1
+    """Processes that train places side by side; each holds a model and --memory of its own."""
     trainings: OptionalPath = None
     """A folder that keeps finished trainings beyond this run. A later run on the same model, data and seed trains only what is missing.
     Default: inside --out, until the run ends."""
@@ -170,7 +173,7 @@ class Config:
         for flag in ("edits", "budgets", "rates"):
             once(f"--{flag}", getattr(self.recipe, flag))
         at_least(1, limit_test=self.limit_test, looks=self.looking.looks, width=self.place.width)
-        at_least(1, places=self.place.places, rank=self.recipe.rank)
+        at_least(1, places=self.place.places, rank=self.recipe.rank, jobs=self.recipe.jobs)
         at_least(0, minutes=self.place.minutes)
         share("--validation", self.recipe.validation)
         self.settings.check()
@@ -292,27 +295,48 @@ def main(config: Config) -> Path:
     folder.bind({"model": task.model.sha256, "data": [e.sha256 for e in task.data]})
     rankings = rank(task)
     chosen = [ranking.top_layers(config.place.width) for ranking in rankings]
-    trainings = Trainings(
-        task.model,
-        task.parts,
-        config.settings,
-        [*chosen, *task.random],
-        folder.part("trainings")
-        if config.recipe.trainings is None
-        else config.recipe.trainings / key(task),
-    )
+    own = config.recipe.trainings
+    parts = folder.part("trainings") if own is None else own / key(task)
+    trainings = trainings_of(task, chosen, parts)
     folder.open()
     if not config.run.quiet:
         warn(task.notes)
-    with bar("trainings", trainings.total, config.run.quiet) as advance:
-        seconds = math.inf if config.place.minutes is None else 60 * config.place.minutes
-        rows = frame_of(trainings.run(advance, chosen, seconds))
+    rows = frame_of(train(task, trainings, chosen))
     compared = write_tables(task, folder, rankings, rows)
     folder.finish(record_of(task, rankings, rows))
     if not config.run.quiet:
         show(compared)
         print(f"written to {folder.path}\n{conclusion(compared)}")
     return folder.path
+
+
+def trainings_of(task: Task, chosen: Sequence[Layers], parts: Path) -> Trainings:
+    """Return the trainings at the places of selectors and at random ones."""
+    places = [*chosen, *task.random]
+    return Trainings(task.model, task.parts, task.config.settings, places, parts)
+
+
+def again(config: Config, chosen: Sequence[Layers], parts: Path) -> Trainings:
+    """Return the same in a process of its own."""
+    return trainings_of(prepare(config), chosen, parts)
+
+
+def train(task: Task, trainings: Trainings, chosen: Sequence[Layers]) -> list[dict[str, Any]]:
+    """Train what is missing, in as many processes as are asked for; return a row per training."""
+    config, jobs = task.config, task.config.recipe.jobs
+    seconds = math.inf if config.place.minutes is None else 60 * config.place.minutes
+    with bar("trainings", trainings.total, config.run.quiet) as advance:
+        if jobs == 1:
+            return trainings.run(advance, chosen, seconds)
+        make = partial(again, config, chosen, trainings.parts)
+        codes = train_side_by_side(make, jobs, trainings.parts, advance, chosen, seconds)
+    if lost := [code for code in codes if code not in (0, 2)]:
+        task.notes.append(
+            f"{len(lost)} of {jobs} processes ended early (exit code {lost[0]}); this one went on alone"
+        )
+        return trainings.run(must=chosen, seconds=seconds)
+    late = math.inf if seconds == math.inf else 0.0  # the processes have trained what was in time
+    return trainings.run(must=chosen, seconds=late)
 
 
 def key(task: Task) -> str:

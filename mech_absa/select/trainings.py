@@ -246,6 +246,7 @@ class Trainings:
         done: Callable[[int], None] = lambda n: None,
         must: Sequence[Layers] = (),
         seconds: float = math.inf,
+        share: tuple[int, int] = (0, 1),
     ) -> list[dict[str, Any]]:
         """Train what is missing; return a row per training, tuning first.
 
@@ -255,6 +256,7 @@ class Trainings:
             done: told of every training that is over.
             must: places that are trained however long it takes.
             seconds: of wall time, after which no other place is begun.
+            share: (i, n) trains the places i, i + n, i + 2 n and so on alone.
 
         Raises:
             ConfigError: an edit diverged at every rate of the grid.
@@ -263,7 +265,7 @@ class Trainings:
         start = time.monotonic()
         for budget in self.settings.budgets:
             for edit in self.settings.edits:
-                for layers in self.places:
+                for layers in self.places[share[0] :: share[1]]:
                     late = time.monotonic() - start > seconds and layers not in must
                     if late and not self.done_at(edit, layers, budget):
                         continue

@@ -10,6 +10,7 @@ import pytest
 from support.tiny_models import tiny_folder
 
 import mech_absa
+from mech_absa.commands import compare as command
 from mech_absa.commands.compare import cli
 from mech_absa.readers import load_examples, write_jsonl
 from mech_absa.select.trainings import Trainings
@@ -91,6 +92,35 @@ def test_other_domains_are_scored_apart(run, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_same(run, tmp_path, capsys):
+    """One place each and the third one for the first: the same trainings as in one process."""
+    home, flags = run
+    at = flags.index("--trainings")
+    out = tmp_path / "two"
+    assert cli([*flags[:at], "--jobs", "2", "--no-report", "--out", str(out)]) == 0
+    one, two = (
+        pd.read_csv(folder / "trainings.csv").drop(columns="cpu_seconds")
+        for folder in (home / "run", out)
+    )
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5)
+    assert json.loads((out / "run.json").read_text())["warnings"] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_its_places_to_this_one(run, tmp_path, monkeypatch):
+    home, flags = run
+    at = flags.index("--trainings")
+    monkeypatch.setattr(command, "train_side_by_side", lambda *_: [0, -9])
+    assert cli([*flags[:at], "--jobs", "2", "--out", str(tmp_path / "run")]) == 0
+    rows = pd.read_csv(tmp_path / "run" / "trainings.csv")
+    assert len(rows) == len(pd.read_csv(home / "run" / "trainings.csv"))
+    assert (
+        "1 of 2 processes ended early (exit code -9)"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
+
+
+@pytest.mark.slow
 def test_other_selectors_train_nothing_again(run, monkeypatch):
     home, flags = run
     monkeypatch.setattr(
@@ -135,6 +165,7 @@ def test_a_killed_run_goes_on(data, tmp_path, monkeypatch, capsys):
         (["--budgets", "64"], "budget '64' was given; accepted: EXAMPLESxEPOCHS"),
         (["--samples", "1"], "1 training samples were asked for; at least 2"),
         (["--width", "3"], "places of 3 layers were asked for; the model has 3 layers"),
+        (["--jobs", "0"], "--jobs is 0; accepted: 1 or more"),
         (["--places", "0"], "--places is 0; accepted: 1 or more"),
         (["--validation", "1.5"], "--validation 1.5 was given"),
         (["--corruption", "rust"], "'rust' is no corruption; accepted: noise"),

@@ -67,7 +67,7 @@ FREE_TOO = (*FREE, "memory", "checkpoint_every", "strict")
 """Flags that may change when a training is resumed."""
 
 REPRESENTATION = (
-    "loreft", "noreft", "direft", "red", "steering", "adapter", "post_block", "head_gate",
+    "loreft", "noreft", "direft", "red", "steering", "adapter", "post_block", "head_gate", "reft_r1",
 )  # fmt: skip
 """Families that `--lr-representation` is for; `--lr-weight` is for the others."""
 

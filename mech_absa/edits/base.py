@@ -309,6 +309,17 @@ class Intervention(nn.Module):
         """Return what is added to the loss at this step, or None."""
         return None
 
+    def batch_penalty(self, done: float) -> Tensor | None:
+        """Return what is added to the loss of the batch that has just passed, or None.
+
+        Args:
+            done: steps taken, as a share of all steps of the training.
+
+        Returns:
+            A mean over the examples of the batch.
+        """
+        return None
+
     def merge(self, model: Model) -> None:
         """Put its effect into the weights of `model`, for good.
 

@@ -27,7 +27,7 @@ from ..prompts import Tokens
 from ..sites import Site
 from .base import Intervention, MatrixIntervention, Part, Shape, Where, parse_place
 from .heads import HeadGate
-from .loreft import RED, DiReFT, LoReFT, NoReFT, Steering
+from .loreft import RED, DiReFT, LoReFT, NoReFT, ReFTr1, Steering
 from .lowrank import DoRA, LoRA, TinyLoRA
 from .record import TrainingRecord
 from .rivals import Adapter, BitFit, Full, PostBlock, Prefix
@@ -40,6 +40,7 @@ FAMILIES: dict[str, type[Intervention]] = {
         DiReFT,
         RED,
         Steering,
+        ReFTr1,
         LoRA,
         DoRA,
         TinyLoRA,

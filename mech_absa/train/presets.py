@@ -306,7 +306,7 @@ TABLE_2: dict[str, Callable[[Shape], Preset]] = {
 RATES = {
     "lora": 4e-3, "dora": 4e-3, "loreft": 2e-2, "noreft": 2e-2, "direft": 2e-2, "red": 1e-1, "steering": 1e-1,
     "prefix": 5e-2, "adapter": 8e-3, "bitfit": 1.2e-2, "full": 1e-3, "head_gate": 5e-2, "post_block": 8e-3,
-    "tinylora": 8e-2,
+    "tinylora": 8e-2, "reft_r1": 1e-2,
 }  # fmt: skip
 """Learning rate of every family in models of a few million parameters.
 
@@ -329,7 +329,8 @@ and in all layers: lora on q, k, v, up, down 5e-4 0.81, 2e-3 1.00, 4e-3 1.00, 8e
 1.00, 3.2e-2 1.00; tinylora (224 scalars) 5e-3 0.62, 2e-2 0.83, 8e-2 0.99, 3.2e-1 0.95; bitfit
 7.5e-4 0.58, 3e-3 0.94, 1.2e-2 1.00; head_gate 1e-2 0.71, 5e-2 1.00; full 3e-4 0.99, 1e-3 1.00.
 joint_orthogonal takes the rates of its two families: times 1/16 0.75, 1/4 1.00, 1 1.00 (with the
-lowest cross-entropy), 4 0.91. `dora` takes the rate of lora. The rate of head_gate was found with
+lowest cross-entropy), 4 0.91. `dora` takes the rate of lora, and `reft_r1` that of AxBench: neither
+was searched for. The rate of head_gate was found with
 `gates="tempered"`.
 
 The rates were found in layers 2-4 and favour them: with as few steps, other layers may need other
@@ -348,6 +349,7 @@ METHODS = (
     "direft",
     "red",
     "steering",
+    "reft_r1",
     "prefix",
     "adapter",
     "post_block",
@@ -519,6 +521,8 @@ def _bundled_rival(
     if method == "adapter":
         kinds = ("attn_out", "mlp_out")
         return parts(method, (Site(x, kind) for x in layers for kind in kinds), rate, rank=rank)
+    if method == "reft_r1":
+        return parts(method, (Site(x, "resid_post", None, "all") for x in layers), rate)
     if method == "post_block":
         return parts(method, (Site(x, "resid_post") for x in layers), rate, rank=rank)
     if method in ("bitfit", "full", "tinylora"):

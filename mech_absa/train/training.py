@@ -229,7 +229,11 @@ class Training:
         for batch in group:
             if not (mine := self.team.share(batch)):
                 continue
-            loss = self.task.loss(self.edit, mine) / total
+            loss = self.task.loss(self.edit, mine)
+            for part in self.edit:
+                if (extra := part.batch_penalty(self.state.step / self.steps)) is not None:
+                    loss = loss + len(mine) * extra
+            loss = loss / total
             if loss.requires_grad:
                 loss.backward()
             value += loss.detach().double().cpu()

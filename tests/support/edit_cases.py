@@ -24,6 +24,7 @@ EVERYWHERE = {  # one part of every family, on the last layers of a model of thr
     "loreft": "L1.resid_post@query.last", "noreft": "L1.resid_mid@aspect", "direft": "L2.resid_pre@-1", "red": "L1.attn_out@all",
     "steering": "L1.head1@query", "lora": "L1.W_O", "dora": "L1.W_Q", "prefix": "L1", "adapter": "L2.mlp_out", "bitfit": "L1.W_V",
     "full": "L2.W_out", "head_gate": "L1.head0", "post_block": "L1.resid_post", "tinylora": "L1.W_in",
+    "reft_r1": "L1.resid_post@all",
 }  # fmt: skip
 
 

@@ -16,6 +16,20 @@ POINTS = 0.02
 
 @shows("which_selector", "Layers that selectors name, minus random layers", "compare")
 def which_selector(study: Study) -> Shown:
+    return _minus_random(study)
+
+
+@shows(
+    "which_selector_harder",
+    "Layers that selectors name, minus random layers, harder reviews",
+    "compare_harder",
+)
+def which_selector_harder(study: Study) -> Shown:
+    return _minus_random(study)
+
+
+def _minus_random(study: Study) -> Shown:
+    """Draw every selector's difference from the mean of all places, by budget."""
     table = study.table("selectors.csv")
     budgets = list(dict.fromkeys(table["budget"]))
     with style():
@@ -63,4 +77,28 @@ def says(table: pd.DataFrame) -> str:
         "Accuracy of the same edit at the two layers that a selector names, minus its mean over all 28 "
         "places, in points; intervals are over five training samples. A filled dot has a p-value below "
         f"0.05 after Holm's correction. Selectors that are also two points ahead: {'; '.join(found)}."
+    )
+
+
+@shows(
+    "smollm2_selectors",
+    "SmolLM2: the place that each selector takes, minus the mean of twelve",
+    "smollm2/selectors",
+)
+def smollm2_selectors(study: Study) -> Shown:
+    """Draw how much better the paper's edit is at the place that a selector takes."""
+    table = study.table("selectors.csv").sort_values("difference", ascending=False, kind="stable")
+    named = table.assign(name=[f"{r['selector']} ({r['place']})" for _, r in table.iterrows()])
+    figure = charts.differences(
+        named,
+        title="Accuracy at the place that a selector takes, minus the mean of twelve places",
+        note=f"{study.note}; 95 % intervals by sentence, for all places together",
+    )
+    passed = table[(table["low"] > 0) & (table["difference"] >= POINTS)]["selector"]
+    failed = "; ".join(f"{name}: {why}" for name, why in study.run["failed"].items())
+    return Shown(
+        figure,
+        "The paper's edit was trained at twelve sets of layers of SmolLM2-135M, and a selector takes the one "
+        "whose layers it scores highest on average. Two points ahead, with an interval above 0: "
+        f"{', '.join(passed) or 'none'}." + (f" Without a ranking: {failed}." if failed else ""),
     )

@@ -335,3 +335,41 @@ def test_what_is_not_there_is_named():
         plots.heatmap(by_hand(), kinds=["attn_out"])
     with pytest.raises(ConfigError, match="resid_post"):
         plots.heads(by_hand())
+
+
+def test_costs_stand_at_their_numbers_with_the_spread_of_places():
+    from mech_absa.plots.compare import costs
+
+    table = pd.DataFrame(
+        {
+            "edit": ["both", "both", "lora"], "budget": ["64x2", "320x1", "64x2"], "examples": [64, 320, 64],
+            "parameters": [10, 10, 99], "cpu_seconds": [1.0, 5.0, 2.0], "accuracy": [0.5, 0.9, 0.6],
+            "low": [0.4, 0.8, 0.5], "high": [0.6, 1.0, 0.7], "worst": [0.3, 0.7, 0.6], "best": [0.7, 1.0, 0.6],
+        }
+    )  # fmt: skip
+    size, seconds, examples = costs(table).axes
+    dots = [line.get_xydata().tolist() for line in seconds.get_lines()]
+    assert dots == [[[1.0, 50.0], [5.0, 90.0]], [[2.0, 60.0]]]
+    places = size.collections[0].get_segments()
+    assert [s.tolist() for s in places] == [[[10, 30], [10, 70]], [[10, 70], [10, 100]]]
+    assert examples.get_xlabel() == "training examples" and size.get_xscale() == "log"
+    assert [t.get_text() for t in examples.get_xticklabels()] == ["64", "100", "320"]
+
+
+def test_an_agreement_whose_interval_holds_zero_stands_in_brackets():
+    from mech_absa.plots.compare import selectors
+
+    table = pd.DataFrame(
+        {
+            "selector": ["a", "b", "c"], "layers": ["0 1"] * 3, "difference": [0.1, 0.0, -0.1],
+            "low": [0.0] * 3, "high": [0.2] * 3, "p_adjusted": [0.01, 1, 1],
+        }
+    )  # fmt: skip
+    pairs = pd.DataFrame(
+        [("b", "a", 0.9, 0.5, 1.0), ("c", "a", -0.3, -0.8, 0.4), ("c", "b", *[np.nan] * 3)],
+        columns=["selector", "other", "rho", "low", "high"],
+    )
+    right = selectors(table, pairs).axes[1]
+    shown = {text.get_position(): text.get_text() for text in right.texts}
+    assert shown[1.5, 0.5] == shown[0.5, 1.5] == "0.9" and shown[0.5, 2.5] == "(-0.3)"
+    assert shown[2.5, 2.5] == "1.0" and (1.5, 2.5) not in shown  # without a correlation: grey

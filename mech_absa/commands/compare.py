@@ -5,7 +5,8 @@
 Every selector ranks layers on training reviews. Then the same edit is trained at the best layers of
 each of them and at random places, each with a learning rate tuned there, on several samples, and
 scored on test rows. Leaves `selectors.csv` (a row per selector, edit and budget), `places.csv`,
-`trainings.csv`, `rankings.csv`, `agreement.csv`, `report.md`, a figure, and `run.json`. A killed run
+`trainings.csv`, `rankings.csv`, `agreement.csv`, `agreements.csv` with intervals, `costs.csv`,
+`report.md`, figures, and `run.json`. A killed run
 is taken up with `--resume`: trainings that were finished are not repeated.
 """
 
@@ -30,7 +31,14 @@ from ..patch.corruption import as_corruption
 from ..progress import bar
 from ..records import RunFolder, fingerprint, write_text
 from ..select import SELECTORS, Evidence, SiteRanking, selector
-from ..select.compared import Landscape, agreement_table, compare_selectors, place_table
+from ..select.compared import (
+    Landscape,
+    agreement_pairs,
+    agreement_table,
+    compare_selectors,
+    cost_table,
+    place_table,
+)
 from ..select.side_by_side import train_side_by_side
 from ..select.trainings import (
     RATES,
@@ -383,7 +391,7 @@ def write_tables(
     task: Task, folder: RunFolder, rankings: Sequence[SiteRanking], rows: pd.DataFrame
 ) -> pd.DataFrame:
     """Write tables, figures and the report; return a row per selector, edit and budget."""
-    compared, places, agreement = [], [], agreement_table(rankings)
+    compared, places = [], []
     for (edit, budget), part in rows.groupby(["edit", "budget"], sort=False):
         landscape = Landscape.of(part, task.random)
         task.notes.extend(f"{edit}, {budget}: lost at layers {p}" for p in landscape.lost)
@@ -411,25 +419,32 @@ def write_tables(
         "places.csv": pd.concat(places, ignore_index=True),
         "trainings.csv": rows,
         "rankings.csv": pd.concat([r.to_pandas() for r in rankings], ignore_index=True),
+        "agreements.csv": agreement_pairs(rankings),
+        "costs.csv": cost_table(rows, task.random),
     }
     for name, table in tables.items():
         folder.write(name, partial(table.to_csv, index=False, float_format="%.6g"))
-    folder.write("agreement.csv", partial(agreement.to_csv, float_format="%.4g"))
+    matrix = agreement_table(rankings)
+    folder.write("agreement.csv", partial(matrix.to_csv, float_format="%.4g"))
     if task.config.run.report:
-        draw(task, folder, whole, agreement)
+        draw(task, folder, whole, tables)
         folder.write("report.md", lambda path: write_text(path, report(task, whole)))
     return whole
 
 
-def draw(task: Task, folder: RunFolder, whole: pd.DataFrame, agreement: pd.DataFrame) -> None:
-    """Write a figure per edit and budget."""
-    from ..plots.compare import selectors
+def draw(
+    task: Task, folder: RunFolder, whole: pd.DataFrame, tables: dict[str, pd.DataFrame]
+) -> None:
+    """Write a figure per edit and budget, and one of the costs where there are several."""
+    from ..plots.compare import costs, selectors
     from ..plots.style import save
 
     for (edit, budget), table in whole.groupby(["edit", "budget"], sort=False):
         note = f"{facts(task)}; {edit} with {budget} (examples x epochs)"
-        figure = selectors(table, agreement, note=note)
+        figure = selectors(table, tables["agreements.csv"], note=note)
         save(figure, folder.path / "figures" / f"selectors_{edit}_{budget}")
+    if len(tables["costs.csv"]) > 1:
+        save(costs(tables["costs.csv"], note=facts(task)), folder.path / "figures" / "costs")
 
 
 def facts(task: Task) -> str:

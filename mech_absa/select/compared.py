@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from scipy import stats as scipy_stats
 
 from ..errors import DataError
-from ..stats import adjust
+from ..stats import Estimate, adjust
 from .ranking import SiteRanking
 from .trainings import Layers
 
@@ -215,6 +215,31 @@ def _elsewhere(out: Landscape, place: Layers) -> dict[str, float]:
     }
 
 
+def cost_table(trainings: pd.DataFrame, random: Sequence[Layers]) -> pd.DataFrame:
+    """Return a row per edit and budget: what a training costs, and what it reaches at a random place.
+
+    Args:
+        trainings: a row per training.
+        random: the places that stand for random ones.
+
+    Returns:
+        Columns `edit, budget, examples, parameters, cpu_seconds`, means over the scored trainings at
+        random places; `accuracy, low, high`, of the mean over random places with a t interval over
+        samples; `worst, best` of these places' means.
+    """
+    rows = []
+    for (edit, budget), part in trainings.groupby(["edit", "budget"], sort=False):
+        landscape = Landscape.of(part, random)
+        mean, by_place = mean_over_samples(landscape.by_chance), landscape.accuracy.mean(axis=1)
+        drawn = {" ".join(map(str, p)) for p in np.array(landscape.places)[landscape.random]}
+        scored = part[(part["stage"] == "scored") & part["layers"].astype(str).isin(drawn)]
+        costs = [float(scored[c].mean()) for c in ("examples", "parameters", "cpu_seconds")]
+        ends = by_place[landscape.random]
+        rows.append((edit, budget, *costs, *mean[:3], float(ends.min()), float(ends.max())))
+    names = ["edit", "budget", "examples", "parameters", "cpu_seconds"]
+    return pd.DataFrame(rows, columns=[*names, "accuracy", "low", "high", "worst", "best"])
+
+
 def _share(random: Float[np.ndarray, " place"], own: float) -> float:
     """Return the share of random places that are at most as accurate; NaN without an accuracy."""
     return math.nan if math.isnan(own) else float(np.mean(random <= own + 1e-12))
@@ -231,6 +256,28 @@ def agreement_table(rankings: Sequence[SiteRanking]) -> pd.DataFrame:
     return table.reindex(index=names, columns=names).rename_axis("selector")
 
 
+def agreement_pairs(rankings: Sequence[SiteRanking], draws: int = 500) -> pd.DataFrame:
+    """Return a row per two selectors: the correlation of their layer scores with its interval.
+
+    The interval resamples layers, and the p-value permutes them (`stats.spearman_interval`).
+
+    Args:
+        rankings: of the selectors.
+        draws: resamples and permutations.
+
+    Returns:
+        Columns `selector, other, rho, low, high, p`; NaN where fewer than three layers have both
+        scores, or where one side is constant.
+    """
+    rows = []
+    for i, one in enumerate(rankings):
+        for other in rankings[:i]:
+            both = ~(np.isnan(one.layer_scores) | np.isnan(other.layer_scores))
+            found = one.agreement(other, draws) if both.sum() >= 3 else Estimate(*[math.nan] * 3)
+            rows.append((one.selector, other.selector, found.value, found.low, found.high, found.p))
+    return pd.DataFrame(rows, columns=["selector", "other", "rho", "low", "high", "p"])
+
+
 def place_table(landscape: Landscape) -> pd.DataFrame:
     """Return a row per place: its layers, its mean accuracy with a t interval, the best first."""
     rows = []
@@ -244,8 +291,10 @@ def place_table(landscape: Landscape) -> pd.DataFrame:
 __all__ = [
     "Landscape",
     "Mean",
+    "agreement_pairs",
     "agreement_table",
     "compare_selectors",
+    "cost_table",
     "mean_over_samples",
     "place_table",
     "rank_relation",

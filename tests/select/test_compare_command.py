@@ -47,6 +47,7 @@ def test_what_a_run_leaves(run):
     assert {f.split("/")[-1] for f in record["files"]} == names
     assert names == {
         *("selectors.csv", "places.csv", "trainings.csv", "rankings.csv", "agreement.csv"),
+        *("agreements.csv", "costs.csv"),
         *("report.md", "selectors_lora_o_4x1.png", "selectors_lora_o_4x1.pdf"),
     }
     rows = pd.read_csv(folder / "trainings.csv")

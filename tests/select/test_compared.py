@@ -14,8 +14,10 @@ from mech_absa.errors import ConfigError, DataError
 from mech_absa.examples import Example, Polarity
 from mech_absa.select.compared import (
     Landscape,
+    agreement_pairs,
     agreement_table,
     compare_selectors,
+    cost_table,
     mean_over_samples,
     place_table,
     rank_relation,
@@ -216,3 +218,37 @@ def test_rows_of_other_domains_by_hand():
     assert row["accuracy_out"] == pytest.approx(0.3 + 0.5 + 0.025)
     assert row["difference_out"] == pytest.approx(0.2)
     assert row["low_out"] == pytest.approx(0.2) and row["high_out"] == pytest.approx(0.2)
+
+
+def test_agreement_of_two_selectors_has_the_interval_of_a_rank_correlation():
+    def wide(name, scores):
+        return SiteRanking.of(name, {layer_site(i): float(v) for i, v in enumerate(scores)}, 9)
+
+    rng = np.random.default_rng(1)
+    up, noise = np.arange(9.0), rng.normal(size=9)
+    rankings = [wide("up", up), wide("down", -up), wide("noise", noise), wide("flat", np.ones(9))]
+    table = agreement_pairs(rankings).set_index(["selector", "other"])
+    assert len(table) == 6
+    assert table.loc[("down", "up"), ["rho", "low", "high"]].tolist() == pytest.approx([-1] * 3)
+    row = table.loc["noise", "up"]
+    assert row["rho"] == pytest.approx(spearmanr(noise, up).statistic)
+    assert row["low"] < row["rho"] < row["high"] and row["p"] > 0.05
+    assert table.loc["flat"].isna().all(axis=None)
+    matrix = agreement_table(rankings)
+    for (a, b), rho in table["rho"].items():
+        assert matrix.loc[a, b] == pytest.approx(rho, nan_ok=True)
+
+
+def test_costs_are_means_over_random_places_alone():
+    accuracy = {(0, 1): [0.5, 0.7], (0, 2): [0.7, 0.7], (2, 3): [0.0, 0.1]}
+    rows = trainings(accuracy).assign(edit="both", budget="64x2", examples=64, parameters=10)
+    rows["cpu_seconds"] = np.where(
+        rows["stage"] == "tuning", 99.0, np.arange(len(rows), dtype=float)
+    )
+    row = cost_table(rows, [(0, 1), (0, 2)]).iloc[0]
+    # Rows 0, 1 (place 0 1) and 3, 4 (place 0 2); row 2 and 5 tune, the third place is a selector's.
+    assert row["cpu_seconds"] == pytest.approx((0 + 1 + 3 + 4) / 4)
+    assert row["accuracy"] == pytest.approx(0.65)
+    assert (row["worst"], row["best"]) == (pytest.approx(0.6), pytest.approx(0.7))
+    low, high = t.interval(0.95, 1, loc=0.65, scale=np.std([0.6, 0.7], ddof=1) / math.sqrt(2))
+    assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))

@@ -22,11 +22,13 @@ from mech_absa.commands.cli import command
 from mech_absa.errors import ConfigError, DataError
 from mech_absa.records import write_text
 
-from . import real_model, where, methods, editing, selectors, checks, interaction  # isort: skip
+from . import real_model, where, methods, editing, selectors, rank_fairness, checks, interaction  # isort: skip
 from .study import HERE, ITEMS, Item, Study
 from .tables import Table
 
-MODULES = (real_model, where, methods, editing, selectors, checks, interaction)
+MODULES = (
+    real_model, where, methods, editing, selectors, rank_fairness, checks, interaction,
+)  # fmt: skip
 """Modules that add figures to `ITEMS`. Figures are drawn in this order, whatever the import order."""
 _ORDER = [module.__name__ for module in MODULES]
 ITEMS.sort(key=lambda item: _ORDER.index(item.draw.__module__))

@@ -24,6 +24,12 @@ from .tables import Table, over_seeds
 HERE = Path(__file__).resolve().parent
 EDIT = "both@sites"
 """Name of the paper's edit in a matrix."""
+OWN_COMMANDS = {
+    "places": "python -m figures.places",
+    "rank_fairness": "python -m figures.rank_fairness",
+    "search": "python -m figures.search",
+}
+"""Studies that have commands of their own."""
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -45,6 +51,11 @@ class Study:
             name_of, which = self.folder.name, "`python -m figures.reproduce --only"
             if self.folder.parent.name == "smollm2":
                 which = "`python -m figures.smollm2 --data DATA --only"
+            if name_of in OWN_COMMANDS:
+                raise DataError(
+                    f"{name_of}/{name} is missing among the results; run `{OWN_COMMANDS[name_of]}`, which "
+                    "`make reproduce` leaves out"
+                )
             raise DataError(
                 f"{name_of}/{name} is missing among the results; run `make reproduce` or "
                 f"{which} {name_of}`"

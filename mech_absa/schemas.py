@@ -201,8 +201,15 @@ FAIRNESS = {
         {"classes": ANY_OBJECT, "groups": some(ANY_OBJECT), "layers": some(ANY_OBJECT)},
         rank={"type": ["integer", "null"]},
         accuracy_edited=NUMBER,
+        summary=some(ANY_OBJECT),
     ),
 }
+SCORECARD = obj(
+    {
+        "systems": some(TEXT),
+        "rows": some(obj({"measure": TEXT, "base": TEXT, "edited": some(TEXT)}, how=TEXT)),
+    }
+)
 CARD = obj({"model": TEXT, "sha256": TEXT, "rows": some(ANY_OBJECT)})
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -212,6 +219,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "edit.json": EDIT,
     "side_effects.json": SIDE_EFFECTS,
     "fairness.json": FAIRNESS,
+    "scorecard.json": SCORECARD,
     "card.json": CARD,
 }
 """JSON file of a run folder -> its schema."""

@@ -8,7 +8,7 @@ answers.
 Several edits are scored one by one, and those that differ only in their seed also together. The run
 writes `scores.csv`, `predictions.parquet`, `run.json` and `report.html`; with `--compare` also
 `comparisons.csv`, with several seeds `aggregate.csv`, with `--side-effects` `side_effects.json`,
-with `--scorecard` `scorecard.csv` too, with `--fairness` `fairness.csv` and `fairness.json`, and with `--baselines` `baselines.csv`.
+with `--scorecard` `scorecard.csv` and `scorecard.json` too, with `--fairness` `fairness.csv` and `fairness.json`, and with `--baselines` `baselines.csv`.
 Everything is computed before the first of them is written.
 """
 
@@ -428,10 +428,11 @@ def fairness_of(task: Task, titles: Sequence[str]) -> list[Any]:
 
     if not task.config.scoring.fairness or task.model is None:
         return []
+    known: dict[str, Any] = {}
     return [
         fairness(
             task.model, edit, task.data[0], template=task.template, verbalizer=task.verbalizer,
-            batch_size=task.config.scoring.batch_size, name=name, **task.config.sure,
+            batch_size=task.config.scoring.batch_size, name=name, known=known, **task.config.sure,
         )
         for edit, name in zip(task.edits, titles, strict=True)
         if edit is not None
@@ -505,6 +506,8 @@ def _scores_record(s: Scores) -> dict[str, Any]:
 def _write(folder: RunFolder, results: Results) -> None:
     import pandas as pd
 
+    from ..evaluate.scorecard import record as card_record
+
     scores, effects = results.scores, results.effects
     table = pd.concat([s.to_pandas() for system in scores for s in system], ignore_index=True)
     folder.write("scores.csv", partial(table.to_csv, index=False))
@@ -524,19 +527,21 @@ def _write(folder: RunFolder, results: Results) -> None:
     if results.cards:
         table = pd.DataFrame([c.row() for c in results.cards])
         folder.write("scorecard.csv", partial(table.to_csv, index=False))
+        write_json(folder.path / "scorecard.json", card_record(results.cards))
     if fair := results.fairness:
         table = pd.DataFrame([f.row() for f in fair])
         folder.write("fairness.csv", partial(table.to_csv, index=False))
-        write_json(folder.path / "fairness.json", {f.name: f.record() for f in fair})
+        write_json(folder.path / "fairness.json", {f.name: _with_summary(f) for f in fair})
     if effects:
         write_json(
-            folder.path / "side_effects.json",
-            {
-                n: e.record()
-                | {"summary": e.summary().rename(columns={"": "note"}).to_dict("records")}
-                for n, e in effects.items()
-            },
+            folder.path / "side_effects.json", {n: _with_summary(e) for n, e in effects.items()}
         )
+
+
+def _with_summary(found: Any) -> dict[str, Any]:
+    """Return a record and, for reports, its table for reading."""
+    table = found.summary().rename(columns={"": "note"})
+    return found.record() | {"summary": table.to_dict("records")}
 
 
 def show(results: Results) -> None:

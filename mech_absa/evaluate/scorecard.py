@@ -233,21 +233,38 @@ def table(cards: Sequence[Scorecard]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    found = record(cards)
+    cells = [(r["measure"], r["base"], *r["edited"]) for r in found["rows"]]
+    return pd.DataFrame(cells, columns=["measure", "base", *found["systems"]])
+
+
+def record(cards: Sequence[Scorecard]) -> dict[str, Any]:
+    """Return the same table in the types of JSON, with how each number is measured, as
+    `scorecard.json` holds it.
+
+    Raises:
+        ConfigError: there are no scorecards.
+    """
     if not cards:
         raise ConfigError("no scorecards to put into a table; at least one is needed")
-    rows = []
-    for name, (title, _) in MEASURES.items():
+    rows: list[dict[str, Any]] = []
+    for name, (title, how) in MEASURES.items():
         base = cards[0].base.get(name, NAN)
-        unit = "" if name in IN_NATS else ", %"
-        row = {"measure": f"{title}{unit}", "base": "-" if np.isnan(base) else f"{100 * base:.1f}"}
-        rows.append(row | {c.name: _spelled(name, c.numbers[name]) for c in cards})
+        rows.append(
+            {
+                "measure": title if name in IN_NATS else f"{title}, %",
+                "how": how,
+                "base": "-" if np.isnan(base) else f"{100 * base:.1f}",
+                "edited": [_spelled(name, c.numbers[name]) for c in cards],
+            }
+        )
     for title, cells in (
-        ("parameters", {c.name: _counted(c.parameters) for c in cards}),
-        ("training examples", {c.name: _counted(c.examples) for c in cards}),
-        ("seconds of training", {c.name: "-" if c.seconds is None else f"{c.seconds:.1f}" for c in cards}),
-    ):  # fmt: skip
-        rows.append({"measure": title, "base": "-"} | cells)
-    return pd.DataFrame(rows)
+        ("parameters", [_counted(c.parameters) for c in cards]),
+        ("training examples", [_counted(c.examples) for c in cards]),
+        ("seconds of training", ["-" if c.seconds is None else f"{c.seconds:.1f}" for c in cards]),
+    ):
+        rows.append({"measure": title, "how": "", "base": "-", "edited": cells})
+    return {"systems": [c.name for c in cards], "rows": rows}
 
 
 def _spelled(name: str, e: Estimate) -> str:
@@ -263,4 +280,4 @@ def _counted(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
 
 
-__all__ = ["IMPLIED", "MEASURES", "Scorecard", "follows", "scorecard", "table"]
+__all__ = ["IMPLIED", "MEASURES", "Scorecard", "follows", "record", "scorecard", "table"]

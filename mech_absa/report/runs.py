@@ -135,6 +135,9 @@ FILES: dict[str, tuple[str, ...]] = {
         "comparisons.csv",
         "aggregate.csv",
         "side_effects.json",
+        "scorecard.json",
+        "fairness.csv",
+        "fairness.json",
     ),
     "matrix": ("matrix.csv", "summary.csv", "matrix_baselines.csv"),
 }

@@ -143,6 +143,24 @@ def test_the_numbers_are_those_of_the_answers(model, examples):
     assert row["class_gap"] == found.classes.gap_edited.value
 
 
+def test_the_unedited_model_runs_once_for_several_edits(model, examples, monkeypatch):
+    """The second edit gets the same numbers as alone, without a pass of the unedited model."""
+    first, second = (Push("L2.resid_post@query.last", size=size) for size in (5.0, 20.0))
+    asked = {"swaps": [SMALL], "draws": 20}
+    alone = fairness(model, second, examples, **asked)
+    known: dict = {}
+    fairness(model, first, examples, known=known, **asked)
+    kept, passes = set(known), []
+    run = type(model).run_hooked
+    monkeypatch.setattr(
+        type(model), "run_hooked", lambda self, x: passes.append(len(x)) or run(self, x)
+    )
+    assert fairness(model, second, examples, known=known, **asked).record() == alone.record()
+    assert set(known) == kept and sum(passes) == len(examples) + len(list(SMALL.examples()))
+    fairness(model, second, examples[:4], known=known, **asked)
+    assert len(known) == len(kept) + 2, "other examples are other answers and other states"
+
+
 def test_drift_by_layer_is_that_of_the_lens_in_numpy(model, examples):
     """The last token drifts above an edit of the aspect, and at it only if it is edited itself; at the
     last layer the drift is the KL of the model's own logits.

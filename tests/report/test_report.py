@@ -131,6 +131,25 @@ def test_the_conclusion_comes_first_and_holds_the_side_effects(pages, tmp_path):
     assert "Side effects were not measured" in read(write_report(folder))[0]
 
 
+def test_the_scorecard_and_the_gaps_stand_in_the_report(pages, tmp_path):
+    """A row per measure and per edit, a drift curve for each; without their files there is no section."""
+    text, page = read(pages["evaluate"])[:2]
+    said = " ".join(" ".join(page.said).split())
+    assert (
+        "measure base paper <r32> in domain: accuracy, % 50.0 85.0 [70, 95] - by <sentence>" in said
+    )
+    assert "none – – 50.0 60.0 0.0 – – paper 4 5,128 85.0 20.0 [10.0, 35.0]" in said
+    assert "12.5 [0.0, 25.0], p 0.43 0.512 [0.4, 0.6] 0.7" in said
+    assert "<r32> –" in said and "gap of classes 60.0 20.0 [10.0, 35.0] change -40.0 points" in said
+    drawn = re.search(r'<section id="[^"]*-fairness">.*?</section>', text, re.DOTALL)
+    assert drawn is not None and drawn[0].count('<polyline class="line') == 2
+    folder = evaluate_folder(tmp_path / "e")
+    for name in ("scorecard.json", "fairness.csv", "fairness.json"):
+        (folder / name).unlink()
+    said = " ".join(read(write_report(folder))[1].said)
+    assert "Scorecard" not in said and "Classes and groups" not in said
+
+
 def test_the_conclusion_of_a_trace_names_its_units_and_its_doubt(tmp_path):
     effects = made_effects(6, 4, ("resid_post",))
     folder = trace_folder(tmp_path / "t", effects)

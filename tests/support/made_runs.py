@@ -313,6 +313,7 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
             }
         },
     )
+    _judged(folder)
     return _record(
         folder,
         "evaluate",
@@ -323,6 +324,25 @@ def evaluate_folder(folder: Path, text: str = "", n: int = 40, seed: int = 0) ->
             "scores": kept,
         },
     )
+
+
+def _judged(folder: Path) -> None:
+    """What --scorecard and --fairness leave of two edits of four layers."""
+    card = {"measure": "in domain: accuracy, %", "how": "by <sentence>", "base": "50.0", "edited": ["85.0 [70, 95]", "-"]}  # fmt: skip
+    write_json(folder / "scorecard.json", {"systems": ["paper", "<r32>"], "rows": [card]})
+    rows, records = [], {}
+    for name, rank in (("paper", 4), ("<r32>", None)):
+        rows.append(
+            {"system": name, "rank": rank, "parameters": 5128, "n": 40, "accuracy": 0.85, "accuracy_base": 0.5,
+             "class_gap": 0.2, "class_gap_low": 0.1, "class_gap_high": 0.35, "class_gap_base": 0.6,
+             "brand_gap": 0.125, "brand_gap_low": 0.0, "brand_gap_high": 0.25, "brand_gap_p": 0.4321, "brand_gap_base": 0.0,
+             "kl_labels": 0.51234, "kl_labels_low": 0.4, "kl_labels_high": 0.6, "kl_vocabulary": 0.7}
+        )  # fmt: skip
+        drift = [{"value": v, "low": v / 2, "high": 2 * v} for v in (0.0, 0.0, 0.25, 0.7)]
+        summary = {"measure": "gap of classes", "base": "60.0", "edited": "20.0 [10.0, 35.0]", "note": "change -40.0 points"}  # fmt: skip
+        records[name] = {"rank": rank, "classes": {}, "groups": [], "layers": drift, "summary": [summary]}  # fmt: skip
+    pd.DataFrame(rows).to_csv(folder / "fairness.csv", index=False)
+    write_json(folder / "fairness.json", records)
 
 
 def matrix_folder(folder: Path, seed: int = 0) -> Path:

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from ..charts import interval_chart
 from ..runs import Run
-from ..text import bracket, digits, flat, listed, number, percent, rows_of, signed
+from ..text import bracket, digits, listed, number, percent, rows_of, signed
+from .cards import edit_entry, fairness, scorecard
 from .common import basics, duration, fact_rows, model_text, sources
 
 ANSWERS = 3000
@@ -45,7 +46,9 @@ def evaluate_view(run: Run, budget: int) -> dict[str, Any]:
         "conclusion": conclusion(whole, compared, effects), "facts": fact_rows(facts), "scores": rows,
         "chart": accuracy_chart(whole, ("system", "data")), "confusions": confusions(record),
         "comparisons": comparison_rows(compared), "aggregate": aggregate_rows(run.tables.get("aggregate.csv")),
-        "effects": effects, "train": sources(record, "train"), "shown": len(answer_data["rows"]), "total": total,
+        "effects": effects, "scorecard": scorecard(run.notes.get("scorecard.json")),
+        "fairness": fairness(run.tables.get("fairness.csv"), run.notes.get("fairness.json") or {}),
+        "train": sources(record, "train"), "shown": len(answer_data["rows"]), "total": total,
         "data": {"kind": "evaluate", "name": run.name, "predictions": answer_data},
     }  # fmt: skip
 
@@ -218,15 +221,7 @@ def confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def side_effects(notes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every edit's side effects: its table for reading, and every number as a flat row."""
-    entries = []
-    for name, record in notes.items():
-        table = [
-            {k: str(r.get(k) or "") for k in ("measure", "base", "edited", "note")}
-            for r in record.get("summary") or []
-        ]
-        rest = {k: v for k, v in record.items() if k != "summary"}
-        entries.append({"name": name, "table": table, "rows": flat(rest)})
-    return entries
+    return [edit_entry(name, record) for name, record in notes.items()]
 
 
 # ---- answers ------------------------------------------------------------------------------------

@@ -287,6 +287,30 @@ def test_memit_brings_the_stream_where_it_should_be(arch, layers):
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0.02, msg="the first layer's share")
 
 
+def test_memit_over_three_layers_is_a_loop_of_its_own_in_float64(model):
+    """Layer by layer: keys and streams from the cache of TransformerLens, with the earlier layers already
+    changed in its weights; R = (wanted - now) / layers left; the update by numpy.
+    """
+    plan, facts = MEMIT((0, 1, 2), weight=0.05, target=QUICK), facts_of(model, 4)
+    edit = closed_form(model, EIGHT[:4], plan, background=EIGHT, template=TEMPLATE)
+    C = second_moments(model, facts_of(model).prompts, [0, 1, 2])
+    other, output = load_model(tiny_folder("llama")), "blocks.2.hook_resid_post"
+
+    def read(name: str) -> np.ndarray:
+        caches = [other.hooked.run_with_cache(prompt.ids)[1] for prompt in facts.prompts]
+        rows = [cache[name][0, at] for cache, at in zip(caches, facts.at, strict=True)]
+        return torch.stack(rows).detach().double().numpy()
+
+    wanted = read(output) + facts.offsets(2, "resid_post", QUICK).d.numpy()
+    for layer, part in enumerate(edit.parameters()):
+        K = read(f"blocks.{layer}.mlp.hook_post")
+        R = (wanted - read(output)) / (3 - layer)
+        D = np.linalg.solve(0.05 * C[layer].numpy() + K.T @ K, K.T @ R)
+        np.testing.assert_allclose(part.detach(), D, atol=2e-3 * np.abs(D).max())
+        with torch.no_grad():
+            other.hooked.blocks[layer].mlp.W_out += torch.tensor(D).float()
+
+
 def test_alphaedit_keeps_what_the_prompts_of_c_need(model):
     """D lies in the span of C's eigenvectors below the threshold, so that tr(D^T C D) <= threshold ||D||^2."""
     background, plan = EIGHT[4:], AlphaEdit((1,), threshold=0.1, l2=1e-3, target=QUICK)

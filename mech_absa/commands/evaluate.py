@@ -541,7 +541,8 @@ def _write(folder: RunFolder, results: Results) -> None:
 def _with_summary(found: Any) -> dict[str, Any]:
     """Return a record and, for reports, its table for reading."""
     table = found.summary().rename(columns={"": "note"})
-    return found.record() | {"summary": table.to_dict("records")}
+    record: dict[str, Any] = found.record() | {"summary": table.to_dict("records")}
+    return record
 
 
 def show(results: Results) -> None:

@@ -10,6 +10,7 @@ from mech_absa.sites import Site
 from mech_absa.stats import spearman_interval
 
 from . import charts, tables
+from .rank_fairness import trends
 from .study import SD, Shown, Study, inside_and_out, interval, percent, sentence, shows, with_spread
 from .tables import spelled
 
@@ -317,3 +318,46 @@ def ranks_recall(study: Study) -> Shown:
         note=f"{study.note}{plots.SEPARATOR}{SD}",
     )
     return Shown(figure, f"Recall in domain from rank {span[0]} to rank {span[-1]}: {changes}.")
+
+
+@shows("ranks_gap", "Rank and the gap of classes", "ranks")
+def ranks_gap(study: Study) -> Shown:
+    table = with_gap(study.matrix)
+    shown = with_spread(table, "data", "rank", metric="gap_of_classes")
+    changes = trends(
+        table.groupby(["data", "rank", "seed"], sort=False)["gap_of_classes"]
+        .mean()
+        .reset_index()
+        .rename(columns={"data": "world", "seed": "sample"})
+    ).set_index("world")
+    parts = []
+    for data, rows in shown.groupby("data", sort=False):
+        rows, r = rows.sort_values("rank"), changes.loc[data]
+        first, last = rows.iloc[0], rows.iloc[-1]
+        parts.append(
+            f"{data}, rank {first['rank']} has a gap of {percent(first['gap_of_classes'])} and rank {last['rank']} "
+            f"{percent(last['gap_of_classes'])}, a change of {100 * r['slope']:+.1f} [{100 * r['low']:.1f}, "
+            f"{100 * r['high']:.1f}] points per doubling (t interval over {r['samples']} seeds)"
+        )
+    says = (
+        f"The largest recall of a class minus the smallest. {sentence(parts)} Das et al. (arXiv 2405.18572) report that "
+        "low ranks keep more of the base model's bias. All ranks train with the same rates, so a low rank also learns less "
+        "in the same time: this shows the gap, and not its cause."
+    )
+    figure = charts.ranks(
+        shown.rename(columns={"data": "method"}),
+        metric="gap_of_classes",
+        title="Rank of the edit and the gap between classes",
+        note=f"{study.note}{plots.SEPARATOR}{SD}",
+    )
+    return Shown(figure, says)
+
+
+def with_gap(matrix: pd.DataFrame) -> pd.DataFrame:
+    """Return the trained rows of a matrix with a column `gap_of_classes`: largest minus smallest recall.
+
+    A class without rows has no recall and does not count.
+    """
+    rows = inside_and_out(matrix)
+    recalls = rows[[c for c in rows if c.startswith("recall_")]]
+    return rows.assign(gap_of_classes=recalls.max(axis=1) - recalls.min(axis=1))

@@ -697,9 +697,23 @@ def test_all_studies_run_on_a_handful_and_are_drawn(tmp_path):
     reproduce.run(config)
     assert (tmp_path / "results" / "windows" / "run.json").read_bytes() == record
     made = make.run(make.Config(runs=tmp_path / "results", out=tmp_path / "out"))
-    assert set(made) == {
-        item.name for item in make.ITEMS if not set(item.needs) & set(builtin.REAL)
+    studies = {s.name for s in builtin.plans(builtin.FAST)}
+    assert set(made) == {item.name for item in make.ITEMS if set(item.needs) <= studies}
+
+
+def test_the_gap_of_classes_is_the_largest_recall_minus_the_smallest():
+    """A class without rows has no recall; the unedited model has no row."""
+    recalls = {
+        "recall_positive": 0.9,
+        "recall_negative": [*[0.5] * 17, 0.95],
+        "recall_neutral": np.nan,
     }
+    table = editing.with_gap(MATRIX.assign(**recalls))
+    assert len(table) == 16 and set(table["data"]) == {"in domain", "out of domain"}
+    assert table.set_index(table.index)["gap_of_classes"].drop(17).tolist() == pytest.approx(
+        [0.4] * 15
+    )
+    assert table["gap_of_classes"][17] == pytest.approx(0.05)
 
 
 def test_selectors_that_pass_need_both_the_p_value_and_two_points():

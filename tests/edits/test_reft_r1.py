@@ -132,7 +132,7 @@ def test_training_silences_what_does_not_count(llama):
     silent = {}
     for charge in (0.0, 30.0):
         part = Part("reft_r1", "L1.resid_post@all", {"k": 1, "charge": charge}, 3e-2)
-        preset = Preset("p", (part,), epochs=6, batch_size=4, schedule="constant")
+        preset = Preset("p", (part,), epochs=4, batch_size=4, schedule="constant")
         edit = fit(llama, EIGHT, preset, template=QUESTION)
         (trained,) = edit
         assert trained.v.norm().item() == pytest.approx(1, abs=1e-6)

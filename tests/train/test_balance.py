@@ -102,6 +102,7 @@ def test_the_rule_by_hand():
     assert ratio(torch.tensor([1e-20, 4e-12])) == pytest.approx(0.25), "the least counts as 1e-12"
 
 
+@pytest.mark.slow
 def test_unequal_parts_end_up_moving_the_answers_alike(llama):
     """kappa falls from over 30 to about 1, and the rates that were used are in the history."""
     preset = Preset("p", PARTS, epochs=9, batch_size=4, schedule="constant", balance=1)
@@ -142,12 +143,13 @@ class Killed(Exception):
 
 
 def test_a_balanced_training_resumes_to_the_same_bytes(llama, tmp_path):
-    preset = Preset("p", PARTS, epochs=3, batch_size=4, balance=2)
+    preset = Preset("p", PARTS, epochs=2, batch_size=4, balance=2)
     whole = train(llama, preset)
-    assert ["kappa" in row for row in whole.history] == [True, False] * 3
+    assert ["kappa" in row for row in whole.history] == [True, False] * 2
+    assert whole.history[2]["weights_times"] == factor(moved(0.0, whole.history[0]["kappa"]), True)
 
     def kill(progress: Progress) -> None:
-        if progress.step == 4:
+        if progress.step == 3:
             raise Killed
 
     path = tmp_path / "state.safetensors"
@@ -157,8 +159,6 @@ def test_a_balanced_training_resumes_to_the_same_bytes(llama, tmp_path):
     plain = lambda e: [{k: v for k, v in row.items() if k != "seconds"} for row in e.history]  # noqa: E731
     assert plain(whole) == plain(again)
     assert all(torch.equal(p, state(again)[name]) for name, p in state(whole).items())
-    fixed = state(train(llama, preset.but(balance=0)))
-    assert not all(torch.equal(p, fixed[name]) for name, p in state(whole).items())
 
 
 @pytest.mark.parametrize("parts", [PARTS[:1], PARTS[1:]])

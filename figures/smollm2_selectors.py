@@ -37,7 +37,7 @@ from mech_absa.commands.patch import with_adapter
 from mech_absa.errors import ConfigError, MechAbsaError
 from mech_absa.examples import Example
 from mech_absa.model import Model
-from mech_absa.patch.corruption import as_corruption
+from mech_absa.patch.corruption import GaussianNoise
 from mech_absa.progress import bar
 from mech_absa.records import atomic, fingerprint, read_json, versions, write_json
 from mech_absa.select import SELECTORS, Evidence, selector
@@ -52,8 +52,19 @@ KEPT = ROOT / "figures" / "results" / "smollm2" / "places"
 ADAPTED = 400
 """Rows of each domain that the adapter was trained on."""
 ASKED = (
-    *("exact", "atp", "atpstar", "relp", "ig", "critical", "lens", "probe", "weight_patch_grad"),
-    *("taylor1", "saap", "fluctuation", "cka", "jola", "lofit", "middle", "first", "last"),
+    *(
+        "middle",
+        "first",
+        "last",
+        "lens",
+        "probe",
+        "cka",
+        "taylor1",
+        "saap",
+        "fluctuation",
+        "critical",
+    ),
+    *("weight_patch_grad", "atp", "relp", "exact", "jola", "lofit", "atpstar", "ig"),
 )
 """Selectors that are asked; the others take too long on this model."""
 NAMED = ("traced", "paper", "random", "first", "last")
@@ -74,8 +85,8 @@ class Config:
     """Reviews that a selector looks at, from the four domains alike."""
     words: int = 30
     """Longest sentence that is looked at."""
-    corruption: str = "noise"
-    """Of the pairs of causal selectors: the paper's."""
+    noise_draws: int = 1
+    """Runs with noise for each pair of the causal selectors, as in the trace of this model."""
     places: Path = KEPT
     """Results of the study of places."""
     seed: int = 0
@@ -138,7 +149,7 @@ class Asked:
             adapted,
             tuple(looked_at(self.config)),
             model,
-            as_corruption(self.config.corruption),
+            GaussianNoise(draws=self.config.noise_draws),
             seed=self.config.seed,
             width=6,
         )
@@ -146,7 +157,7 @@ class Asked:
     def path(self, name: str) -> Path:
         """Return the file of a selector; other rows or seeds have other files."""
         c = self.config
-        what = fingerprint([c.model, c.looks, c.words, c.corruption, c.seed])[:8]
+        what = fingerprint([c.model, c.looks, c.words, c.noise_draws, c.seed])[:8]
         return self.config.out / "parts" / f"{name}-{what}.json"
 
     def said(self, name: str) -> dict[str, Any]:

@@ -573,6 +573,8 @@ def test_every_command_of_the_list_is_accepted(sizes, tmp_path):
     )
     own_command = {
         "compare",
+        "compare_harder",
+        "rank_fairness",
         "places",
         *(s.name for s in smollm2.studies(tmp_path, tmp_path, smollm2.FAST)),
     }

@@ -24,10 +24,13 @@ from .tables import Table, over_seeds
 HERE = Path(__file__).resolve().parent
 EDIT = "both@sites"
 """Name of the paper's edit in a matrix."""
+COMPARE = "`python -m mech_absa.compare` with the flags of docs/which_selector.md"
 OWN_COMMANDS = {
-    "places": "python -m figures.places",
-    "rank_fairness": "python -m figures.rank_fairness",
-    "search": "python -m figures.search",
+    "compare": COMPARE,
+    "compare_harder": COMPARE,
+    "places": "`python -m figures.places`",
+    "rank_fairness": "`python -m figures.rank_fairness`",
+    "search": "`python -m figures.search`",
 }
 """Studies that have commands of their own."""
 
@@ -49,11 +52,12 @@ class Study:
         path = self.folder / name
         if not path.exists():
             name_of, which = self.folder.name, "`python -m figures.reproduce --only"
-            if self.folder.parent.name == "smollm2":
+            real = self.folder.parent.name == "smollm2"
+            if real:
                 which = "`python -m figures.smollm2 --data DATA --only"
-            if name_of in OWN_COMMANDS:
+            if name_of in OWN_COMMANDS and not real:
                 raise DataError(
-                    f"{name_of}/{name} is missing among the results; run `{OWN_COMMANDS[name_of]}`, which "
+                    f"{name_of}/{name} is missing among the results; run {OWN_COMMANDS[name_of]}, which "
                     "`make reproduce` leaves out"
                 )
             raise DataError(

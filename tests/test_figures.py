@@ -732,3 +732,22 @@ def test_selectors_that_pass_need_both_the_p_value_and_two_points():
     rows = selectors.rows_of(table, "64x2")
     assert rows["name"].tolist() == ["c (4, 5)", "a (0, 1)", "b (2, 3)", "d (6, 7)"]
     assert rows["p"].tolist() == [0.06, 0.004, 0.004, 0.9]
+
+
+@pytest.mark.parametrize(
+    "folder, command",
+    [
+        ("places", "`python -m figures.places`, which"),
+        ("smollm2/places", "`python -m figures.smollm2 --data DATA --only places`"),
+        (
+            "compare_harder",
+            "`python -m mech_absa.compare` with the flags of docs/which_selector.md",
+        ),
+        ("ranks", "`python -m figures.reproduce --only ranks`"),
+    ],
+)
+def test_a_missing_study_names_its_own_command(tmp_path, folder, command):
+    from figures.study import Study
+
+    with pytest.raises(DataError, match=re.escape(command)):
+        Study(tmp_path / folder).table("x.csv")

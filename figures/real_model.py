@@ -76,6 +76,16 @@ def both_directions(study: Study) -> Shown:
     return states(study, "prob")
 
 
+@shows(
+    "smollm2_interaction_opinion",
+    "SmolLM2: both directions of patching, opinion words",
+    "smollm2/opinion_swap_noise",
+)
+def both_directions_opinion(study: Study) -> Shown:
+    """Draw where the direction of patching matters, with OpinionSwap."""
+    return states(study, "prob")
+
+
 @shows("smollm2_heads", "SmolLM2: attention heads", "smollm2/aspect_swap_heads")
 def heads(study: Study) -> Shown:
     """Draw the heads, with AspectSwap."""

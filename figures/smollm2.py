@@ -108,7 +108,7 @@ class Sizes:
     """Trainings of each place."""
     domain_train: int = 160
     """Training rows of each domain, where a training sees one domain alone."""
-    domain_seeds: int = 2
+    domain_seeds: int = 3
     """Trainings of each system on each domain."""
     looks: int = 24
     """Reviews that a selector looks at."""

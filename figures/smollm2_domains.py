@@ -53,7 +53,7 @@ class Config:
     """Rows of each test file."""
     words: int = 20
     """Longest sentence that is trained on."""
-    seeds: int = 2
+    seeds: int = 3
     """Trainings of each system and domain."""
     until: float | None = None
     """Begin nothing new after this many seconds."""

@@ -426,9 +426,8 @@ def run(config: Config) -> None:
         prepare(config.data, config.work / "rows", sizes)
     runner = Runner(Reproduce(fast=config.fast, runs=config.work, results=config.results))
     runner.traced.set()
-    last = [
-        s for s in chosen if s.steps[0].module in (BY_DOMAIN, ASKED)
-    ]  # read what the study of places leaves
+    # These read what the study of places leaves.
+    last = [s for s in chosen if s.steps[0].module in (BY_DOMAIN, ASKED)]
     for part in ([s for s in chosen if s not in last], last):
         with ThreadPoolExecutor(config.jobs) as pool:
             for done in [pool.submit(one, runner, study, config) for study in part]:

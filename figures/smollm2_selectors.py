@@ -52,20 +52,9 @@ KEPT = ROOT / "figures" / "results" / "smollm2" / "places"
 ADAPTED = 400
 """Rows of each domain that the adapter was trained on."""
 ASKED = (
-    *(
-        "middle",
-        "first",
-        "last",
-        "lens",
-        "probe",
-        "cka",
-        "taylor1",
-        "saap",
-        "fluctuation",
-        "critical",
-    ),
-    *("weight_patch_grad", "atp", "relp", "exact", "jola", "lofit", "atpstar", "ig"),
-)
+    "middle", "first", "last", "lens", "probe", "cka", "taylor1", "saap", "fluctuation", "critical",
+    "weight_patch_grad", "atp", "relp", "exact", "jola", "lofit", "atpstar", "ig",
+)  # fmt: skip
 """Selectors that are asked; the others take too long on this model."""
 NAMED = ("traced", "paper", "random", "first", "last")
 """Places of the study of places that are compared, beside its ranges of layers; `all` holds every one."""
@@ -105,7 +94,7 @@ class Config:
             )
 
 
-def trained_places(table: pd.DataFrame, n_layers: int = 30) -> dict[str, tuple[int, ...]]:
+def trained_places(table: pd.DataFrame, n_layers: int) -> dict[str, tuple[int, ...]]:
     """Return the layers of each place where the paper's edit was trained at its own token.
 
     Args:
@@ -113,7 +102,7 @@ def trained_places(table: pd.DataFrame, n_layers: int = 30) -> dict[str, tuple[i
         n_layers: of the model.
 
     >>> kept = pd.read_csv(KEPT / "places.csv")
-    >>> found = trained_places(kept)
+    >>> found = trained_places(kept, 30)
     >>> len(found), found["random"]
     (12, (6, 7, 8, 15, 16, 17))
     """
@@ -164,9 +153,10 @@ class Asked:
         """Return the layer scores of a selector, or why it has none; computed where they are missing."""
         path = self.path(name)
         if not (self.config.resume and path.exists()):
+            evidence = self.evidence  # bad data or a missing model stops all, and is not kept
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                ranking = selector(name)(self.evidence)
+                ranking = selector(name)(evidence)
                 found = {"scores": ranking.layer_scores.tolist(), "seconds": ranking.about["cpu_seconds"]}  # fmt: skip
             except MechAbsaError as e:
                 found = {"failed": str(e)}
@@ -244,7 +234,7 @@ def layer_table(said: dict[str, dict[str, Any]]) -> pd.DataFrame:
 def collect(config: Config, said: dict[str, dict[str, Any]], model: Model) -> None:
     """Write the tables of what was said, and the record."""
     answers = pd.read_csv(config.places / "answers.csv", keep_default_na=False)
-    places = trained_places(pd.read_csv(config.places / "places.csv"))
+    places = trained_places(pd.read_csv(config.places / "places.csv"), model.n_layers)
     layers = layer_table(said)
     for name, table in {"layers": layers, "selectors": compared(layers, answers, places)}.items():
         with atomic(config.out / f"{name}.csv") as temporary:

@@ -303,7 +303,7 @@ def test_layers_of_the_selectors_study_are_those_that_were_trained():
         for layers in (range(18, 24), range(21, 27))
     )
     trained = {p.name: p for p in smollm2_places.places(traced, 30, again)}
-    found = smollm2_selectors.trained_places(pd.read_csv(smollm2_selectors.KEPT / "places.csv"))
+    found = smollm2_selectors.trained_places(pd.read_csv(smollm2_selectors.KEPT / "places.csv"), 30)
     assert found == {n: trained[n].layers for n in found}
     at_the_aspect = {
         n for n, p in trained.items() if (p.method, p.position) == ("both", "query.last")
@@ -351,7 +351,7 @@ def test_a_selector_that_fails_is_named_and_the_others_stay(data, tmp_path, monk
     ranking = SimpleNamespace(layer_scores=np.arange(30.0), about={"cpu_seconds": 2.0})
     known = {"exact": Fails, "last": lambda: lambda evidence: asked.append("last") or ranking}
     monkeypatch.setattr(smollm2_selectors, "selector", lambda name: known[name]())
-    model = SimpleNamespace(edited=SimpleNamespace(name="tiny", sha256="0"))
+    model = SimpleNamespace(edited=SimpleNamespace(name="tiny", sha256="0", n_layers=30))
     monkeypatch.setattr(smollm2_selectors.Asked, "evidence", model)
     config = smollm2_selectors.Config(data, selectors=("exact", "last"), out=tmp_path / "out")
     smollm2_selectors.main(config)
@@ -361,5 +361,15 @@ def test_a_selector_that_fails_is_named_and_the_others_stay(data, tmp_path, monk
     assert record["failed"] == {"exact": "nothing was selected"}
     table = pd.read_csv(tmp_path / "out" / "selectors.csv")
     assert table["selector"].tolist() == ["last"] and table["place"].tolist() == ["last"]
+
+    def refuse(self):
+        raise ConfigError("no data")
+
+    monkeypatch.setattr(smollm2_selectors.Asked, "evidence", property(refuse))
+    with pytest.raises(ConfigError, match="no data"):
+        smollm2_selectors.main(replace(config, out=tmp_path / "bad"))
+    assert not (
+        tmp_path / "bad"
+    ).exists()  # what is wrong with the data is no verdict on a selector
     with pytest.raises(ConfigError, match="--looks is 3; accepted: 4 or more"):
         smollm2_selectors.Config(data, looks=3)

@@ -368,8 +368,7 @@ def test_a_selector_that_fails_is_named_and_the_others_stay(data, tmp_path, monk
     monkeypatch.setattr(smollm2_selectors.Asked, "evidence", property(refuse))
     with pytest.raises(ConfigError, match="no data"):
         smollm2_selectors.main(replace(config, out=tmp_path / "bad"))
-    assert not (
-        tmp_path / "bad"
-    ).exists()  # what is wrong with the data is no verdict on a selector
+    # What is wrong with the data is no verdict on a selector.
+    assert not (tmp_path / "bad").exists()
     with pytest.raises(ConfigError, match="--looks is 3; accepted: 4 or more"):
         smollm2_selectors.Config(data, looks=3)
